@@ -1,0 +1,24 @@
+"""Memory-efficient optimizers for tensor-parallel, ZeRO, data- and pipeline-parallel training with ColossalAI."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "AdamW": "colossal_bcd.optim",
+    "Lamb": "colossal_bcd.optim",
+    "BlockOptimizer": "colossal_bcd.block",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

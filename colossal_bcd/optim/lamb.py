@@ -1,0 +1,101 @@
+"""LAMB (You et al., arXiv 1904.00962, algorithm 2): one round, two scalars per parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from colossal_bcd.optim.base import Params, ShardedOptimizer, State
+from colossal_bcd.optim.functional import adam_direction, require, require_adam, update_moments_
+from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
+
+BiasCorrection = Literal[True, False, "step_size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambHyper:
+    """Hyper-parameters of one param group."""
+
+    lr: float = 1e-3
+    """Step size before the trust ratio."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Part of the direction, so it counts in the trust ratio."""
+    bias_correction: BiasCorrection = True
+    """True debiases the moments (the published algorithm); False does not (the paper's third version); "step_size"
+    multiplies lr by sqrt(1 - beta2^t) / (1 - beta1^t) after the trust ratio, as ColossalAI's classes do."""
+    adam: bool = False
+    """A trust ratio of 1 for every parameter."""
+
+    def __post_init__(self) -> None:
+        require_adam(self.lr, self.betas, self.eps, self.weight_decay)
+        require(
+            self.bias_correction in (True, False, "step_size"),
+            "bias_correction",
+            self.bias_correction,
+            'True, False or "step_size"',
+        )
+
+
+def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
+    """One LAMB update.  The norms are of the whole parameter, the weight's from the values that are updated."""
+    step = state["step"]
+    update_moments_(state["exp_avg"], state["exp_avg_sq"], view.grad, hyper.betas)
+    debias = step if hyper.bias_correction is True else None
+    # Algorithm 2, line 9: r = m / (sqrt(v) + eps), and line 10's r + lambda * x.
+    direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], debias, hyper.betas, hyper.eps)
+    direction.add_(view.param, alpha=hyper.weight_decay)
+    if not hyper.adam:
+        weight, length = yield view.square_sum(view.param), view.square_sum(direction)
+        ratio = torch.where((weight > 0) & (length > 0), (weight / length).sqrt(), torch.ones_like(weight))
+        direction.mul_(ratio)
+    lr = hyper.lr
+    if hyper.bias_correction == "step_size":
+        beta1, beta2 = hyper.betas
+        lr *= (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    view.param.add_(direction, alpha=-lr)
+
+
+class Lamb(ShardedOptimizer):
+    """LAMB on any mesh: one collective per axis and step, whatever the number of parameters.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr, betas, eps, weight_decay, bias_correction, adam: see `LambHyper`.
+        wave_bytes: see `ShardedOptimizer`.
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    hyper_type = LambHyper
+    temporary_bytes = 4
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        bias_correction: BiasCorrection = True,
+        adam: bool = False,
+        *,
+        wave_bytes: int = WAVE_BYTES,
+    ) -> None:
+        hyper = LambHyper(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction, adam=adam
+        )
+        super().__init__(params, hyper, wave_bytes)
+
+    def state_spec(self, layout: Layout, hyper: LambHyper) -> dict[str, StateSpec]:
+        moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+        return {"exp_avg": moment, "exp_avg_sq": moment}
+
+    def update(self, view: ShardView, state: State, hyper: LambHyper) -> Rounds:
+        return lamb(view, state, hyper)

@@ -1,0 +1,197 @@
+"""Which part of which global tensor this rank holds: pure values, no process group.
+
+Legend: shape is the global tensor without padding; shard_shape is this rank's tensor-parallel shard, padding included;
+local_shape is what this rank stores (the shard, or a flat ZeRO slice of it, padding included); num_local counts the
+stored values that are data.  Padding is always a suffix of the flattened local tensor, so "the data" is a prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSplit:
+    """One axis divides one dim of a tensor.
+
+    Fused weights (a query-key-value projection) are several sections along the dim, and every section is divided
+    on its own: rank i holds the i-th part of each.
+    """
+
+    axis: str
+    """Name of the mesh axis."""
+    dim: int
+    """Dim of the global tensor, non-negative."""
+    rank: int
+    size: int
+    sections: tuple[int, ...] | None = None
+    """Global lengths of the fused sections along `dim`; None is one section."""
+    padded: int | None = None
+    """Global length of dim 0 with padding (a vocabulary); None is no padding."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"split over {self.axis!r}: got rank {self.rank}, expected 0 <= rank < size {self.size}")
+        if self.padded is not None and (self.dim != 0 or self.sections is not None):
+            raise ValueError(
+                f"split over {self.axis!r}: got padding on dim {self.dim} with sections {self.sections}; "
+                "only an unfused dim 0 can be padded"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatSlice:
+    """One axis divides the flattened shard into equal lengths; the last ones may be short or empty."""
+
+    axis: str
+    """Name of the mesh axis (it may stand for several process groups)."""
+    rank: int
+    size: int
+    length: int
+    """Values stored per rank, padding included."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size or self.length < 0:
+            raise ValueError(
+                f"slice over {self.axis!r}: got rank {self.rank} of {self.size}, length {self.length}; "
+                "expected 0 <= rank < size and a non-negative length"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """This rank's part of one parameter.
+
+    Raises:
+        ValueError: a dim is not divisible by its axis, or the slices do not cover the shard.
+    """
+
+    shape: tuple[int, ...]
+    split: TensorSplit | None = None
+    slice: FlatSlice | None = None
+
+    def __post_init__(self) -> None:
+        split, piece = self.split, self.slice
+        if split is not None:
+            if not 0 <= split.dim < len(self.shape):
+                raise ValueError(f"layout of {self.shape}: got split dim {split.dim}, expected one of its dims")
+            length = self.shape[split.dim]
+            if split.sections is not None and sum(split.sections) != length:
+                raise ValueError(f"layout of {self.shape}: sections {split.sections} do not add up to {length}")
+            if split.padded is not None and split.padded < length:
+                raise ValueError(f"layout of {self.shape}: padded length {split.padded} is below {length}")
+            for part in self._sections:
+                if part % split.size:
+                    raise ValueError(
+                        f"layout of {self.shape}: {part} along dim {split.dim} is not divisible by the "
+                        f"{split.size} ranks of axis {split.axis!r}"
+                    )
+        if piece is not None and piece.length * piece.size < math.prod(self.shard_shape):
+            raise ValueError(
+                f"layout of {self.shape}: {piece.size} slices of {piece.length} do not cover a shard of "
+                f"{math.prod(self.shard_shape)} values"
+            )
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Layout:
+        """The layout of a tensor that this rank holds entirely."""
+        return cls(shape=tuple(shape))
+
+    def sliced(self, axis: str, rank: int, size: int) -> Layout:
+        """This layout with its shard flattened and divided evenly over `axis`."""
+        length = -(-math.prod(self.shard_shape) // size)
+        return Layout(
+            shape=self.shape, split=self.split, slice=FlatSlice(axis=axis, rank=rank, size=size, length=length)
+        )
+
+    @property
+    def _sections(self) -> tuple[int, ...]:
+        assert self.split is not None
+        if self.split.sections is not None:
+            return self.split.sections
+        return (self.split.padded or self.shape[self.split.dim],)
+
+    @property
+    def numel(self) -> int:
+        """Values of the global tensor: what a mean divides by."""
+        return math.prod(self.shape)
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor-parallel shard, padding included."""
+        if self.split is None:
+            return self.shape
+        shape = list(self.shape)
+        shape[self.split.dim] = sum(self._sections) // self.split.size
+        return tuple(shape)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that this rank stores, padding included."""
+        return self.shard_shape if self.slice is None else (self.slice.length,)
+
+    @property
+    def max_local(self) -> int:
+        """Values stored by the rank that stores most: the same number on every rank, for decisions in common."""
+        return math.prod(self.local_shape)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Half-open range of the flattened shard that this rank holds as data."""
+        stop = self._shard_data
+        if self.slice is None:
+            return 0, stop
+        start = min(self.slice.rank * self.slice.length, stop)
+        return start, min(start + self.slice.length, stop)
+
+    @property
+    def num_local(self) -> int:
+        """Values of data on this rank; 0 for an empty slice."""
+        start, stop = self.span
+        return stop - start
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axes over which the parameter is divided: a sum over local values is partial along these."""
+        split = (self.split.axis,) if self.split is not None and self.split.size > 1 else ()
+        piece = (self.slice.axis,) if self.slice is not None and self.slice.size > 1 else ()
+        return piece + split
+
+    @property
+    def _shard_data(self) -> int:
+        """Length of the prefix of the flattened shard that is data."""
+        shape = list(self.shard_shape)
+        if self.split is not None and self.split.padded is not None:
+            first = self.split.rank * shape[0]
+            shape[0] = min(max(self.shape[0] - first, 0), shape[0])
+        return math.prod(shape)
+
+    def shard(self, full: Tensor) -> Tensor:
+        """Cut this rank's part out of the global tensor; padding is zero.
+
+        Args:
+            full: the global tensor, of `shape`.
+        Returns:
+            A new contiguous tensor of `local_shape`.
+        """
+        if tuple(full.shape) != self.shape:
+            raise ValueError(f"layout of {self.shape}: got a tensor of {tuple(full.shape)}")
+        local = full
+        if self.split is not None:
+            split = self.split
+            if split.padded is not None:
+                local = torch.cat([full, full.new_zeros(split.padded - self.shape[0], *self.shape[1:])])
+            parts = [
+                part.chunk(split.size, split.dim)[split.rank] for part in local.split(list(self._sections), split.dim)
+            ]
+            local = torch.cat(parts, split.dim)
+        if self.slice is not None:
+            start, stop = self.span
+            flat = full.new_zeros(self.slice.length)
+            flat[: stop - start] = local.reshape(-1)[start:stop]
+            return flat
+        return local.clone(memory_format=torch.contiguous_format)

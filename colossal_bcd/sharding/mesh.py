@@ -1,0 +1,43 @@
+"""Axis name -> process group of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+
+Group: TypeAlias = "dist.ProcessGroup | tuple[dist.ProcessGroup, ...]"
+
+
+class Mesh:
+    """The process groups behind the axis names of layouts.
+
+    Args:
+        groups: one group per axis; a tuple where an axis is the product of several groups (ColossalAI's
+            `extra_dp_size`), which are then reduced one after the other.
+    """
+
+    def __init__(self, groups: Mapping[str, Group] | None = None) -> None:
+        self._groups: dict[str, tuple[dist.ProcessGroup, ...]] = {}
+        for axis, group in (groups or {}).items():
+            members = group if isinstance(group, tuple) else (group,)
+            self._groups[axis] = tuple(member for member in members if dist.get_world_size(member) > 1)
+
+    def communicates(self, axes: tuple[str, ...]) -> bool:
+        """Whether a sum over these axes needs another rank."""
+        return any(self._members(axis) for axis in axes)
+
+    def all_reduce(self, tensor: Tensor, axis: str) -> None:
+        """Sum `tensor` in place over the ranks of `axis`."""
+        for group in self._members(axis):
+            dist.all_reduce(tensor, group=group)
+
+    def _members(self, axis: str) -> tuple[dist.ProcessGroup, ...]:
+        try:
+            return self._groups[axis]
+        except KeyError:
+            raise ValueError(
+                f"mesh axis {axis!r} is in a layout but not in the mesh, which has {sorted(self._groups)}"
+            ) from None

@@ -1,0 +1,107 @@
+"""Rules ask, one collective per axis answers.
+
+A rule is a generator; each `yield` is a round: it hands over a tuple of requests and gets back a tuple of tensors.
+`run_rounds` advances many rules in lockstep and packs the requests of a round into one flat buffer per axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.sharding.mesh import Mesh
+
+WAVE_BYTES = 256 * 2**20
+"""Default budget for the temporaries of the rules that advance together, in bytes."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Request: add `value` over the ranks of `axes`."""
+
+    value: Tensor
+    axes: tuple[str, ...]
+
+
+Rounds: TypeAlias = Generator[tuple[Sum, ...], tuple[Tensor, ...], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One parameter's rule with what the runner must know of it."""
+
+    rule: Rounds
+    axes: tuple[str, ...]
+    """Axes that its requests may name."""
+    num_bytes: int
+    """Temporaries that it keeps alive between rounds, on the rank that needs most: equal on all ranks."""
+
+
+def resolve(requests: Sequence[Sum], mesh: Mesh) -> list[Tensor]:
+    """Answer the requests of one round: one all-reduce per distinct axis.
+
+    The order of the axes and the packing follow from the requests alone, which follow from layouts; they are the same
+    on every rank.  The buffer has the widest dtype among the values.
+    """
+    values = [request.value for request in requests]
+    for axis in dict.fromkeys(axis for request in requests for axis in request.axes):
+        if not mesh.communicates((axis,)):
+            continue
+        indices = [i for i, request in enumerate(requests) if axis in request.axes]
+        dtype = torch.float64 if any(values[i].dtype == torch.float64 for i in indices) else torch.float32
+        buffer = torch.cat([values[i].reshape(-1).to(dtype) for i in indices])
+        mesh.all_reduce(buffer, axis)
+        for i, part in zip(indices, buffer.split([values[i].numel() for i in indices]), strict=True):
+            values[i] = part.view(values[i].shape).to(values[i].dtype)
+    return values
+
+
+def run_rounds(tasks: Iterable[Task], mesh: Mesh, wave_bytes: int = WAVE_BYTES) -> None:
+    """Run rules to their end.
+
+    Rules that need no other rank run one at a time, so that only one rule's temporaries live.  The others advance
+    together in waves of at most `wave_bytes` (a single larger rule is a wave of its own): the number of collectives
+    is rounds x axes x waves.
+
+    Args:
+        tasks: consumed lazily, in the same order on every rank.
+        mesh: groups of this rank.
+        wave_bytes: budget, the same on every rank.
+    """
+    wave: list[Rounds] = []
+    held = 0
+    for task in tasks:
+        if not mesh.communicates(task.axes):
+            _advance([task.rule], mesh)
+            continue
+        if wave and held + task.num_bytes > wave_bytes:
+            _advance(wave, mesh)
+            wave, held = [], 0
+        wave.append(task.rule)
+        held += task.num_bytes
+    _advance(wave, mesh)
+
+
+def _advance(rules: list[Rounds], mesh: Mesh) -> None:
+    pending = _collect((rule, None) for rule in rules)
+    while pending:
+        answers = iter(resolve([request for _, asked in pending for request in asked], mesh))
+        replies = [(rule, tuple(next(answers) for _ in asked)) for rule, asked in pending]
+        pending = _collect(replies)
+
+
+def _collect(
+    replies: Iterable[tuple[Rounds, tuple[Tensor, ...] | None]],
+) -> list[tuple[Rounds, tuple[Sum, ...]]]:
+    """Resume each rule with its reply (None starts it) and keep those that ask again."""
+    pending = []
+    for rule, reply in replies:
+        try:
+            pending.append((rule, next(rule) if reply is None else rule.send(reply)))
+        except StopIteration:
+            continue
+    return pending

@@ -1,0 +1,43 @@
+"""What a rule sees of one parameter.  n: values of data on this rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.sharding.layout import Layout
+from colossal_bcd.sharding.rounds import Sum
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are computed and reduced: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class ShardView:
+    """The data of one parameter on this rank, flat, and requests for quantities of the whole parameter.
+
+    Attributes:
+        param: [n] values to update in place; padding is not among them.
+        grad: [n] gradient, in float32 or wider; not to be written.
+    """
+
+    def __init__(self, layout: Layout, param: Tensor, grad: Tensor) -> None:
+        self.layout = layout
+        self.param = self.flat(param)
+        self.grad = self.flat(grad).to(wide(param.dtype))
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """[n] prefix of a local tensor (of `layout.local_shape`) that is data, as a view."""
+        return tensor.view(-1)[: self.layout.num_local]
+
+    def square_sum(self, x: Tensor) -> Sum:
+        """Squared Euclidean norm of the whole tensor.
+
+        Args:
+            x: [n] values on this rank.
+        Returns:
+            Request that resolves to a scalar.
+        """
+        x = x.to(wide(x.dtype))
+        return Sum(torch.dot(x, x), self.layout.axes)

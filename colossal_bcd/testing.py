@@ -1,0 +1,221 @@
+"""Tools for tests and measurements: ranks as processes, counted collectives, live and peak bytes."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+PRELOAD = ("torch", "transformers.models.llama.modeling_llama", "colossalai.booster.plugin", "colossal_bcd.testing")
+"""Imported once by the server process from which the ranks are forked."""
+
+
+class RankError(AssertionError):
+    """A rank failed or did not end in time; the message holds every rank's traceback."""
+
+
+def run_ranks(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Run `fn(*args)` on `num_ranks` gloo ranks and return what each returned, by rank.
+
+    The ranks are forked from a clean server process that has imported everything once and runs one thread; `fn` must be
+    importable, and arguments and results must pickle.
+
+    Raises:
+        RankError: a rank raised, died, or was still running after `timeout` seconds; all ranks are ended.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    with tempfile.TemporaryDirectory() as folder:
+        ranks, pipes = [], []
+        for rank in range(num_ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main, args=(sender, rank, num_ranks, str(Path(folder, "store")), fn, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            ranks.append(process)
+            pipes.append(receiver)
+        outcomes = _outcomes(pipes, timeout)
+        for process in ranks:
+            process.kill()
+            process.join()
+    failures = [f"--- rank {rank}\n{outcome[1]}" for rank, outcome in enumerate(outcomes) if outcome[0] != "ok"]
+    if failures:
+        raise RankError("\n".join(failures))
+    return [outcome[1] for outcome in outcomes]
+
+
+def _outcomes(pipes: list[Connection], timeout: float) -> list[tuple[str, Any]]:
+    """One (status, value) per rank; after a failure the others get a few seconds to report theirs."""
+    outcomes: dict[int, tuple[str, Any]] = {}
+    deadline = time.monotonic() + timeout
+    while len(outcomes) < len(pipes):
+        left = deadline - time.monotonic()
+        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in outcomes], timeout=max(left, 0))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pipes.index(pipe)
+            try:
+                outcomes[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                outcomes[rank] = ("died", "the process ended without a result")
+            if outcomes[rank][0] != "ok":
+                deadline = min(deadline, time.monotonic() + 5)
+    return [outcomes.get(rank, ("late", "still running when time was up")) for rank in range(len(pipes))]
+
+
+def _rank_main(
+    pipe: Connection, rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        outcome: tuple[str, Any] = ("ok", fn(*args))
+        message = pickle.dumps(outcome)
+    except BaseException:
+        message = pickle.dumps(("failed", traceback.format_exc()))
+    pipe.send_bytes(message)
+    pipe.close()
+    os._exit(0)
+
+
+_COUNTED = {
+    "all_reduce": 0,
+    "broadcast": 0,
+    "reduce": 0,
+    "all_gather_into_tensor": 0,
+    "reduce_scatter_tensor": 1,
+    "all_gather": 0,
+    "reduce_scatter": 1,
+    "all_to_all_single": 1,
+    "all_to_all": 1,
+    "send": 0,
+    "isend": 0,
+    "barrier": None,
+    "all_gather_object": None,
+    "broadcast_object_list": None,
+}
+"""Functions of torch.distributed, each with the position of the argument whose bytes count."""
+
+
+class CollectiveCounter:
+    """Count calls and payload bytes of torch.distributed inside a `with` block, on this rank.
+
+    Attributes:
+        calls: number of calls by function name.
+        bytes: bytes of the larger buffer of each call by function name.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self._originals: dict[str, Callable[..., Any]] = {}
+
+    def __enter__(self) -> CollectiveCounter:
+        for name, position in _COUNTED.items():
+            self._originals[name] = getattr(dist, name)
+            setattr(dist, name, self._counting(name, position))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+    @property
+    def total(self) -> int:
+        """Number of calls of any kind."""
+        return self.calls.total()
+
+    def _counting(self, name: str, position: int | None) -> Callable[..., Any]:
+        original = self._originals[name]
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
+            if position is not None:
+                payload = args[position] if len(args) > position else next(iter(kwargs.values()))
+                tensors = payload if isinstance(payload, (list, tuple)) else [payload]
+                self.bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return original(*args, **kwargs)
+
+        return counted
+
+
+def storages(*roots: Any) -> dict[int, int]:
+    """Storages behind the tensors in nested containers: address -> bytes, each storage once."""
+    found: dict[int, int] = {}
+    for leaf in tree_leaves(roots):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.untyped_storage().nbytes() > 0:
+            found[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+    return found
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that some live tensor of this process refers to."""
+    gc.collect()
+    return sum(storages([item for item in gc.get_objects() if issubclass(type(item), Tensor)]).values())
+
+
+class PeakBytes(TorchDispatchMode):
+    """Largest number of bytes of new storages alive at once inside a `with` block.
+
+    Attributes:
+        current: bytes of storages created inside the block that are alive.
+        peak: largest value of `current`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __enter__(self) -> PeakBytes:
+        for item in gc.get_objects():
+            if issubclass(type(item), Tensor):
+                self._known.update(storages(item))
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self._known:
+            return
+        self._known.add(address)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.current -= size
