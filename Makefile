@@ -1,0 +1,64 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+LATEST ?= .venv-latest
+RANKS ?= 2
+MASTER_PORT ?= 29500
+OUTPUT ?= demo
+DEMO ?=
+
+# Each rank is one process on one core; the library's threads would only compete.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo demo-check test test-latest clean
+
+help:
+	@echo "make demo         train a small Llama on $(RANKS) processes; results in $(OUTPUT)/"
+	@echo "make demo-check   the same run on one process, compared with the one before"
+	@echo "make test         lint, types and all tests"
+	@echo "make test-latest  the tests on torch 2.13 with colossalai installed without its pins"
+	@echo "make clean        remove environments, caches and results"
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python >= 3.11 is needed, got %d.%d; try make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable '.[test]'
+	@touch $@
+
+# `colossalai run` calls torchrun by name, so the environment is activated.
+demo: $(VENV)/.installed
+	. $(VENV)/bin/activate && colossalai run --nproc_per_node $(RANKS) --master_port $(MASTER_PORT) \
+		examples/finetune.py --output $(OUTPUT) $(DEMO)
+
+demo-check: $(VENV)/.installed
+	$(VENV)/bin/python examples/finetune.py --reference --ranks $(RANKS) --output $(OUTPUT)/reference --no-save $(DEMO)
+	$(VENV)/bin/python examples/compare_losses.py $(OUTPUT)/losses.csv $(OUTPUT)/reference/losses.csv
+
+test: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+# colossalai pins torch <= 2.5.1, so it is installed without dependencies; what its imports need is listed here.
+$(LATEST)/.installed: setup.py
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet torch==2.13.0
+	$(LATEST)/bin/pip install --quiet --no-deps 'colossalai>=0.5.0,<0.6'
+	$(LATEST)/bin/pip install --quiet torch==2.13.0 'transformers==4.51.3' 'peft>=0.13,<=0.13.2' 'bitsandbytes>=0.50' \
+		'galore_torch>=1.0' 'came_pytorch>=0.1.3' 'badam>=1.4' 'diffusers==0.29.0' numpy tqdm psutil packaging rich \
+		click fabric contexttimer ninja safetensors einops pydantic ray sentencepiece google protobuf 'rpyc==6.0.0' \
+		fastapi uvicorn matplotlib 'tokenizers>=0.21' hypothesis pytest ruff mypy
+	$(LATEST)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+test-latest: $(LATEST)/.installed
+	$(LATEST)/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(LATEST) $(OUTPUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

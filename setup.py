@@ -1,0 +1,38 @@
+"""Installation of colossal_bcd: `pip install -e '.[test,examples]'`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXAMPLES = ["click>=8.1", "matplotlib>=3.8", "rich>=13", "tokenizers>=0.21"]
+
+setup(
+    name="colossal_bcd",
+    version="0.1.0",
+    description="Memory-efficient optimizers for tensor-parallel, ZeRO, data- and pipeline-parallel training",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["colossal_bcd", "colossal_bcd.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "bitsandbytes>=0.50",
+        "colossalai>=0.5.0,<0.6",
+        "peft>=0.13",
+        "torch>=2.5",
+        "transformers>=4.51,<5",
+    ],
+    extras_require={
+        "docs": ["mkdocs>=1.6"],
+        "examples": EXAMPLES,
+        "test": [
+            *EXAMPLES,
+            "badam>=1.4",
+            "came_pytorch>=0.1.3",
+            "galore_torch>=1.0",
+            "hypothesis>=6.100",
+            "mypy>=1.14",
+            "pytest>=8",
+            "ruff>=0.9",
+        ],
+    },
+)
