@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds
+from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 Hyper: TypeAlias = Any
@@ -34,9 +34,9 @@ class ShardedOptimizer(Optimizer):
         wave_bytes: budget for temporaries of rules that communicate, in bytes; the same on every rank.
     """
 
-    hyper_type: ClassVar[type]
+    hyper_type: ClassVar[Any]
     temporary_bytes: ClassVar[int]
-    """Bytes per stored value that the rule keeps alive between rounds."""
+    """Bytes per stored value that the rule keeps alive between rounds when it computes in float32."""
 
     def __init__(self, params: Params, hyper: Hyper, wave_bytes: int = WAVE_BYTES) -> None:
         self._layouts: dict[Tensor, Layout] = {}
@@ -61,8 +61,8 @@ class ShardedOptimizer(Optimizer):
                     f"{type(self).__name__} param group has {key!r}, which is no hyper-parameter; did you mean "
                     f"{close[0]!r}? The hyper-parameters are {', '.join(fields)}."
                 )
+        self._hyper({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._hyper(self.param_groups[-1])
         for param in self.param_groups[-1]["params"]:
             self._layouts[param] = Layout.whole(tuple(param.shape))
 
@@ -94,6 +94,31 @@ class ShardedOptimizer(Optimizer):
         tasks = (self._task(param, group, hyper) for param, group, hyper in self._active())
         run_rounds(tasks, self._mesh, self.wave_bytes)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, tensors in the dtype in which they were saved."""
+        seen: dict[str, Any] = {}
+        # torch casts state to the parameter's dtype, which rounds the float32 state of a bf16 parameter.  A hook that
+        # is registered last sees what is about to be cast.
+        handle = self.register_load_state_dict_pre_hook(lambda _, state_dict: seen.update(state_dict))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        keys = [key for group in seen["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(keys, params, strict=True):
+            for name, value in seen["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][name] = value.to(param.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Process groups can't be copied: a copy of a sharded optimizer raises until it is bound.
+        return {**super().__getstate__(), "_layouts": self._layouts, "wave_bytes": self.wave_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_mesh", Mesh())
 
     def _closure_loss(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         if closure is None:
@@ -137,7 +162,8 @@ class ShardedOptimizer(Optimizer):
         return self.hyper_type(**{field.name: group[field.name] for field in dataclasses.fields(self.hyper_type)})
 
     def _task(self, param: Tensor, layout: Layout, hyper: Hyper) -> Task:
-        return Task(self._rule(param, layout, hyper), layout.axes, layout.max_local * self.temporary_bytes)
+        num_bytes = layout.max_local * self.temporary_bytes * wide(param.dtype).itemsize // torch.float32.itemsize
+        return Task(self._rule(param, layout, hyper), layout.axes, num_bytes)
 
     def _rule(self, param: Tensor, layout: Layout, hyper: Hyper) -> Rounds:
         """The update of one parameter with its state allocated, its tensors flat and its step counted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,9 +18,12 @@ class Mesh:
     Args:
         groups: one group per axis; a tuple where an axis is the product of several groups (ColossalAI's
             `extra_dp_size`), which are then reduced one after the other.
+        device: where the groups communicate; tensors on another device (offloaded states) travel through it.
+            None: wherever the tensor is.
     """
 
-    def __init__(self, groups: Mapping[str, Group] | None = None) -> None:
+    def __init__(self, groups: Mapping[str, Group] | None = None, device: torch.device | None = None) -> None:
+        self._device = device
         self._groups: dict[str, tuple[dist.ProcessGroup, ...]] = {}
         for axis, group in (groups or {}).items():
             members = group if isinstance(group, tuple) else (group,)
@@ -31,8 +35,11 @@ class Mesh:
 
     def all_reduce(self, tensor: Tensor, axis: str) -> None:
         """Sum `tensor` in place over the ranks of `axis`."""
+        sent = tensor if self._device is None else tensor.to(self._device)
         for group in self._members(axis):
-            dist.all_reduce(tensor, group=group)
+            dist.all_reduce(sent, group=group)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
     def _members(self, axis: str) -> tuple[dist.ProcessGroup, ...]:
         try:

@@ -1,0 +1,100 @@
+"""Master weights of what is trained, sharded over ZeRO ranks.  W: ranks that share them (1: not sharded)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from colossal_bcd.booster.gather import gather_weights
+from colossal_bcd.sharding import Layout, wide
+
+
+class ShardedMasters:
+    """This rank's part of every trained weight, in the precision in which it is updated.
+
+    Args:
+        layouts: tensor-parallel layout of every parameter that may ever be trained here.
+        groups: the process groups whose product is the W ranks; empty for none.
+        low_precision: masters have the weights' own dtype instead of float32.
+        offload: masters live on the CPU.
+
+    Attributes:
+        of: working parameter -> master; a flat part [ceil(n / W)], or the whole shard if W is 1.
+    """
+
+    def __init__(
+        self,
+        layouts: Mapping[Parameter, Layout],
+        groups: Sequence[dist.ProcessGroup],
+        *,
+        low_precision: bool = False,
+        offload: bool = False,
+    ) -> None:
+        self._layouts, self.groups = layouts, tuple(groups)
+        self._low_precision, self._offload = low_precision, offload
+        self.of: dict[Parameter, Tensor] = {}
+        self.num_shards = math.prod(dist.get_world_size(group) for group in groups)
+        self.shard = 0
+        for group in groups:  # of several groups, the last one counts fastest
+            self.shard = self.shard * dist.get_world_size(group) + dist.get_rank(group)
+
+    def layout(self, param: Parameter) -> Layout:
+        """Layout of the parameter's master."""
+        layout = self._layouts[param]
+        return layout.sliced("zero", self.shard, self.num_shards) if self.num_shards > 1 else layout
+
+    @torch.no_grad()
+    def activate(self, params: Sequence[Parameter], keep: Set[Parameter]) -> None:
+        """Hold masters of exactly these parameters; the old ones are freed first, except those of `keep`."""
+        self.of = {param: self.of[param] for param in params if param in keep and param in self.of}
+        self.of = {param: self.of[param] if param in self.of else self._new(param) for param in params}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the values of the working parameters again."""
+        for param, master in self.of.items():
+            master.copy_(self._new(param))
+
+    def load_gradients(self, grads: dict[Parameter, Tensor], *, partitioned: bool) -> None:
+        """Move averaged gradients to the masters, in their dtype, freeing each low-precision one as it is cast.
+
+        Args:
+            grads: flat gradients by parameter, emptied: parts [ceil(n / W)] if `partitioned`, else whole [n].
+            partitioned: see `grads`.
+        """
+        for param, master in self.of.items():
+            grad = grads.pop(param, None)
+            if grad is not None:
+                if not partitioned and self.num_shards > 1:
+                    grad = self._part(grad, master.numel())
+                master.grad = grad.to(master.device, master.dtype).view(master.shape)
+            del grad
+
+    @torch.no_grad()
+    def write_back(self, bucket_size: int, *, defer: bool) -> None:
+        """Write the masters into the working parameters of all W ranks; see `gather_weights`."""
+        if self.num_shards > 1:
+            gather_weights(list(self.of.items()), self.groups, max(bucket_size // self.num_shards, 1), defer=defer)
+            return
+        for param, master in self.of.items():
+            if master.data_ptr() != param.data_ptr():
+                param.data.copy_(master)
+
+    def _new(self, param: Parameter) -> Tensor:
+        """The weight itself where a master would be no different."""
+        dtype = param.dtype if self._low_precision else wide(param.dtype)
+        device = torch.device("cpu") if self._offload else param.device
+        if self.num_shards == 1:
+            return param.detach().to(device, dtype)
+        length = math.prod(self.layout(param).local_shape)
+        return self._part(param.detach().reshape(-1), length).to(device, dtype, copy=True)
+
+    def _part(self, tensor: Tensor, length: int) -> Tensor:
+        """[length] this rank's part of a flat tensor; zeros where it reaches beyond the end."""
+        part = tensor[self.shard * length : (self.shard + 1) * length]
+        return torch.nn.functional.pad(part, (0, length - part.numel())) if part.numel() < length else part

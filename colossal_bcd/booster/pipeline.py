@@ -1,0 +1,73 @@
+"""What pipeline parallelism needs so that a stage may train nothing, or something else than the other stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from colossal_bcd.block import BlockOptimizer
+
+
+class HybridModule(HybridParallelModule):
+    """ColossalAI's module wrapper, for weights tied across stages that may be frozen."""
+
+    def sync_shared_params(self) -> None:
+        """Add the gradients of weights tied across stages, where they are trained now: on all their stages or none."""
+        for shared, group in zip(self.shared_params, self.shared_param_process_groups, strict=True):
+            param = shared.get(self.stage_manager.stage)
+            if param is not None and param.requires_grad:
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+                dist.all_reduce(param.grad, group=group)
+
+
+def tied_elsewhere(model: HybridParallelModule) -> set[nn.Parameter]:
+    """Parameters of this stage that an earlier stage holds, too: their gradient counts once, there."""
+    if model.stage_manager is None:
+        return set()
+    stage = model.stage_manager.stage
+    return {shared[stage] for shared in model.shared_params if stage in shared and stage != min(shared)}
+
+
+def keep_output_differentiable(module: nn.Module) -> None:
+    """Let backward reach this stage's output although nothing in or before the stage is trained now.
+
+    The output is then a leaf that requires grad, so that the stage's backward pass ends there at no cost.
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return output
+        return tree_map(_differentiable, output)
+
+    module.register_forward_hook(hook)
+
+
+def _differentiable(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.detach().requires_grad_(True)
+    return value
+
+
+def stage_ranges(
+    optimizer: BlockOptimizer, held: set[nn.Parameter], pp_group: dist.ProcessGroup
+) -> list[tuple[int, int]] | None:
+    """One block range per pipeline stage, so that all stages train at all times.
+
+    Returns:
+        Half-open ranges by stage, or None where the blocks do not fall into stages (a block reaches over several
+        stages, or the blocks are not in stage order): then one block is active in the whole pipeline.
+    """
+    mine = [all(optimizer.named_parameters[name] in held for name in block.parameters) for block in optimizer.blocks]
+    stages: list[list[bool]] = [[] for _ in range(dist.get_world_size(pp_group))]
+    dist.all_gather_object(stages, mine, group=pp_group)
+    owners = [next((stage for stage, has in enumerate(stages) if has[i]), None) for i in range(len(mine))]
+    known = [owner for owner in owners if owner is not None]
+    if len(known) < len(owners) or known != sorted(known):
+        return None
+    return [(known.index(stage), known.index(stage) + known.count(stage)) for stage in sorted(set(known))]

@@ -1,0 +1,204 @@
+"""Averages gradients over the data-parallel ranks, in buckets fixed by layout, while backward produces them.
+
+W: data-parallel ranks; a parameter of n values counts as W rows of ceil(n / W) values, the last ones padded with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducerConfig:
+    """How gradients are averaged."""
+
+    groups: tuple[dist.ProcessGroup, ...]
+    """The data-parallel group, or the groups whose product it is."""
+    partition: bool
+    """Keep only this rank's row (ZeRO stage 2) instead of the whole gradient."""
+    bucket_size: int
+    """Largest number of values in one collective; a larger parameter is a bucket of its own."""
+    overlap: bool
+    """Start a bucket's collective as soon as backward has filled it."""
+    communication_dtype: torch.dtype | None = None
+    """Dtype on the wire; None is the gradient's."""
+
+    @property
+    def sizes(self) -> list[int]:
+        return [dist.get_world_size(group) for group in self.groups]
+
+
+@dataclass
+class _Bucket:
+    """Parameters that travel together."""
+
+    params: list[Parameter]
+    ready: set[Parameter] = field(default_factory=set)
+    had_grad: list[bool] = field(default_factory=list)
+    buffer: Tensor | None = None
+    handle: dist.Work | None = None
+
+
+class GradientReducer:
+    """Gradient averages of one set of parameters, from hooks to results.
+
+    Buckets are formed in reverse order of the parameters and start in that order on every rank, whichever gradient
+    is ready first, so ranks cannot pair different buckets.  A parameter without a gradient on some rank takes part with
+    zeros; a flag per parameter travels behind the values, so that one that has no gradient on any rank is left alone.
+
+    Attributes:
+        grads: averaged gradients since the last `clear`, flat: this rank's row [ceil(n / W)] with `partition`, else
+            all [n]; a parameter that had no gradient on any rank is absent.
+    """
+
+    def __init__(self, params: Sequence[Parameter], config: ReducerConfig) -> None:
+        self.config = config
+        self.enabled = True
+        self.grads: dict[Parameter, Tensor] = {}
+        self._world = math.prod(config.sizes)
+        self._buckets = self._plan(params)
+        self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.params}
+        self._next = 0
+        hooked = config.overlap or config.partition
+        self._handles = [param.register_post_accumulate_grad_hook(self._on_grad) for param in params if hooked]
+
+    def detach(self) -> None:
+        """Remove the hooks and forget everything."""
+        for handle in self._handles:
+            handle.remove()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget gradients, reduced or not."""
+        self.grads.clear()
+        self._reset()
+
+    def finish(self) -> None:
+        """End of a backward pass: reduce what is left, wait, and add the averages to `grads`."""
+        while self._next < len(self._buckets):
+            self._launch()
+        for bucket in self._buckets:
+            self._receive(bucket)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.ready.clear()
+            bucket.had_grad, bucket.buffer, bucket.handle = [], None, None
+
+    def _plan(self, params: Sequence[Parameter]) -> list[_Bucket]:
+        buckets: list[_Bucket] = []
+        filled = 0
+        for param in reversed(params):
+            fits = buckets and buckets[-1].params[0].dtype == param.dtype
+            if not fits or filled + param.numel() > self.config.bucket_size:
+                buckets.append(_Bucket([]))
+                filled = 0
+            buckets[-1].params.append(param)
+            filled += param.numel()
+        return buckets
+
+    def _on_grad(self, param: Parameter) -> None:
+        if not self.enabled:
+            return
+        bucket = self._bucket_of[param]
+        if bucket.had_grad:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} received a second gradient in one backward pass after its "
+                "bucket was reduced, expected one. Reentrant gradient checkpointing of shared layers does that: use "
+                "use_reentrant=False, or stage 1 with overlap_communication=False."
+            )
+        bucket.ready.add(param)
+        while self._next < len(self._buckets) and len(self._buckets[self._next].ready) == len(
+            self._buckets[self._next].params
+        ):
+            self._launch()
+
+    def _length(self, param: Parameter) -> int:
+        return -(-param.numel() // self._world)
+
+    def _launch(self) -> None:
+        """Pack the next bucket, free its gradients and start its collective."""
+        bucket = self._buckets[self._next]
+        self._next += 1
+        bucket.had_grad = [param.grad is not None for param in bucket.params]
+        if self._world == 1:
+            return
+        buffer = self._pack(bucket)
+        if self.config.communication_dtype is not None:
+            buffer = buffer.to(self.config.communication_dtype)
+        groups, last = self.config.groups, len(self.config.groups) - 1
+        for index, (group, size) in enumerate(zip(groups, self.config.sizes, strict=True)):
+            # Work of one collective may overlap backward; the next one of a product of groups needs its result.
+            overlapped = index == last
+            if self.config.partition:
+                received = torch.empty_like(buffer.view(size, -1)[0])
+                bucket.handle = dist.reduce_scatter_tensor(received, buffer.view(-1), group=group, async_op=overlapped)
+                buffer = received
+            else:
+                bucket.handle = dist.all_reduce(buffer, group=group, async_op=overlapped)
+        bucket.buffer = buffer.view(-1, sum(map(self._length, bucket.params)) + len(bucket.params))
+
+    def _pack(self, bucket: _Bucket) -> Tensor:
+        """[W, row]: each parameter's rows side by side, then one flag per parameter; divided by W."""
+        lengths = [self._length(param) for param in bucket.params]
+        first = bucket.params[0]
+        buffer = first.new_zeros(self._world, sum(lengths) + len(lengths))
+        offset = 0
+        for param, length in zip(bucket.params, lengths, strict=True):
+            if param.grad is not None:
+                if param.grad.is_sparse:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(param.shape)} has a sparse gradient, expected a dense one. "
+                        "Build its embedding with sparse=False."
+                    )
+                flat = param.grad.reshape(-1)
+                if flat.numel() < self._world * length:
+                    flat = torch.nn.functional.pad(flat, (0, self._world * length - flat.numel()))
+                buffer[:, offset : offset + length] = flat.view(self._world, length)
+                param.grad = None
+            offset += length
+        buffer[:, offset:] = torch.tensor(bucket.had_grad, dtype=buffer.dtype, device=buffer.device)
+        return buffer.div_(self._world)
+
+    def _receive(self, bucket: _Bucket) -> None:
+        """Wait for a bucket, copy its parts into `grads` and free it."""
+        if self._world == 1:
+            for param in bucket.params:
+                if param.grad is not None:
+                    self._add(param, param.grad.reshape(-1))
+                    param.grad = None
+            return
+        assert bucket.buffer is not None
+        if bucket.handle is not None:
+            bucket.handle.wait()
+        had_grad = bucket.had_grad
+        if not all(had_grad):
+            had_grad = (bucket.buffer[0, -len(bucket.params) :] > 0).tolist()
+        offset = 0
+        for param, present in zip(bucket.params, had_grad, strict=True):
+            length = self._length(param)
+            part = bucket.buffer[:, offset : offset + length]
+            offset += length
+            if present:
+                flat = part.reshape(-1)
+                if not self.config.partition:
+                    flat = flat[: param.numel()]
+                shared = flat.untyped_storage().data_ptr() == bucket.buffer.untyped_storage().data_ptr()
+                self._add(param, flat.to(param.dtype, copy=shared))
+        bucket.buffer, bucket.handle = None, None
+
+    def _add(self, param: Parameter, grad: Tensor) -> None:
+        """Accumulate over backward passes."""
+        if param in self.grads:
+            self.grads[param].add_(grad)
+        else:
+            self.grads[param] = grad

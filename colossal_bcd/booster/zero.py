@@ -1,0 +1,329 @@
+"""The optimizer wrapper behind the plugins: gradient averages, master weights and steps of what is trained.
+
+It subclasses ColossalAI's ZeRO optimizer because ColossalAI's schedules and checkpoint io ask for that class; of what
+trains, everything is here.  Stage 0 is the same code with masters that are not sharded.  W: ranks that share masters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
+from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
+from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelZeroOptimizer
+from colossalai.interface import OptimizerWrapper
+from colossalai.shardformer.layer.utils import SeqParallelUtils
+from colossalai.zero.low_level.zero_hook import wait_all_gather_handle
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.agreement import require_agreement
+from colossal_bcd.booster.masters import ShardedMasters
+from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.sharding import Layout, Mesh, Sum, resolve
+
+Groups = tuple[dist.ProcessGroup, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What a plugin decides for its optimizer."""
+
+    data_groups: Groups
+    """The data-parallel group, or the groups whose product it is (extra_dp_size)."""
+    zero_groups: Groups
+    """Ranks that share masters and states: `data_groups` at stage 1 and 2, empty at stage 0."""
+    tp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+    partition_grad: bool = False
+    """Stage 2: gradients are sharded, too."""
+    reduce_bucket_size: int = 12 * 2**20
+    """Values in one gradient or weight collective."""
+    communication_dtype: torch.dtype | None = None
+    overlap_communication: bool = True
+    overlap_allgather: bool = False
+    cpu_offload: bool = False
+    master_weights: bool = True
+    max_norm: float = 0.0
+    """Clip the global norm of the gradients of what is active; 0 does not."""
+    fp16: Mapping[str, float] | None = None
+    """Arguments of the loss scaler; None is no loss scaling."""
+
+
+class LossScaler(FP16MixedPrecisionMixin):
+    """ColossalAI's dynamic loss scaling, looking for overflow in the engine's gradients."""
+
+    def __init__(self, gradients: Callable[[], list[Tensor]], **kwargs: float) -> None:
+        super().__init__(**kwargs)
+        self._gradients = gradients
+
+    def check_local_overflow(self) -> bool:
+        grads = [grad for grad in self._gradients() if grad.numel()]
+        return bool(grads) and not bool(torch.stack([grad.abs().amax().float() for grad in grads]).isfinite().all())
+
+
+class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
+    """Optimizer wrapper for what the optimizer trains now: all parameters, or the active block of a `BlockOptimizer`.
+
+    It is also a `torch.optim.Optimizer` by type, so that schedulers can be made on it.  It is the `Masters` of a
+    BlockOptimizer: masters, gradients, hooks and state exist for the active block only.
+
+    Args:
+        optimizer: the user's, already cast.
+        model: ColossalAI's model wrapper.
+        layouts: tensor-parallel layout of every parameter that may be trained and is on this rank.
+        config: see `EngineConfig`.
+        param_info: ColossalAI's record of the optimizer before sharding, for its checkpoint io.
+        tied_elsewhere: parameters whose gradient another pipeline stage counts.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: Any,
+        layouts: Mapping[Parameter, Layout],
+        config: EngineConfig,
+        *,
+        param_info: dict[str, Any] | None = None,
+        tied_elsewhere: Set[Parameter] = frozenset(),
+    ) -> None:
+        self.grad_handles: list[Any] = []
+        OptimizerWrapper.__init__(self, optimizer)
+        self.config, self.model, self.param_info = config, model, param_info or {}
+        self.tp_pg, self.pp_pg = config.tp_group, config.pp_group
+        self.stage_manager = getattr(model, "stage_manager", None)
+        self.shared_params = getattr(model, "shared_params", [])
+        self.require_grad_sync = True
+        self.layouts, self._tied_elsewhere = layouts, tied_elsewhere
+        self._backward_context = getattr(model, "_hook_context", contextlib.nullcontext)
+        self._partition_grads = config.partition_grad
+        self._current_grad_norm: Tensor | None = None
+        self.masters = ShardedMasters(
+            layouts, config.zero_groups, low_precision=not config.master_weights, offload=config.cpu_offload
+        )
+        self._mesh = self._make_mesh()
+        self._reducer = GradientReducer([], self._reducer_config())
+        self.mixed_precision_mixin = None
+        if config.fp16 is not None:
+            self.mixed_precision_mixin = LossScaler(lambda: list(self._reducer.grads.values()), **config.fp16)
+        self.param_to_pg = dict.fromkeys(layouts, self._zero_pg())
+        held = set(layouts)
+        if isinstance(optimizer, BlockOptimizer):
+            self._agree(optimizer)
+            optimizer.attach(self, held=held)
+        else:
+            groups = [[p for p in g["params"] if p in held and p.requires_grad] for g in optimizer.param_groups]
+            for group, masters in zip(optimizer.param_groups, self.activate(groups, set()), strict=True):
+                group["params"] = masters
+        self._bind()
+
+    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
+        """Train exactly these parameters from now on.
+
+        Args:
+            groups: working parameters, by param group.
+            keep: those among them whose masters stay as they are.
+        Returns:
+            Masters, by param group: this rank's part of each parameter.
+        """
+        self._force_wait_all_gather()
+        self.zero_grad()
+        self._reducer.detach()
+        active = [param for params in groups for param in params]
+        self.masters.activate(active, keep)
+        self._reducer = GradientReducer(active, self._reducer_config())
+        self._publish(groups)
+        return [[self.masters.of[param] for param in params] for params in groups]
+
+    def load_gradients(self) -> None:
+        """Move the averaged gradients to the masters."""
+        self.masters.load_gradients(self._reducer.grads, partitioned=self.config.partition_grad)
+
+    def write_back(self) -> None:
+        """Write the masters into the working parameters of every rank."""
+        self.masters.write_back(self.config.reduce_bucket_size, defer=self.config.overlap_allgather)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients of what is active."""
+        for param, master in self.masters.of.items():
+            param.grad = master.grad = None
+        self._reducer.clear()
+
+    def backward(self, loss: Tensor, inputs: Any = None, retain_graph: bool = False) -> None:
+        self._before_backward(loss)
+        if self.mixed_precision_mixin is not None:
+            loss = self.mixed_precision_mixin.pre_backward(loss)
+        with self._backward_context():
+            loss.backward(inputs=inputs, retain_graph=retain_graph)
+        self._after_backward()
+
+    def backward_by_grad(self, tensor: Any, grad: Any, inputs: Any = None, retain_graph: bool = False) -> None:
+        self._before_backward()
+        if self.mixed_precision_mixin is not None:
+            grad = self.mixed_precision_mixin.pre_backward_by_grad(tensor, grad)
+        torch.autograd.backward(tensor, grad, inputs=inputs, retain_graph=retain_graph)
+        self._after_backward()
+
+    def sync_dp_grads(self) -> None:
+        """Average what backward passes under `no_sync` have left; called by ColossalAI after a pipeline's passes."""
+        self._reducer.finish()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Any:
+        """Accumulate local gradients without communication."""
+        before, self.require_grad_sync = self.require_grad_sync, False
+        try:
+            yield
+        finally:
+            self.require_grad_sync = before
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One optimizer step on the averaged gradients; at the end of a block's period, switch to the next block.
+
+        A step that loss scaling skips on overflow is no step: it counts for nothing.
+        """
+        if closure is not None:
+            raise ValueError("step(closure): a sharded step cannot run the closure; call backward, then step()")
+        if not self.require_grad_sync:
+            return
+        scaler = self.mixed_precision_mixin
+        if scaler is not None and scaler.should_skip_step():
+            self.zero_grad()
+            return
+        self._sync_sp_grads()
+        self.load_gradients()
+        self._scale_gradients(1.0 if scaler is None else scaler.get_grad_div_scale())
+        self.optim.step()
+        for master in self.masters.of.values():
+            master.grad = None
+        self.write_back()
+        if isinstance(self.optim, BlockOptimizer):
+            if self.optim.schedule.is_switch(self.optim.num_steps):
+                self._agree(self.optim)
+            if self.optim.switch_if_due():
+                self._bind()
+
+    def get_grad_norm(self, norm_type: float = 2, **kwargs: Any) -> float | None:
+        """Euclidean norm of the gradients of the last step, before clipping, without the loss scale."""
+        return None if self._current_grad_norm is None else self._current_grad_norm.item()
+
+    def update_master_params(self, model: Any) -> None:
+        """Take the masters from the working parameters again, after weights were loaded."""
+        self.masters.refresh()
+
+    def get_working_grads_by_group_id(self, group_id: int) -> list[Tensor]:
+        grads = self._reducer.grads
+        return [grads[param] for param in self._working_param_groups[group_id] if param in grads]
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the process groups communicate."""
+        return get_accelerator().get_current_device()
+
+    def _publish(self, groups: Sequence[Sequence[Parameter]]) -> None:
+        """Keep the tables that ColossalAI's checkpoint io reads from its own class."""
+        masters = self.masters
+        self._working_param_groups = {index: list(params) for index, params in enumerate(groups)}
+        self._master_param_groups_of_current_rank = {
+            index: [masters.of[param] for param in params] for index, params in enumerate(groups)
+        }
+        self.master_to_working_param = {id(master): param for param, master in masters.of.items()}
+        self.working_to_master_param = {id(param): master for param, master in masters.of.items()}
+        self._padding_map = {
+            id(param): master.numel() * masters.num_shards - param.numel() for param, master in masters.of.items()
+        }
+
+    def _bind(self) -> None:
+        base = self.optim.base_optimizer if isinstance(self.optim, BlockOptimizer) else self.optim
+        if isinstance(base, ShardedOptimizer):
+            layouts = {master: self.masters.layout(param) for param, master in self.masters.of.items()}
+            base.bind(layouts, self._mesh)
+
+    def _agree(self, optimizer: BlockOptimizer) -> None:
+        require_agreement("block schedule", optimizer.fingerprint(), self._device)
+
+    def _make_mesh(self) -> Mesh:
+        whole_world = len(self.config.zero_groups) > 1 and self.masters.num_shards == dist.get_world_size()
+        groups: dict[str, Any] = {"zero": dist.group.WORLD if whole_world else self.config.zero_groups}
+        for axis, group in (("tp", self.tp_pg), ("pp", self.pp_pg)):
+            groups[axis] = () if group is None else (group,)
+        return Mesh(groups, self._device)
+
+    def _zero_pg(self) -> dist.ProcessGroup | Groups | None:
+        groups = self.config.zero_groups
+        return groups[0] if len(groups) == 1 else groups or None
+
+    def _reducer_config(self) -> ReducerConfig:
+        return ReducerConfig(
+            groups=self.config.data_groups,
+            partition=self.config.partition_grad,
+            bucket_size=self.config.reduce_bucket_size,
+            overlap=self.config.overlap_communication,
+            communication_dtype=self.config.communication_dtype,
+        )
+
+    def _before_backward(self, loss: Any = None) -> None:
+        if self._partition_grads and not self.require_grad_sync:
+            raise ValueError(
+                "no_sync: stage 2 keeps only a shard of each gradient; accumulate without no_sync, or use stage 1"
+            )
+        if isinstance(loss, Tensor) and not loss.requires_grad:
+            raise ValueError(
+                "backward: the loss depends on no parameter that is trained now. If the model uses gradient "
+                "checkpointing, pass use_reentrant=False: the reentrant kind cuts the graph above frozen layers."
+            )
+        self._reducer.enabled = self.require_grad_sync
+
+    def _after_backward(self) -> None:
+        if self.require_grad_sync:
+            self._reducer.finish()
+
+    def _sync_sp_grads(self) -> None:
+        """Sequence parallelism leaves partial gradients of some replicated parameters; add them over tp."""
+        shard_config = getattr(self.model, "shard_config", None)
+        if shard_config is None or not shard_config.enable_sequence_parallelism or self.pp_pg is not None:
+            return
+        if shard_config.sequence_parallelism_mode in ("split_gather", "ring"):
+            partial = [
+                self._reducer.grads[param]
+                for param in self.masters.of
+                if SeqParallelUtils.is_sp_partial_derived_param(param) and param in self._reducer.grads
+            ]
+            if partial:
+                SeqParallelUtils.allreduce_partial_data_grad(process_group=self.tp_pg, grads=partial)
+
+    @torch.no_grad()
+    def _scale_gradients(self, loss_scale: float) -> None:
+        """Undo the loss scale and clip by the global norm of what is active: one packed sum per axis."""
+        requests, grads = [], []
+        for param, master in self.masters.of.items():
+            if master.grad is None:
+                continue
+            grads.append(master.grad)
+            if param not in self._tied_elsewhere:
+                layout = self.masters.layout(param)
+                data = master.grad.view(-1)[: layout.num_local]
+                requests.append(Sum(torch.dot(data, data), layout.axes))
+        squares = resolve(requests, self._mesh)
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
+        (total,) = resolve([Sum(total, ("pp",))], self._mesh)
+        self._current_grad_norm = total.sqrt() / loss_scale
+        if not grads:
+            return
+        if self.config.max_norm > 0:
+            factor = (self.config.max_norm / (self._current_grad_norm + 1e-6)).clamp(max=1.0) / loss_scale
+            torch._foreach_mul_(grads, factor)
+        elif loss_scale != 1:
+            torch._foreach_mul_(grads, 1 / loss_scale)
+
+    def _force_wait_all_gather(self) -> None:
+        for param in self.masters.of:
+            wait_all_gather_handle(param)
