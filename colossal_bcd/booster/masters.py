@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,10 @@ class ShardedMasters:
         return layout.sliced("zero", self.shard, self.num_shards) if self.num_shards > 1 else layout
 
     @torch.no_grad()
-    def activate(self, params: Sequence[Parameter], keep: Set[Parameter]) -> None:
+    def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:
         """Hold masters of exactly these parameters; the old ones are freed first, except those of `keep`."""
-        self.of = {param: self.of[param] for param in params if param in keep and param in self.of}
+        survivors = set(keep)
+        self.of = {param: self.of[param] for param in params if param in survivors and param in self.of}
         self.of = {param: self.of[param] if param in self.of else self._new(param) for param in params}
 
     @torch.no_grad()

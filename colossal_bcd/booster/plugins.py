@@ -177,7 +177,7 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
         )
 
     def _plan_stages(self, optimizer: BlockOptimizer, held: set[nn.Parameter]) -> None:
-        if optimizer.block_ranges is not None:
+        if optimizer.ranges_given:
             return
         ranges = stage_ranges(optimizer, held, self.pp_group)
         if ranges is None:

@@ -7,7 +7,7 @@ trains, everything is here.  Stage 0 is the same code with masters that are not 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
                 group["params"] = masters
         self._bind()
 
-    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
+    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
         """Train exactly these parameters from now on.
 
         Args:
