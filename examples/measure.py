@@ -1,0 +1,103 @@
+"""Figures of a run: bytes in the step against the formula, collectives per step, peak memory of the process."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from settings import Settings
+from torch import nn
+
+from colossal_bcd.testing import CollectiveCounter, live_bytes
+
+
+@dataclass
+class Traffic:
+    """Collectives of several steps, by kind."""
+
+    steps: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, counter: CollectiveCounter) -> None:
+        self.steps += 1
+        self.calls.update(counter.calls)
+        self.bytes.update(counter.bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes of all tensors of this rank inside a step of the base optimizer."""
+
+    block: str
+    num_active: int
+    """Parameters on this rank that were trained in the step."""
+    measured: int
+    expected: int
+
+
+class MemoryProbe:
+    """Step hook of the base optimizer; measures the first step of each block.
+
+    At that moment everything of a step is alive: weights, and masters, states and gradients of what is active.
+
+    Args:
+        settings: of the run.
+        model: the model on this rank.
+        baseline: bytes that were alive before the model was built.
+    """
+
+    def __init__(self, settings: Settings, model: nn.Module, baseline: int) -> None:
+        self.block = ""
+        self.results: dict[str, StepMemory] = {}
+        self.num_parameters = sum(param.numel() for param in model.parameters())
+        self._settings, self._model, self._baseline = settings, model, baseline
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.block in self.results:
+            return
+        num_active = sum(param.numel() for param in self._model.parameters() if param.requires_grad)
+        self.results[self.block] = StepMemory(
+            block=self.block,
+            num_active=num_active,
+            measured=live_bytes() - self._baseline,
+            expected=expected_bytes(self._settings, self.num_parameters, num_active),
+        )
+
+    @property
+    def largest(self) -> StepMemory:
+        """The step that needed most."""
+        return max(self.results.values(), key=lambda result: result.expected)
+
+
+def expected_bytes(settings: Settings, num_parameters: int, num_active: int) -> int:
+    """Weights, plus master, two moments and float32 gradient (16 bytes) of what is active, over the ZeRO ranks.
+
+    Float32 weights that no rank shares are their own masters: 12 bytes.
+    """
+    own_master = settings.precision == "fp32" and settings.zero_ranks == 1
+    weights = (4 if settings.precision == "fp32" else 2) * num_parameters
+    return weights + (12 if own_master else 16) * num_active // settings.zero_ranks
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far, or of its GPU's allocator."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFigures:
+    """What one rank measured."""
+
+    memory: StepMemory
+    num_parameters: int
+    peak: int
+    ordinary: Traffic
+    """Steps between switches."""
+    switching: Traffic
+    """Steps at whose end the block changed."""

@@ -1,0 +1,206 @@
+"""What a run leaves: losses.csv, loss.png, table.md, and the same table on the screen."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from measure import RankFigures, Traffic, expected_bytes
+from rich.console import Console
+from rich.table import Table
+from settings import Settings
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One optimizer step."""
+
+    step: int
+    """1 is the first; 0 is before it."""
+    loss: float | None
+    """Mean loss of the step's batch, before the step."""
+    held_out: float | None
+    """Mean held-out loss after the step, where it was measured."""
+    block: str
+
+
+@dataclass
+class Curve:
+    """The steps of a run, in order."""
+
+    points: list[Point] = field(default_factory=list)
+
+    def add(self, point: Point) -> None:
+        self.points.append(point)
+
+    @property
+    def num_steps(self) -> int:
+        return self.points[-1].step
+
+    @property
+    def steps(self) -> list[tuple[int, float]]:
+        """(step, training loss)."""
+        return [(point.step, point.loss) for point in self.points if point.loss is not None]
+
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        """(step, held-out loss)."""
+        return [(point.step, point.held_out) for point in self.points if point.held_out is not None]
+
+    @property
+    def periods(self) -> list[tuple[int, int, str]]:
+        """(first step, last step, block) of each stretch on one block."""
+        found = []
+        for block, group in groupby(self.points[1:], key=lambda point: point.block):
+            steps = [point.step for point in group]
+            found.append((steps[0], steps[-1], block))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A finished run."""
+
+    settings: Settings
+    curve: Curve
+    ranks: list[RankFigures]
+    seconds: float
+
+
+def write_losses(curve: Curve, path: Path) -> None:
+    """One line a step; losses with all digits, so that runs can be compared."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "loss", "held_out", "block"])
+        for point in curve.points:
+            losses = ["" if loss is None else repr(loss) for loss in (point.loss, point.held_out)]
+            writer.writerow([point.step, *losses, point.block])
+
+
+def print_report(report: Report, console: Console, folder: Path) -> None:
+    """Print the table and write it to table.md."""
+    rows = [*_loss_rows(report), *_memory_rows(report), *_traffic_rows(report), *_time_rows(report)]
+    table = Table(title=_title(report.settings), show_lines=False, title_justify="left")
+    table.add_column("figure")
+    table.add_column("value")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [f"| {name} | {value} |" for name, value in [("figure", "value"), ("---", "---"), *rows]]
+    (folder / "table.md").write_text("\n".join([_title(report.settings), "", *lines, ""]), encoding="utf-8")
+    console.print(f"losses.csv, loss.png, table.md{' and model/' if report.settings.save else ''} are in {folder}/")
+
+
+def _title(settings: Settings) -> str:
+    where = f"one process for {settings.world_size} ranks" if settings.reference else f"{settings.world_size} ranks"
+    plugin = f"{settings.plugin}, zero stage {settings.zero_stage}, tp {settings.tp}"
+    return f"{settings.optimizer} on {where} ({plugin}, {settings.precision}), {settings.steps} steps"
+
+
+def _loss_rows(report: Report) -> list[tuple[str, str]]:
+    (_, before), (_, after) = report.curve.held_out[0], report.curve.held_out[-1]
+    rows = [
+        ("held-out loss, nats per token", f"{before:.3f} before, {after:.3f} after"),
+        ("held-out perplexity", f"{math.exp(before):,.0f} before, {math.exp(after):,.0f} after"),
+    ]
+    if report.settings.optimizer == "badam":
+        periods = report.curve.periods
+        names = {block for _, _, block in periods}
+        rows.append(
+            ("blocks", f"{len(names)} trained, {len(periods) - 1} switches, {report.settings.switch_every} steps each")
+        )
+    return rows
+
+
+def _memory_rows(report: Report) -> list[tuple[str, str]]:
+    rank = max(report.ranks, key=lambda figures: figures.memory.measured)
+    memory, weights = rank.memory, expected_bytes(report.settings, rank.num_parameters, 0)
+    full = expected_bytes(report.settings, rank.num_parameters, rank.num_parameters)
+    rows = [
+        (
+            "parameters on a rank, in the largest block",
+            f"{rank.num_parameters:,}, {memory.num_active:,} ({memory.block})",
+        ),
+        ("bytes in the step, formula (largest rank)", f"{memory.expected:,} ({memory.expected / MIB:.2f} MiB)"),
+        (
+            "bytes in the step, measured",
+            f"{memory.measured:,} ({memory.measured / memory.expected:.4f} of the formula)",
+        ),
+        ("of these masters, states and gradients", f"{(memory.measured - weights) / MIB:.2f} MiB"),
+    ]
+    if memory.num_active < rank.num_parameters:
+        rows.append(("the same formula with everything active", f"{full / MIB:.2f} MiB"))
+    rows.append(("peak memory of the process", f"{max(figures.peak for figures in report.ranks) / MIB:,.0f} MiB"))
+    return rows
+
+
+def _traffic_rows(report: Report) -> list[tuple[str, str]]:
+    if report.settings.reference:
+        return []
+    ordinary, switching = report.ranks[0].ordinary, report.ranks[0].switching
+    rows = [("collectives per step", _traffic(ordinary))]
+    if switching.steps:
+        rows.append(("collectives in a step that ends a block", _traffic(switching)))
+    return rows
+
+
+def _traffic(traffic: Traffic) -> str:
+    """Average calls and bytes of a step, by kind."""
+    parts = [
+        f"{traffic.calls[name] / traffic.steps:.3g} {name} ({traffic.bytes[name] / traffic.steps / MIB:.3f} MiB)"
+        for name in sorted(traffic.calls)
+    ]
+    return ", ".join(parts) or "none"
+
+
+def _time_rows(report: Report) -> list[tuple[str, str]]:
+    return [("seconds, from start to end", f"{report.seconds:.0f}")]
+
+
+def plot(report: Report, path: Path) -> None:
+    """The loss curve with the periods of the blocks and the held-out losses."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = zip(*report.curve.steps, strict=True)
+    axes.plot(steps, losses, color="0.72", linewidth=0.8, label="training batch")
+    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="training, smoothed")
+    axes.plot(
+        *zip(*report.curve.held_out, strict=True), "o-", color="tab:red", markersize=5, linewidth=1, label="held out"
+    )
+    if report.settings.optimizer == "badam":
+        _mark_blocks(axes, report.curve)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", xlim=(0, report.curve.num_steps))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    figure.suptitle(_title(report.settings))
+    figure.savefig(path, dpi=140)
+
+
+def _mark_blocks(axes: Axes, curve: Curve) -> None:
+    """Shade each period in its block's colour, and name it above."""
+    names = sorted({block for _, _, block in curve.periods})
+    palette = colormaps["tab20"]
+    for first, last, block in curve.periods:
+        axes.axvspan(first - 1, last, color=palette(names.index(block) % 20), alpha=0.16, linewidth=0)
+        axes.axvline(first - 1, color="0.5", linewidth=0.6, linestyle=":")
+        axes.annotate(
+            block, ((first - 1 + last) / 2, 1.01), xycoords=("data", "axes fraction"), rotation=60, fontsize=7,
+            ha="left", va="bottom", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _smooth(losses: tuple[float, ...], weight: float = 0.85) -> list[float]:
+    """Exponential average, without the bias of its start."""
+    smoothed, average = [], 0.0
+    for index, loss in enumerate(losses, start=1):
+        average = weight * average + (1 - weight) * loss
+        smoothed.append(average / (1 - weight**index))
+    return smoothed

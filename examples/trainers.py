@@ -1,0 +1,261 @@
+"""How a batch becomes a step: on the ranks of a ColossalAI booster, or in one process that stands for all of them.
+
+T: tokens in a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import colossalai
+import torch
+import torch.distributed as dist
+from colossalai.booster import Booster
+from colossalai.utils import get_current_device
+from settings import Settings
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from colossal_bcd import AdamW, BlockOptimizer, Lamb
+from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Trainer(Protocol):
+    """What the training loop needs."""
+
+    rank: int
+    model: nn.Module
+    optimizer: Any
+    """The optimizer that the user made."""
+
+    def step(self, batch: Tensor) -> float:
+        """One optimizer step on [sequences, T]; the mean loss of the sequences of this rank."""
+
+    def loss(self, sequences: Tensor) -> Tensor:
+        """Mean loss of [sequences, T]."""
+
+    def share(self, batches: Tensor) -> Tensor:
+        """The part of [batches, ...] that this rank evaluates."""
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Mean over the data-parallel ranks, in float64."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model in HF format."""
+
+    def close(self) -> None:
+        """End communication."""
+
+
+def build_model(settings: Settings, vocab_size: int) -> PreTrainedModel:
+    """A model from a local directory, or a small Llama with random weights that depend on the seed alone."""
+    torch.manual_seed(settings.seed)
+    dtype = DTYPES[settings.precision]
+    if settings.model is not None:
+        return AutoModelForCausalLM.from_pretrained(settings.model, torch_dtype=dtype, local_files_only=True)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.hidden_size * 5 // 2,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=max(settings.sequence_length, 512),
+        use_cache=False,
+    )
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
+    """The same call on one process and under every plugin."""
+    if settings.optimizer == "lamb":
+        return Lamb(model.parameters(), lr=settings.lr)
+    base = AdamW(model.parameters(), lr=settings.lr)
+    if settings.optimizer == "adamw":
+        return base
+    return BlockOptimizer(
+        base,
+        list(model.named_parameters()),
+        switch_block_every=settings.switch_every,
+        switch_mode=settings.switch_mode,
+        include_embedding=settings.embeddings,
+        include_lm_head=settings.embeddings and not model.config.tie_word_embeddings,
+        seed=settings.seed,
+        verbose=0,
+    )
+
+
+def build_scheduler(settings: Settings, optimizer: Optimizer) -> LambdaLR:
+    """Linear warm-up over 5 % of the steps, then a cosine down to a tenth."""
+    warm_up = max(settings.steps // 20, 1)
+
+    def factor(step: int) -> float:
+        progress = max(step - warm_up, 0) / max(settings.steps - warm_up, 1)
+        return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * min(progress, 1.0)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def build_plugin(settings: Settings) -> Any:
+    """The plugins take the arguments of ColossalAI's plugins of the same names."""
+    if settings.plugin == "ddp":
+        return TorchDDPPlugin()
+    common = {"precision": settings.precision, "max_norm": settings.clip, "initial_scale": 2.0**16}
+    if settings.plugin == "zero":
+        return LowLevelZeroPlugin(stage=settings.zero_stage, **common)
+    return HybridParallelPlugin(tp_size=settings.tp, pp_size=1, zero_stage=settings.zero_stage, **common)
+
+
+class BoostedTrainer:
+    """One rank of a run under a ColossalAI plugin."""
+
+    def __init__(self, settings: Settings, vocab_size: int) -> None:
+        self.settings = settings
+        self.rank = dist.get_rank()
+        # ColossalAI lays tensor-parallel ranks side by side.
+        self._data_rank = self.rank // settings.tp
+        model = build_model(settings, vocab_size)
+        self.optimizer = build_optimizer(settings, model)
+        scheduler = build_scheduler(settings, self.optimizer)
+        self._booster = Booster(plugin=build_plugin(settings))
+        self._boosted, self._wrapper, _, _, self._scheduler = self._booster.boost(
+            model, self.optimizer, lr_scheduler=scheduler
+        )
+        self.model = self._boosted.unwrap()
+
+    def step(self, batch: Tensor) -> float:
+        settings = self.settings
+        parts = batch.view(settings.accumulate, settings.data_ranks, settings.micro_batch, -1)
+        total = 0.0
+        for part in parts[:, self._data_rank]:
+            loss = self.loss(part) / settings.accumulate
+            self._booster.backward(loss, self._wrapper)
+            total += loss.item()
+        self._wrapper.step()
+        self._wrapper.zero_grad()
+        self._scheduler.step()
+        return total
+
+    def loss(self, sequences: Tensor) -> Tensor:
+        sequences = sequences.to(get_current_device())
+        return self._boosted(input_ids=sequences, labels=sequences).loss
+
+    def share(self, batches: Tensor) -> Tensor:
+        return batches[self._data_rank :: self.settings.data_ranks]
+
+    def mean(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=get_current_device())
+        dist.all_reduce(total)
+        return (total / dist.get_world_size()).tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def save(self, folder: Path) -> None:
+        self._booster.save_model(self._boosted, str(folder), shard=True, use_safetensors=True)
+
+    def close(self) -> None:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class ReferenceTrainer:
+    """One process that runs every rank's micro-batch one after the other, divides the gradients, and adds them."""
+
+    rank = 0
+
+    def __init__(self, settings: Settings, vocab_size: int) -> None:
+        self.settings = settings
+        self.model = build_model(settings, vocab_size).to(get_current_device())
+        self.optimizer = build_optimizer(settings, self.model)
+        if not isinstance(self.optimizer, BlockOptimizer) and settings.precision != "fp32":
+            # One block that holds everything and never ends: float32 masters, as the plugins make them.
+            self.optimizer = BlockOptimizer(
+                self.optimizer,
+                list(self.model.named_parameters()),
+                [[name for name, _ in self.model.named_parameters()]],
+                switch_block_every=settings.steps + 1,
+                switch_mode="fixed",
+                verbose=0,
+            )
+        self._scheduler = build_scheduler(settings, self.optimizer)
+
+    def step(self, batch: Tensor) -> float:
+        settings = self.settings
+        losses: list[float] = []
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        sums: list[Tensor | None] = [None] * len(trained)
+        for parts in batch.view(settings.accumulate, settings.data_ranks, settings.micro_batch, -1):
+            averages = self._averages(parts, trained, losses)
+            sums = [a if s is None else s if a is None else s + a for s, a in zip(sums, averages, strict=True)]
+        for param, grad in zip(trained, sums, strict=True):
+            param.grad = grad
+        if settings.clip:
+            nn.utils.clip_grad_norm_(trained, settings.clip)
+        del sums, averages
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._scheduler.step()
+        return sum(losses) / settings.data_ranks
+
+    def _averages(self, parts: Tensor, trained: list[nn.Parameter], losses: list[float]) -> list[Tensor | None]:
+        """Mean gradients over the ranks of [ranks, sequences, T]; their losses are appended to `losses`."""
+        averages: list[Tensor | None] = [None] * len(trained)
+        for part in parts:
+            loss = self.loss(part) / self.settings.accumulate
+            loss.backward()
+            losses.append(loss.item())
+            for index, param in enumerate(trained):
+                if param.grad is not None:
+                    share = param.grad.div_(self.settings.data_ranks)
+                    before = averages[index]
+                    averages[index] = share if before is None else before.add_(share)
+                    param.grad = None
+        return averages
+
+    def loss(self, sequences: Tensor) -> Tensor:
+        sequences = sequences.to(get_current_device())
+        return self.model(input_ids=sequences, labels=sequences).loss
+
+    def share(self, batches: Tensor) -> Tensor:
+        return batches
+
+    def mean(self, values: list[float]) -> list[float]:
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def close(self) -> None:
+        pass
+
+
+def make_trainer(settings: Settings, vocab_size: int) -> Trainer:
+    """Build model, optimizer and plugin."""
+    return (ReferenceTrainer if settings.reference else BoostedTrainer)(settings, vocab_size)
+
+
+def launch(settings: Settings) -> int:
+    """Join the process group unless this is the reference; the rank of this process."""
+    install_cpu_accelerator()
+    if get_current_device().type == "cpu":
+        torch.set_num_threads(1)
+    if settings.reference:
+        return 0
+    colossalai.launch_from_torch(seed=settings.seed, verbose=False)
+    return dist.get_rank()
