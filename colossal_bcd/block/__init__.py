@@ -1,0 +1,8 @@
+"""Block coordinate descent: which parameters are a block, which block trains when, and the optimizer that does it."""
+
+from colossal_bcd.block.masters import LocalMasters, Masters
+from colossal_bcd.block.optimizer import BlockOptimizer
+from colossal_bcd.block.partition import Block, partition
+from colossal_bcd.block.schedule import Schedule
+
+__all__ = ["Block", "BlockOptimizer", "LocalMasters", "Masters", "Schedule", "partition"]

@@ -1,0 +1,100 @@
+"""What a BlockOptimizer refuses before it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from colossal_bcd.block.checks import require_choice
+from colossal_bcd.block.partition import match
+from colossal_bcd.block.roster import Roster
+
+
+def require_base(base_optimizer: Any) -> None:
+    """Refuse what cannot be driven block by block.
+
+    Raises:
+        TypeError: not an optimizer.
+        ValueError: LBFGS.
+    """
+    if not isinstance(base_optimizer, Optimizer):
+        raise TypeError(
+            f"base_optimizer: got a {type(base_optimizer).__name__}, expected a torch.optim.Optimizer, such as "
+            "torch.optim.AdamW(model.parameters())"
+        )
+    if isinstance(base_optimizer, LBFGS):
+        raise ValueError(
+            "base_optimizer: got LBFGS, which evaluates the model inside its step and keeps its own list of "
+            "parameters; expected one whose step reads gradients, such as torch.optim.AdamW"
+        )
+
+
+def require_same_parameters(base_optimizer: Optimizer, roster: Roster, trained: Collection[str]) -> None:
+    """Refuse a base optimizer that holds other parameters than the blocks.
+
+    Raises:
+        ValueError: one of its parameters has no name, or one that is to be trained is not in it.
+    """
+    named = {id(param) for param in roster.parameters.values()}
+    held = {id(param) for group in base_optimizer.param_groups for param in group["params"]}
+    if held - named:
+        raise ValueError(
+            f"base_optimizer: {len(held - named)} of its {len(held)} parameters are not in named_parameters_list, "
+            "expected all of them. Pass list(model.named_parameters()) of the model that it was made from; a base "
+            "optimizer that was wrapped before cannot be wrapped again."
+        )
+    missing = [name for name, param in roster.parameters.items() if name in trained and id(param) not in held]
+    if missing:
+        raise ValueError(
+            f"base_optimizer: it lacks {len(missing)} parameters of blocks or active_modules, such as {missing[0]!r}, "
+            "expected all of them. Make it from model.parameters(), or give block_prefix_list without those parameters."
+        )
+
+
+def refuse_corrections(
+    lora_mode: Any, sgd_mode: Any, sgd_lr_scaling: float, sgd_use_sign: bool, lr_warmup_step_afterswitch: int
+) -> None:
+    """Refuse BREAD's arguments, which are in the signature but not in this version.
+
+    Raises:
+        ValueError: one of them is not the default.
+    """
+    require_choice("lora_mode", lora_mode, (None, "all", "partial", "adapter_only"))
+    require_choice("sgd_mode", sgd_mode, ("disabled", "all", "partial"))
+    given = {
+        "lora_mode": (lora_mode, None),
+        "sgd_mode": (sgd_mode, "disabled"),
+        "sgd_lr_scaling": (sgd_lr_scaling, 1.0),
+        "sgd_use_sign": (sgd_use_sign, False),
+        "lr_warmup_step_afterswitch": (lr_warmup_step_afterswitch, 0),
+    }
+    for name, (value, default) in given.items():
+        if value != default:
+            raise ValueError(
+                f"{name}: got {value!r}, but BREAD's corrections of inactive blocks are not available in this version, "
+                f"expected {default!r}. BAdam works without it; in a model with LoRA adapters it trains those of the "
+                "active block; a schedule after a switch can be given to a scheduler of torch.optim.lr_scheduler."
+            )
+
+
+def always_active(active_modules: Sequence[str], roster: Roster) -> tuple[str, ...]:
+    """Canonical names of the trainable parameters of `active_modules`, in model order.
+
+    Raises:
+        TypeError: not a sequence of strings.
+        ValueError: a prefix matches nothing, or nothing that may be trained.
+    """
+    if isinstance(active_modules, str) or not isinstance(active_modules, Sequence):
+        raise TypeError(f"active_modules: got {active_modules!r}, expected a list of prefixes, such as ['lm_head.']")
+    found: set[str] = set()
+    for prefix in active_modules:
+        matched = match(prefix, list(roster.parameters), roster.aliases, "active module")
+        if not matched & roster.trainable:
+            raise ValueError(
+                f"active_modules: {prefix!r} matches {len(matched)} parameters, all frozen before, expected a "
+                "trainable one. Unfreeze them or leave the prefix out."
+            )
+        found |= matched & roster.trainable
+    return tuple(name for name in roster.parameters if name in found)

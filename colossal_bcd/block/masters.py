@@ -1,0 +1,121 @@
+"""The weights that the base optimizer updates, apart from the weights that the model computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Masters(Protocol):
+    """Who holds the masters of the active parameters."""
+
+    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
+        """Take over the parameters that are active from now on.
+
+        Args:
+            groups: active parameters of each param group, which may have none.
+            keep: parameters whose masters survive if they have one; all others are freed and made anew.
+        Returns:
+            What the base optimizer must hold: one tensor for each parameter, in the same order.
+        """
+
+    def load_gradients(self) -> None:
+        """Give every master the gradient of its parameter, None where that has none."""
+
+    def write_back(self) -> None:
+        """Bring the updated masters into the model, and drop the gradients."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of active parameters and of their masters, or make them zero."""
+
+
+class LocalMasters:
+    """Masters of whole parameters on one process.
+
+    bfloat16 and float16 parameters get a float32 clone; every other one is its own master, without a copy.  Gradients
+    are consumed by a step: both kinds have none after it.
+
+    Args:
+        names: name of each parameter, for errors.
+    """
+
+    def __init__(self, names: Mapping[Parameter, str]) -> None:
+        self._names = names
+        self.tensors: dict[Parameter, Tensor] = {}
+        """Master of every active parameter; the parameter itself where it is its own."""
+        self._versions: dict[Parameter, int] = {}
+
+    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
+        self.tensors = {param: master for param, master in self.tensors.items() if param in keep}
+        self.tensors = {param: self._master(param) for group in groups for param in group}
+        self._versions = {param: param._version for param in self.tensors}
+        return [[self.tensors[param] for param in group] for group in groups]
+
+    @torch.no_grad()
+    def load_gradients(self) -> None:
+        """Give every master its gradient in its own dtype.
+
+        Raises:
+            ValueError: a gradient is sparse, or the model was moved or converted since its parameters became active.
+        """
+        for param, master in self.tensors.items():
+            self._check(param, master)
+        for param, master in self.tensors.items():
+            if master is param:
+                continue
+            if param._version != self._versions[param]:
+                self._follow(param, master)
+            if param.grad is not None:
+                master.grad = param.grad.to(master.dtype)
+                param.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for param, master in self.tensors.items():
+            if master is not param:
+                param.copy_(master)
+                self._versions[param] = param._version
+            master.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for param, master in self.tensors.items():
+            if master is not param:
+                master.grad = None
+            if param.grad is not None and set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad = torch.zeros_like(param.grad)
+
+    def _master(self, param: Parameter) -> Tensor:
+        if param in self.tensors:
+            return self.tensors[param]
+        if param.dtype not in LOW_PRECISION:
+            return param
+        return param.detach().to(torch.float32).requires_grad_()
+
+    def _follow(self, param: Parameter, master: Tensor) -> None:
+        """Take over weights that were written into the model from outside, such as by `model.load_state_dict`.
+
+        Where the weight still is the rounded master, the master keeps what rounding lost.
+        """
+        master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+        self._versions[param] = param._version
+
+    def _check(self, param: Parameter, master: Tensor) -> None:
+        if param.device != master.device or (master is param) != (param.dtype not in LOW_PRECISION):
+            raise ValueError(
+                f"parameter {self._names[param]!r} is now {param.dtype} on {param.device}, its master is "
+                f"{master.dtype} on {master.device}: the model was moved or converted after the optimizer was made. "
+                "Make the base optimizer and the BlockOptimizer after model.to(...)."
+            )
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise ValueError(
+                f"parameter {self._names[param]!r} has a sparse gradient, expected a dense one. Build its embedding "
+                "with sparse=False, or leave it out of the blocks."
+            )

@@ -1,0 +1,83 @@
+"""The model's named parameters: which name is which tensor, and which of them may be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import Parameter
+
+_FROZEN = "_colossal_bcd_frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roster:
+    """Named parameters as they were given."""
+
+    parameters: dict[str, Parameter]
+    """Every tensor under the first of its names, which is its canonical one."""
+    aliases: dict[str, str]
+    """Every further name of a tied tensor -> its canonical name."""
+    trainable: frozenset[str]
+    """Canonical names of what the user left trainable."""
+    in_blocks: frozenset[str]
+    """Those of them that blocks may train: all, or in a model with LoRA adapters only the adapters."""
+
+
+def read_roster(named_parameters: Iterable[tuple[str, Parameter]]) -> Roster:
+    """Collect names, ties and what is trainable.
+
+    Args:
+        named_parameters: pairs as of `model.named_parameters()`; two names for one tensor are a tie.
+    Raises:
+        TypeError: not an iterable of (name, tensor).
+        ValueError: a name comes twice.
+    """
+    if not isinstance(named_parameters, Iterable):
+        raise TypeError(
+            f"named_parameters_list: got a {type(named_parameters).__name__}, expected (name, parameter) pairs. "
+            "Pass list(model.named_parameters())."
+        )
+    parameters: dict[str, Parameter] = {}
+    aliases: dict[str, str] = {}
+    canonical: dict[int, str] = {}
+    for item in named_parameters:
+        if not (
+            isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
+        ):
+            raise TypeError(
+                f"named_parameters_list: got an entry of type {type(item).__name__}, expected (name, parameter) pairs. "
+                "Pass list(model.named_parameters())."
+            )
+        name, param = item
+        if name in parameters or name in aliases:
+            raise ValueError(
+                f"named_parameters_list: the name {name!r} comes twice, expected every name once. If the pairs come "
+                "from several models, put a prefix before the names of each."
+            )
+        if id(param) in canonical:
+            aliases[name] = canonical[id(param)]
+        else:
+            canonical[id(param)] = name
+            parameters[name] = param
+    trainable = frozenset(name for name, param in parameters.items() if _is_trainable(param))
+    with_adapters = any(map(_is_adapter, parameters))
+    in_blocks = frozenset(filter(_is_adapter, trainable)) if with_adapters else trainable
+    return Roster(parameters=parameters, aliases=aliases, trainable=trainable, in_blocks=in_blocks)
+
+
+def set_active(param: Parameter, active: bool) -> None:
+    """Let the parameter train or freeze it; what is frozen here is told from what the user froze by a mark on it."""
+    param.requires_grad_(active)
+    setattr(param, _FROZEN, not active)
+    if not active:
+        param.grad = None
+
+
+def _is_trainable(param: Parameter) -> bool:
+    return param.requires_grad or getattr(param, _FROZEN, False)
+
+
+def _is_adapter(name: str) -> bool:
+    return any(component.startswith("lora_") for component in name.split("."))

@@ -1,0 +1,104 @@
+"""Which blocks are active at which step: a pure function of the schedule and of the number of applied steps."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from colossal_bcd.block.checks import require_choice, require_int
+
+Mode: TypeAlias = Literal["random", "ascending", "descending", "fixed"]
+Ranges: TypeAlias = tuple[tuple[int, int], ...]
+
+MODES: tuple[Mode, ...] = ("random", "ascending", "descending", "fixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Order of the blocks.
+
+    A period is `period` applied optimizer steps with one active block per range.  An epoch of a range is as many
+    periods as the range has blocks; each of them is active once in it (but for "fixed").  Nothing is drawn from a
+    global generator, so every process that knows the numbers knows the order.
+
+    Raises:
+        TypeError: a number is not an int.
+        ValueError: a number is out of range, `mode` is unknown, or the ranges do not cover all blocks in order.
+    """
+
+    num_blocks: int
+    period: int
+    """Applied optimizer steps between two switches."""
+    mode: Mode = "random"
+    """"random": a new permutation every epoch; "ascending", "descending": by index, wrapping; "fixed": one block."""
+    seed: int = 0
+    start_block: int | None = None
+    """First active block of the range that it is in; None: the first one by the order."""
+    ranges: Ranges = ()
+    """Half-open ranges of blocks, each with its own order and its own active block; (): one over all blocks."""
+
+    def __post_init__(self) -> None:
+        require_int("number of blocks", self.num_blocks, 1)
+        require_int("switch_block_every", self.period, 1)
+        require_choice("switch_mode", self.mode, MODES)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed: got {self.seed!r} of type {type(self.seed).__name__}, expected an int")
+        if self.start_block is not None:
+            require_int("start_block", self.start_block, 0)
+            if self.start_block >= self.num_blocks:
+                raise ValueError(
+                    f"start_block: got {self.start_block}, expected an index of one of the {self.num_blocks} blocks, "
+                    f"0 to {self.num_blocks - 1}"
+                )
+        ranges = tuple((start, stop) for start, stop in self.ranges) or ((0, self.num_blocks),)
+        object.__setattr__(self, "ranges", ranges)
+        bounds = [0]
+        for start, stop in ranges:
+            require_int("block_ranges", start, 0)
+            require_int("block_ranges", stop, 0)
+            if start != bounds[-1] or stop < start:
+                break
+            bounds.append(stop)
+        if len(bounds) != len(ranges) + 1 or bounds[-1] != self.num_blocks:
+            raise ValueError(
+                f"block_ranges: got {ranges}, expected half-open ranges, one after the other, that cover the "
+                f"{self.num_blocks} blocks, such as ((0, {self.num_blocks}),)"
+            )
+
+    def order(self, range_index: int, epoch: int) -> tuple[int, ...]:
+        """Indices of the blocks of a range in the order in which they are active in an epoch; "fixed": just one."""
+        start, stop = self.ranges[range_index]
+        blocks = list(range(start, stop))
+        first = self.start_block if self.start_block in blocks else None
+        if self.mode == "fixed":
+            return (first if first is not None else start,) if blocks else ()
+        if self.mode == "random":
+            # A str seed goes through SHA-512, independent of PYTHONHASHSEED and of the platform.
+            random.Random(f"blocks {start}-{stop} of seed {self.seed}, epoch {epoch}").shuffle(blocks)
+            if first is not None and epoch == 0:
+                blocks.remove(first)
+                blocks.insert(0, first)
+            return tuple(blocks)
+        if self.mode == "descending":
+            blocks.reverse()
+        turn = blocks.index(first) if first is not None else 0
+        return tuple(blocks[turn:] + blocks[:turn])
+
+    def active(self, num_steps: int) -> tuple[int, ...]:
+        """Indices of the blocks that are active in the step that follows `num_steps` applied steps.
+
+        One per range that has blocks, in the order of the ranges.
+        """
+        turn = num_steps // self.period
+        active = []
+        for index, (start, stop) in enumerate(self.ranges):
+            if start < stop:
+                epoch, position = divmod(turn, stop - start)
+                order = self.order(index, epoch)
+                active.append(order[position % len(order)])
+        return tuple(active)
+
+    def is_switch(self, num_steps: int) -> bool:
+        """Whether a period ends with the applied step that makes them `num_steps`."""
+        return num_steps > 0 and num_steps % self.period == 0

@@ -1,0 +1,104 @@
+"""State dict of a block optimizer on one process: the base optimizer's, and where in which block it was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.block.masters import LOW_PRECISION, LocalMasters
+
+if TYPE_CHECKING:
+    from colossal_bcd.block.optimizer import BlockOptimizer
+
+
+def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:
+    """State and hyper-parameters of the base optimizer, progress, identity of the blocks, float32 masters by name."""
+    tensors = _local(optimizer).tensors
+    masters = {
+        name: tensors[param].detach()
+        for name, param in optimizer.named_parameters.items()
+        if param in tensors and tensors[param] is not param
+    }
+    block = {
+        "num_steps": optimizer.num_steps,
+        "identity": optimizer.identity(),
+        "groups": optimizer.group_names(optimizer.num_steps),
+        "masters": masters,
+    }
+    return {**optimizer.base_optimizer.state_dict(), "block": block}
+
+
+def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> None:
+    """Check everything, then activate the block and load masters and state."""
+    _local(optimizer)
+    if "block" not in snapshot:
+        raise ValueError(
+            f"load_state_dict: got a state with {', '.join(map(repr, snapshot))}, expected also 'block'. It is not one "
+            "of a BlockOptimizer; a plain optimizer's state cannot tell which block it belongs to."
+        )
+    block = snapshot["block"]
+    _check_identity(optimizer.identity(), block["identity"])
+    _check_groups(optimizer.group_names(block["num_steps"]), block["groups"])
+    _check_masters(optimizer, block)
+    optimizer.resume_at(block["num_steps"])
+    tensors = _local(optimizer).tensors
+    with torch.no_grad():
+        for name, master in block["masters"].items():
+            tensors[optimizer.named_parameters[name]].copy_(master)
+    optimizer.load_base_state({key: value for key, value in snapshot.items() if key != "block"})
+
+
+def _local(optimizer: BlockOptimizer) -> LocalMasters:
+    if not isinstance(optimizer.masters, LocalMasters):
+        raise ValueError(
+            "state dict of a BlockOptimizer: an engine holds the masters, so it is incomplete here. Use "
+            "booster.save_optimizer and booster.load_optimizer."
+        )
+    return optimizer.masters
+
+
+def _check_identity(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    different = [key for key in ours if ours[key] != theirs.get(key)]
+    if not different:
+        return
+    if "blocks" in different:
+        got, expected = [[name for name, _ in identity["blocks"]] for identity in (theirs, ours)]
+        detail = f"blocks {got}, expected {expected}" if got != expected else f"the blocks {got} with other parameters"
+    else:
+        names = {"period": "switch_block_every", "mode": "switch_mode", "ranges": "block_ranges"}
+        detail = "; ".join(f"{names.get(key, key)} {theirs.get(key)!r}, expected {ours[key]!r}" for key in different)
+    raise ValueError(
+        f"load_state_dict: got a state of {detail}. Make the BlockOptimizer with the arguments of the run that saved "
+        "it."
+    )
+
+
+def _check_groups(ours: list[list[str]], theirs: list[list[str]]) -> None:
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"load_state_dict: got a state of {len(theirs)} param groups, expected {len(ours)}. Make the base "
+            "optimizer with the groups of the run that saved it."
+        )
+    for index, (expected, got) in enumerate(zip(ours, theirs, strict=True)):
+        if expected != got:
+            raise ValueError(
+                f"load_state_dict: got a state with {got} active in param group {index}, expected {expected}. Make the "
+                "base optimizer with the groups of the run that saved it, in the same order."
+            )
+
+
+def _check_masters(optimizer: BlockOptimizer, block: dict[str, Any]) -> None:
+    masters: dict[str, Tensor] = block["masters"]
+    active = {name: optimizer.named_parameters[name] for group in block["groups"] for name in group}
+    ours = {name: tuple(param.shape) for name, param in active.items() if param.dtype in LOW_PRECISION}
+    theirs = {name: tuple(master.shape) for name, master in masters.items()}
+    if ours != theirs:
+        name = sorted(dict(ours.items() ^ theirs.items()))[0]
+        raise ValueError(
+            f"load_state_dict: the state has a float32 master of shape {theirs.get(name)} for parameter {name!r}, "
+            f"expected {ours.get(name)} (None: no master, as of a float32 parameter). Load into a model of the same "
+            "shapes and dtype."
+        )
