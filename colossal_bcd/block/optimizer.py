@@ -112,6 +112,8 @@ class BlockOptimizer(Optimizer):
         )
         self.ranges_given = block_ranges is not None
         """Whether the user chose the ranges; a pipeline then leaves them as they are."""
+        self.ranges_given = block_ranges is not None
+        """Whether the user chose the ranges; an engine then leaves them alone."""
         self.always_active: tuple[str, ...] = always_active(active_modules, roster)
         """Canonical names of the parameters of `active_modules`, in model order."""
         trained = {name for block in self.blocks for name in block.parameters}.union(self.always_active)
