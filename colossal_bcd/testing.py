@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -102,22 +104,26 @@ def _rank_main(
 
 
 _COUNTED = {
-    "all_reduce": 0,
-    "broadcast": 0,
-    "reduce": 0,
-    "all_gather_into_tensor": 0,
-    "reduce_scatter_tensor": 1,
-    "all_gather": 0,
-    "reduce_scatter": 1,
-    "all_to_all_single": 1,
-    "all_to_all": 1,
-    "send": 0,
-    "isend": 0,
+    "all_reduce": "tensor",
+    "broadcast": "tensor",
+    "reduce": "tensor",
+    "gather": "tensor",
+    "scatter": "tensor",
+    "all_gather_into_tensor": "output_tensor",
+    "reduce_scatter_tensor": "input",
+    "all_gather": "tensor_list",
+    "reduce_scatter": "input_list",
+    "all_to_all_single": "input",
+    "all_to_all": "input_tensor_list",
+    "send": "tensor",
+    "isend": "tensor",
     "barrier": None,
     "all_gather_object": None,
+    "gather_object": None,
     "broadcast_object_list": None,
+    "scatter_object_list": None,
 }
-"""Functions of torch.distributed, each with the position of the argument whose bytes count."""
+"""Functions of torch.distributed, each with the argument whose bytes count."""
 
 
 class CollectiveCounter:
@@ -134,31 +140,38 @@ class CollectiveCounter:
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def __enter__(self) -> CollectiveCounter:
-        for name, position in _COUNTED.items():
+        for name, payload in _COUNTED.items():
             self._originals[name] = getattr(dist, name)
-            setattr(dist, name, self._counting(name, position))
+            self._replace(name, self._counting(self._originals[name], payload))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, original in self._originals.items():
-            setattr(dist, name, original)
+            self._replace(name, original)
+
+    def _replace(self, name: str, function: Callable[..., Any]) -> None:
+        setattr(dist, name, function)
+        if name == "isend":
+            # dist.P2POp refuses operations other than its module's own isend and irecv.
+            setattr(dist.distributed_c10d, name, function)
 
     @property
     def total(self) -> int:
         """Number of calls of any kind."""
         return self.calls.total()
 
-    def _counting(self, name: str, position: int | None) -> Callable[..., Any]:
-        original = self._originals[name]
+    def _counting(self, original: Callable[..., Any], payload: str | None) -> Callable[..., Any]:
+        signature = inspect.signature(original)
 
+        @functools.wraps(original)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls[name] += 1
-            if position is not None:
-                payload = args[position] if len(args) > position else next(iter(kwargs.values()))
-                tensors = payload if isinstance(payload, (list, tuple)) else [payload]
-                self.bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.calls[original.__name__] += 1
+            if payload is not None:
+                buffers = signature.bind(*args, **kwargs).arguments[payload]
+                tensors = buffers if isinstance(buffers, (list, tuple)) else [buffers]
+                self.bytes[original.__name__] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             return original(*args, **kwargs)
 
         return counted
@@ -194,9 +207,11 @@ class PeakBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __enter__(self) -> PeakBytes:
+        # A collection in the middle of the walk would take tensors away from under it.
+        gc.collect()
         for item in gc.get_objects():
-            if issubclass(type(item), Tensor):
-                self._known.update(storages(item))
+            if issubclass(type(item), Tensor) and item.layout == torch.strided:
+                self._watch(item.untyped_storage(), 0)
         super().__enter__()
         return self
 
@@ -204,12 +219,14 @@ class PeakBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self._see(leaf.untyped_storage())
+                storage = leaf.untyped_storage()
+                self._watch(storage, storage.nbytes())
         return result
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
-        if size == 0 or address in self._known:
+    def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count a storage as `size` bytes until it is freed; its address may then be another's."""
+        address = storage.data_ptr()
+        if storage.nbytes() == 0 or address in self._known:
             return
         self._known.add(address)
         self.current += size

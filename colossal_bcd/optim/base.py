@@ -82,7 +82,8 @@ class ShardedOptimizer(Optimizer):
             if param not in layouts:
                 raise ValueError(f"bind: parameter {index} of shape {tuple(param.shape)} has no layout")
             self._check(index, param, layouts[param])
-            mesh.communicates(layouts[param].axes)
+            for axis in layouts[param].axes:
+                mesh.communicates((axis,))
         self._layouts = {param: layouts[param] for param in params}
         self._mesh = mesh
         for param in [param for param in self.state if param not in self._layouts]:

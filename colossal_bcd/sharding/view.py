@@ -14,18 +14,29 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+ROW = 4096
+"""Values that are added up one after the other; a float32 sum loses digits in proportion to them."""
+
+
 class ShardView:
     """The data of one parameter on this rank, flat, and requests for quantities of the whole parameter.
 
     Attributes:
         param: [n] values to update in place; padding is not among them.
-        grad: [n] gradient, in float32 or wider; not to be written.
     """
 
     def __init__(self, layout: Layout, param: Tensor, grad: Tensor) -> None:
         self.layout = layout
         self.param = self.flat(param)
-        self.grad = self.flat(grad).to(wide(param.dtype))
+        self._grad = self.flat(grad)
+
+    @property
+    def grad(self) -> Tensor:
+        """[n] gradient, in float32 or wider; not to be written.
+
+        Of a low-precision gradient every read is a new copy, so that none is kept alive between rounds.
+        """
+        return self._grad.to(wide(self.param.dtype))
 
     def flat(self, tensor: Tensor) -> Tensor:
         """[n] prefix of a local tensor (of `layout.local_shape`) that is data, as a view."""
@@ -40,4 +51,6 @@ class ShardView:
             Request that resolves to a scalar.
         """
         x = x.to(wide(x.dtype))
-        return Sum(torch.dot(x, x), self.layout.axes)
+        whole = x.numel() // ROW * ROW
+        norms = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1)
+        return Sum(torch.dot(norms, norms) + torch.dot(x[whole:], x[whole:]), self.layout.axes)

@@ -1,0 +1,147 @@
+"""Who may import whom, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "colossal_bcd"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "__init__": set(),
+    "sharding": set(),
+    "optim": {"sharding"},
+    "block": {"optim", "sharding"},
+    "booster": {"block", "optim", "sharding"},
+    "memory": {"optim", "sharding"},
+    "cli": {"memory"},
+    "compat": {"booster", "block", "optim", "sharding"},
+    "testing": {"sharding"},
+}
+"""Parts of the package that each part may import, itself aside."""
+
+LIBRARIES = {
+    "booster": {"torch", "colossalai", "transformers", "peft", "bitsandbytes"},
+    "cli": {"click", "rich"},
+}
+"""Libraries beside Python's own that a part may import; torch for the others."""
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Full dotted names of what a file imports anywhere in it, and `torch.distributed` where it reaches for it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            names.add("torch.distributed")
+    return names
+
+
+def by_path(path):
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=by_path)
+def test_imports_of_the_package_follow_the_dependency_rule(path):
+    part = part_of(path)
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("colossal_bcd.")}
+    assert parts <= MAY_IMPORT[part] | {part}
+
+
+@pytest.mark.parametrize("path", FILES, ids=by_path)
+def test_imports_of_libraries_are_torch_outside_booster(path):
+    libraries = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names - {"colossal_bcd"}
+    assert libraries <= LIBRARIES.get(part_of(path), {"torch"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=by_path)
+def test_imports_of_torch_distributed_stay_where_communication_is(path):
+    reaches = any(name == "torch.distributed" or name.startswith("torch.distributed.") for name in imported(path))
+    allowed = by_path(path) in {"sharding/mesh.py", "sharding/rounds.py", "testing.py"} or part_of(path) == "booster"
+    assert allowed or not reaches
+
+
+@pytest.mark.parametrize("path", FILES, ids=by_path)
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch.distributed as dist", {"torch.distributed"}),
+        ("from torch import distributed", {"torch.distributed"}),
+        ("from torch.distributed import all_reduce", {"torch.distributed.all_reduce"}),
+        ("import torch\nx = torch.distributed.all_reduce", {"torch", "torch.distributed"}),
+        ("def f():\n    import colossalai", {"colossalai"}),
+    ],
+    ids=["import", "from torch", "from distributed", "attribute", "in a function"],
+)
+def test_imported_sees_every_form(tmp_path, source, names):
+    """Guards the walk itself."""
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert imported(path) == names
+
+
+def run_python(code):
+    """Standard output of a clean interpreter; anything on standard error fails."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+WATCHED = """
+import logging, os, random, sys, threading
+import torch
+def world():
+    return (dict(os.environ), list(sys.path), threading.active_count(), logging.root.level, list(logging.root.handlers),
+            random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(),
+            torch.is_grad_enabled(), torch.distributed.is_initialized())
+before = world()
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["colossal_bcd", "colossal_bcd.sharding", "colossal_bcd.optim", "colossal_bcd.testing"]
+)
+def test_import_loads_torch_alone_and_takes_no_action(name):
+    code = (
+        f"{WATCHED}\nimport {name}\nassert world() == before\n"
+        "libraries = ('colossalai', 'transformers', 'peft', 'bitsandbytes', 'torch.distributed.run', "
+        "'torch.distributed.launch', 'torch.distributed.elastic.agent')\n"
+        "print([library for library in libraries if library in sys.modules])"
+    )
+    assert run_python(code) == "[]\n"
+
+
+def test_import_of_the_package_defers_its_parts():
+    loaded = "print([name for name in sys.modules if name.startswith(('colossal_bcd.', 'torch'))])"
+    assert run_python(f"import sys, colossal_bcd\n{loaded}") == "[]\n"
+
+
+def test_package_exports_resolve():
+    code = "import colossal_bcd\nfor name in colossal_bcd.__all__: assert getattr(colossal_bcd, name).__name__ == name"
+    run_python(code)
+
+
+def test_package_lists_its_exports_and_refuses_others():
+    import colossal_bcd
+
+    assert set(colossal_bcd.__all__) <= set(dir(colossal_bcd))
+    with pytest.raises(AttributeError, match="no attribute 'Adam'"):
+        _ = colossal_bcd.Adam

@@ -1,0 +1,204 @@
+"""Packing, ordering, dtypes and waves of rounds."""
+
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from colossal_bcd.sharding import Mesh, Sum, Task, resolve, run_rounds
+from colossal_bcd.testing import CollectiveCounter, run_ranks
+
+
+class MirrorMesh(Mesh):
+    """A mesh whose other ranks hold what this one holds: a sum over an axis is a product with its size."""
+
+    def __init__(self, **sizes):
+        super().__init__()
+        self._groups = {axis: (axis,) * (size > 1) for axis, size in sizes.items()}
+        self.sizes = sizes
+        self.sent = []
+
+    def all_reduce(self, tensor, axis):
+        self.sent.append((axis, tensor.dtype, tensor.tolist()))
+        tensor.mul_(self.sizes[axis])
+
+
+def asking(values, axes, log=None):
+    """A rule that makes one request per value, one after the other, and logs the answers."""
+    for value in values:
+        (answer,) = yield (Sum(torch.as_tensor(value), axes),)
+        if log is not None:
+            log.append(answer)
+
+
+def task(rule, axes=("tp",), num_bytes=1):
+    return Task(rule, axes, num_bytes)
+
+
+def test_resolve_packs_a_round_into_one_collective_per_axis():
+    mesh = MirrorMesh(tp=2, zero=3)
+    requests = [
+        Sum(torch.tensor([1.0, 2.0]), ("zero", "tp")),
+        Sum(torch.tensor(3.0), ("tp",)),
+        Sum(torch.tensor([[4.0], [5.0]]), ("zero",)),
+        Sum(torch.tensor(6.0), ()),
+    ]
+    answers = resolve(requests, mesh)
+    assert mesh.sent == [("zero", torch.float32, [1, 2, 4, 5]), ("tp", torch.float32, [3, 6, 3])]
+    assert [answer.tolist() for answer in answers] == [[6, 12], 6, [[12], [15]], 6]
+    assert [answer.shape for answer in answers] == [request.value.shape for request in requests]
+
+
+def test_resolve_leaves_the_requested_values_alone():
+    values = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)]
+    resolve([Sum(value, ("tp",)) for value in values], MirrorMesh(tp=2))
+    assert [value.tolist() for value in values] == [[1, 2], 3]
+
+
+def test_resolve_reduces_in_float32_or_wider_and_answers_in_the_dtype_asked():
+    single, double, half = torch.tensor(1.0), torch.tensor(2.0).double(), torch.tensor(3.0).bfloat16()
+    mesh = MirrorMesh(tp=2, zero=2, pp=2)
+    answers = resolve([Sum(single, ("tp", "zero")), Sum(double, ("tp",)), Sum(half, ("zero", "pp"))], mesh)
+    assert mesh.sent == [
+        ("tp", torch.float64, [1, 2]),
+        ("zero", torch.float32, [2, 3]),
+        ("pp", torch.float32, [6]),
+    ]
+    assert [answer.dtype for answer in answers] == [torch.float32, torch.float64, torch.bfloat16]
+    assert [answer.item() for answer in answers] == [4, 4, 12]
+
+
+def test_resolve_skips_an_axis_of_one_rank_and_takes_empty_values():
+    mesh = MirrorMesh(tp=1, zero=2)
+    answers = resolve([Sum(torch.zeros(0), ("zero",)), Sum(torch.tensor(2.0), ("tp", "zero"))], mesh)
+    assert mesh.sent == [("zero", torch.float32, [2])]
+    assert [answer.tolist() for answer in answers] == [[], 4]
+
+
+def test_resolve_refuses_an_axis_that_the_mesh_lacks():
+    with pytest.raises(ValueError, match=r"mesh axis 'pp' is in a layout but not in the mesh, which has \['tp'\]"):
+        resolve([Sum(torch.tensor(1.0), ("pp",))], MirrorMesh(tp=2))
+
+
+def test_run_rounds_refuses_an_axis_that_the_mesh_lacks():
+    with pytest.raises(ValueError, match="mesh axis 'pp'"):
+        run_rounds([task(asking([1.0], ("pp",)), ("pp",))], MirrorMesh(tp=2))
+
+
+def test_run_rounds_answers_each_rule_its_own_requests():
+    mesh, logs = MirrorMesh(tp=2), [[], [], []]
+    rules = [asking([10.0 * i + j for j in range(i)], ("tp",), logs[i]) for i in range(3)]
+    run_rounds([task(rule) for rule in rules], mesh)
+    assert [[answer.item() for answer in log] for log in logs] == [[], [20], [40, 42]]
+    # Rule 0 asks for nothing; rules 1 and 2 share the first round; the second is rule 2's alone.
+    assert mesh.sent == [("tp", torch.float32, [10, 20]), ("tp", torch.float32, [21])]
+
+
+def test_run_rounds_gives_a_tuple_of_requests_a_tuple_of_answers():
+    answers = []
+
+    def rule():
+        answers.extend((yield (Sum(torch.tensor(1.0), ("tp",)), Sum(torch.tensor(2.0), ()))))
+        answers.extend((yield ()))
+        answers.extend((yield (Sum(torch.tensor(3.0), ("tp",)),)))
+
+    run_rounds([task(rule())], MirrorMesh(tp=2))
+    assert [answer.item() for answer in answers] == [2, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "budget", "waves"),
+    [
+        ([1] * 6, 6, [6]),
+        ([1] * 6, 3, [3, 3]),
+        ([1] * 5, 2, [2, 2, 1]),
+        ([5, 1, 1, 5, 1], 3, [1, 2, 1, 1]),
+        ([1] * 3, 0, [1, 1, 1]),
+        ([0] * 4, 0, [4]),
+    ],
+    ids=["one", "two", "short last", "larger than the budget", "no budget", "free"],
+)
+def test_run_rounds_makes_waves_within_the_budget(num_bytes, budget, waves):
+    mesh = MirrorMesh(tp=2)
+    rules = [asking([float(i), -float(i)], ("tp",)) for i in range(len(num_bytes))]
+    run_rounds([task(rule, num_bytes=size) for rule, size in zip(rules, num_bytes, strict=True)], mesh, budget)
+    assert [len(values) for _, _, values in mesh.sent] == [size for size in waves for _ in range(2)]
+    first = [value for _, _, values in mesh.sent[::2] for value in values]
+    assert first == [float(i) for i in range(len(num_bytes))]
+
+
+class Temporary:
+    """Stands for a rule's temporaries; counts how many are alive."""
+
+    def __init__(self, alive):
+        alive.add(self)
+
+
+def holding(alive, peaks, axes):
+    temporary = Temporary(alive)
+    (answer,) = yield (Sum(torch.tensor(1.0), axes),)
+    peaks.append(len(alive))
+    assert answer.item() == (2 if axes else 1)
+    del temporary
+
+
+@pytest.mark.parametrize(
+    ("axes", "budget", "peak"), [((), 100, 1), (("zero",), 100, 1), (("tp",), 3, 3), (("tp",), 100, 10)], ids=str
+)
+def test_run_rounds_keeps_only_a_wave_of_temporaries_alive(axes, budget, peak):
+    """`zero` has one rank: without another rank to ask, rules run one at a time."""
+    mesh, alive, peaks = MirrorMesh(tp=2, zero=1), weakref.WeakSet(), []
+    value_axes = axes if axes != ("zero",) else ()
+    tasks = (task(holding(alive, peaks, value_axes), axes) for _ in range(10))
+    run_rounds(tasks, mesh, budget)
+    assert max(peaks) == peak
+    assert len(peaks) == 10
+    assert not alive
+
+
+def test_run_rounds_takes_tasks_lazily():
+    """A task whose construction allocates is built when its turn comes."""
+    finished, taken = [], []
+
+    def rule(i):
+        yield from ()
+        finished.append(i)
+
+    def tasks():
+        for i in range(4):
+            taken.append(len(finished))
+            yield task(rule(i), ())
+
+    run_rounds(tasks(), Mesh())
+    assert taken == [0, 1, 2, 3]
+
+
+def test_run_rounds_lets_an_error_of_a_rule_through():
+    def rule():
+        yield (Sum(torch.tensor(1.0), ("tp",)),)
+        raise ArithmeticError("rule")
+
+    with pytest.raises(ArithmeticError, match="rule"):
+        run_rounds([task(rule())], MirrorMesh(tp=2))
+
+
+def sum_over_two_groups():
+    rank = dist.get_rank()
+    rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    alone = [dist.new_group([i]) for i in range(4)]
+    mesh = Mesh({"zero": (rows[rank // 2], columns[rank % 2]), "tp": rows[rank // 2], "pp": alone[rank]})
+    log = []
+    with CollectiveCounter() as counter:
+        run_rounds([task(asking([10.0**rank], axes, log), axes) for axes in (("zero",), ("tp",), ("pp",))], mesh)
+    assert not mesh.communicates(("pp",))
+    return [answer.item() for answer in log], counter.total
+
+
+def test_mesh_axis_of_two_groups_sums_over_their_product():
+    (first, calls), *_, (last, _) = run_ranks(4, sum_over_two_groups)
+    # "pp" has one rank and is answered at once; "zero" is two all-reduces, one per group, and "tp" one.
+    assert first == [1, 1111, 11]
+    assert last == [1000, 1111, 1100]
+    assert calls == 3
