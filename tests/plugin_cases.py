@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import models
+import references
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
@@ -57,8 +58,6 @@ def plugin_of(options: dict[str, Any]) -> Any:
 
 def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> dict[str, Any]:
     """Masters after `STEPS` steps on given gradients, against the float64 reference; collectives of the inner step."""
-    import references
-
     model = build(kind, vocab)
     names = {id(param): name for name, param in model.named_parameters()}
     full = {name: param.detach().bfloat16().double() for name, param in model.named_parameters()}
@@ -67,8 +66,9 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
     scheduler = torch.optim.lr_scheduler.LambdaLR(ours, factor)
     booster = Booster(plugin=plugin_of(options))
     model, engine, *_ = booster.boost(model, ours)
-    step_one = references.STEPS[optimizer]
+    reference = getattr(references, optimizer.lower())
     states: dict[str, dict[str, Any]] = {name: {} for name in full}
+    largest_step = 0.0
     for step in range(STEPS):
         for param in engine.layouts:
             grad = gradient(names[id(param)], engine.layouts[param].shape, step)
@@ -83,7 +83,8 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
             grad = gradient(name, tuple(weight.shape), step)
             if grad is not None:
                 lr = LR * (1.0 if weight.dim() > 1 else 0.5) * factor(step)
-                step_one(weight, grad.double(), states[name], lr=lr, weight_decay=decay[name])
+                full[name] = reference(weight, grad.double(), states[name], lr=lr, weight_decay=decay[name])
+                largest_step = max(largest_step, (full[name] - weight).abs().max().item())
         scheduler.step()
     worst = 0.0
     for param in engine.layouts:
@@ -95,7 +96,10 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
         shard = working.shard(full[names[id(param)]]).view(-1)[: working.num_local]
         close = torch.allclose(param.detach().view(-1)[: working.num_local].double(), shard, rtol=2**-7, atol=1e-5)
         assert close, f"working weight {names[id(param)]} differs from its master"
-    return {"error": worst, "calls": dict(counter.calls), "replicas": _replicas_equal(engine)}
+    # Each step rounds the weight once and its update a few times, all in float32.
+    largest = max(weight.abs().max().item() for weight in full.values())
+    bound = STEPS * 2**-24 * (largest + 16 * largest_step)
+    return {"error": worst, "bound": bound, "calls": dict(counter.calls), "replicas": _replicas_equal(engine)}
 
 
 def _replicas_equal(engine: Any) -> bool:
@@ -107,3 +111,56 @@ def _replicas_equal(engine: Any) -> bool:
             if not torch.equal(largest, param.detach().float()):
                 return False
     return True
+
+
+class Branches(nn.Module):
+    """Three layers of which a batch may use any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(5, 3) for _ in range(3))
+        for param in self.parameters():
+            nn.init.zeros_(param)
+
+    def forward(self, x: Tensor, use: tuple[str, ...]) -> Tensor:
+        return sum(getattr(self, name)(x).sum() for name in use)
+
+
+def missing_on_one_rank(stage: int) -> dict[str, bool]:
+    """Rank 0 uses `first` and `second`, rank 1 only `second`, none uses `third`."""
+    model = Branches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=stage, precision="fp32"))
+    model, engine, *_ = booster.boost(model, optimizer)
+    use = ("first", "second") if dist.get_rank() == 0 else ("second",)
+    booster.backward(model(torch.ones(1, 5), use=use), engine)
+    engine.step()
+    after = {name: param.detach() for name, param in model.module.named_parameters()}
+    return {
+        "half": all(
+            (after[f"first.{p}"] == -0.5).all() and (after[f"second.{p}"] == -1).all() for p in ("weight", "bias")
+        ),
+        "untouched": bool((after["third.weight"] == 0).all()),
+    }
+
+
+def different_start() -> bool:
+    """Without ZeRO the ranks begin with the first one's weights, as under torch's DDP."""
+    model = models.llama(seed=dist.get_rank())
+    want = [param.detach().clone() for param in models.llama(seed=0).parameters()]
+    plugin = HybridParallelPlugin(tp_size=1, pp_size=1, zero_stage=0, precision="fp32")
+    model, *_ = Booster(plugin=plugin).boost(model, colossal_bcd.AdamW(model.parameters()))
+    return all(torch.equal(a, b) for a, b in zip(model.module.parameters(), want, strict=True))
+
+
+def scheduler_after_boosting() -> list[float]:
+    """A scheduler made on the boosted optimizer itself."""
+    model = models.llama()
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=1, precision="bf16"))
+    model, engine, *_ = booster.boost(model, colossal_bcd.Lamb(groups(model)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(engine, lambda step: 1.0)
+    for _ in range(2):
+        booster.backward(model(input_ids=models.tokens(0), labels=models.tokens(0)).loss, engine)
+        engine.step()
+        scheduler.step()
+    return [group["lr"] for group in engine.optim.param_groups]
