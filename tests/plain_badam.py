@@ -17,7 +17,7 @@ def train(
     micro_batches: Callable[[int], Sequence[Tensor]],
     make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
     max_norm: float = 0.0,
-    loss_scale: float = 1.0,
+    accumulate: int = 1,
 ) -> list[list[float]]:
     """Train one block after another and return the losses of each step's micro-batches.
 
@@ -29,7 +29,7 @@ def train(
         micro_batches: token ids of each micro-batch by step; their gradients are taken apart, divided, then added.
         make_optimizer: a fresh optimizer on the masters of a block.
         max_norm: clip the norm of the block's gradient, 0 does not.
-        loss_scale: multiplies the loss, and is divided out of the float32 gradient.
+        accumulate: micro-batches of one rank; theirs add up before the ranks' gradients are divided and added.
     """
     losses: list[list[float]] = []
     for turn in order:
@@ -43,24 +43,25 @@ def train(
             batches = micro_batches(len(losses))
             sums: list[Tensor | None] = [None] * len(active)
             seen = []
-            for batch in batches:
-                loss = model(input_ids=batch, labels=batch).loss
-                (loss * loss_scale).backward()
-                seen.append(loss.item())
+            for first in range(0, len(batches), accumulate):
+                for batch in batches[first : first + accumulate]:
+                    loss = model(input_ids=batch, labels=batch).loss
+                    (loss / accumulate).backward()
+                    seen.append(loss.item())
                 for i, param in enumerate(active):
                     assert param.grad is not None
-                    part = param.grad / len(batches)
+                    part = param.grad / (len(batches) // accumulate)
                     sums[i] = part if sums[i] is None else sums[i] + part
                     param.grad = None
             losses.append(seen)
-            _step(optimizer, active, masters, sums, max_norm, loss_scale)
+            _step(optimizer, active, masters, sums, max_norm)
     return losses
 
 
 @torch.no_grad()
-def _step(optimizer: Any, active: Any, masters: Any, sums: Any, max_norm: float, loss_scale: float) -> None:
+def _step(optimizer: Any, active: Any, masters: Any, sums: Any, max_norm: float) -> None:
     for master, total in zip(masters, sums, strict=True):
-        master.grad = total.to(master.dtype) / loss_scale
+        master.grad = total.to(master.dtype)
     if max_norm:
         norm = torch.stack([master.grad.square().sum() for master in masters]).sum().sqrt()
         for master in masters:

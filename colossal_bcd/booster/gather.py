@@ -15,8 +15,12 @@ from torch.nn import Parameter
 class PendingGather:
     """One bucket on its way; `wait` writes it into the parameters, once."""
 
-    def __init__(self, params: Sequence[Parameter], lengths: Sequence[int], buffer: Tensor, work: dist.Work | None):
+    def __init__(
+        self, params: Sequence[Parameter], lengths: Sequence[int], row: Tensor, buffer: Tensor, work: dist.Work | None
+    ) -> None:
         self._params, self._lengths, self._buffer, self._work = params, lengths, buffer, work
+        # A collective under way does not own what it sends.
+        self._row = row
 
     def wait(self) -> None:
         """Block until the bucket has arrived and its parameters hold the new values."""
@@ -29,7 +33,7 @@ class PendingGather:
             rows = self._buffer[:, offset : offset + length].reshape(-1)
             param.data.copy_(rows[: param.numel()].view(param.shape))
             offset += length
-        del self._buffer
+        del self._row, self._buffer
 
 
 def gather_weights(
@@ -71,7 +75,7 @@ def _gather(bucket: list[tuple[Parameter, Tensor]], groups: Sequence[dist.Proces
         receive = buffer[first : first + block].view(-1)
         work = dist.all_gather_into_tensor(receive, send.view(-1), group=groups[level], async_op=level == 0)
         send = receive
-    pending = PendingGather(params, lengths, buffer, work)
+    pending = PendingGather(params, lengths, row, buffer, work)
     if not defer:
         pending.wait()
         return

@@ -43,6 +43,8 @@ class _Bucket:
     ready: set[Parameter] = field(default_factory=set)
     had_grad: list[bool] = field(default_factory=list)
     buffer: Tensor | None = None
+    sent: Tensor | None = None
+    """Held until the collective ends, which does not own what it sends."""
     handle: dist.Work | None = None
 
 
@@ -92,7 +94,7 @@ class GradientReducer:
         self._next = 0
         for bucket in self._buckets:
             bucket.ready.clear()
-            bucket.had_grad, bucket.buffer, bucket.handle = [], None, None
+            bucket.had_grad, bucket.buffer, bucket.sent, bucket.handle = [], None, None, None
 
     def _plan(self, params: Sequence[Parameter]) -> list[_Bucket]:
         buckets: list[_Bucket] = []
@@ -139,6 +141,7 @@ class GradientReducer:
         for index, (group, size) in enumerate(zip(groups, self.config.sizes, strict=True)):
             # Work of one collective may overlap backward; the next one of a product of groups needs its result.
             overlapped = index == last
+            bucket.sent = buffer
             if self.config.partition:
                 received = torch.empty_like(buffer.view(size, -1)[0])
                 bucket.handle = dist.reduce_scatter_tensor(received, buffer.view(-1), group=group, async_op=overlapped)
@@ -180,6 +183,7 @@ class GradientReducer:
         assert bucket.buffer is not None
         if bucket.handle is not None:
             bucket.handle.wait()
+        bucket.sent = None
         had_grad = bucket.had_grad
         if not all(had_grad):
             had_grad = (bucket.buffer[0, -len(bucket.params) :] > 0).tolist()
