@@ -51,19 +51,23 @@ class MemoryProbe:
     """
 
     def __init__(self, settings: Settings, model: nn.Module, baseline: int) -> None:
-        self.block = ""
         self.results: dict[str, StepMemory] = {}
         self.num_parameters = sum(param.numel() for param in model.parameters())
         self._settings, self._model, self._baseline = settings, model, baseline
+        self._block, self._num_data_bytes = "", 0
+
+    def expect(self, block: str, num_data_bytes: int) -> None:
+        """Tell which block the next step trains, and how many bytes the batch has, which do not count."""
+        self._block, self._num_data_bytes = block, num_data_bytes
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.block in self.results:
+        if self._block in self.results:
             return
         num_active = sum(param.numel() for param in self._model.parameters() if param.requires_grad)
-        self.results[self.block] = StepMemory(
-            block=self.block,
+        self.results[self._block] = StepMemory(
+            block=self._block,
             num_active=num_active,
-            measured=live_bytes() - self._baseline,
+            measured=live_bytes() - self._baseline - self._num_data_bytes,
             expected=expected_bytes(self._settings, self.num_parameters, num_active),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -112,10 +113,10 @@ def _loss_rows(report: Report) -> list[tuple[str, str]]:
         ("held-out perplexity", f"{math.exp(before):,.0f} before, {math.exp(after):,.0f} after"),
     ]
     if report.settings.optimizer == "badam":
-        periods = report.curve.periods
-        names = {block for _, _, block in periods}
+        num_blocks = len({block for _, _, block in report.curve.periods})
+        switches = report.ranks[0].switching.steps
         rows.append(
-            ("blocks", f"{len(names)} trained, {len(periods) - 1} switches, {report.settings.switch_every} steps each")
+            ("blocks", f"{num_blocks} trained, {switches} switches, one every {report.settings.switch_every} steps")
         )
     return rows
 
@@ -166,38 +167,51 @@ def _time_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def plot(report: Report, path: Path) -> None:
-    """The loss curve with the periods of the blocks and the held-out losses."""
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    axes = figure.subplots()
-    steps, losses = zip(*report.curve.steps, strict=True)
-    axes.plot(steps, losses, color="0.72", linewidth=0.8, label="training batch")
-    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="training, smoothed")
-    axes.plot(
-        *zip(*report.curve.held_out, strict=True), "o-", color="tab:red", markersize=5, linewidth=1, label="held out"
-    )
-    if report.settings.optimizer == "badam":
-        _mark_blocks(axes, report.curve)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", xlim=(0, report.curve.num_steps))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
-    figure.suptitle(_title(report.settings))
+    """The loss curve, the held-out losses, and below them which block was trained when."""
+    blocks = sorted({block for _, _, block in report.curve.periods}, key=_natural)
+    with_blocks = report.settings.optimizer == "badam"
+    figure = Figure(figsize=(11, 5 + 0.28 * len(blocks) * with_blocks), layout="constrained")
+    heights = [5, 0.28 * len(blocks)] if with_blocks else [1]
+    rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    _draw_losses(rows[0], report.curve)
+    if with_blocks:
+        _draw_blocks(rows, report.curve, blocks)
+    rows[0].set(ylabel="loss, nats per token", xlim=(0, report.curve.num_steps))
+    rows[-1].set(xlabel="optimizer step")
+    for axes in rows:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(_title(report.settings), x=0.01, ha="left")
     figure.savefig(path, dpi=140)
 
 
-def _mark_blocks(axes: Axes, curve: Curve) -> None:
-    """Shade each period in its block's colour, and name it above."""
-    names = sorted({block for _, _, block in curve.periods})
-    palette = colormaps["tab20"]
+def _draw_losses(axes: Axes, curve: Curve) -> None:
+    steps, losses = zip(*curve.steps, strict=True)
+    axes.plot(steps, losses, color="0.72", linewidth=0.8, label="training batch")
+    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="training, smoothed")
+    steps, losses = zip(*curve.held_out, strict=True)
+    axes.plot(steps, losses, "o-", color="tab:red", markersize=5, linewidth=1, clip_on=False, label="held out")
+    axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), (5, -3), textcoords="offset points", color="tab:red")
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_blocks(rows: Sequence[Axes], curve: Curve, blocks: list[str]) -> None:
+    """A lane per block, a bar per period; the switches run as dotted lines through the loss."""
+    palette = colormaps["tab10"]
     for first, last, block in curve.periods:
-        axes.axvspan(first - 1, last, color=palette(names.index(block) % 20), alpha=0.16, linewidth=0)
-        axes.axvline(first - 1, color="0.5", linewidth=0.6, linestyle=":")
-        axes.annotate(
-            block, ((first - 1 + last) / 2, 1.01), xycoords=("data", "axes fraction"), rotation=60, fontsize=7,
-            ha="left", va="bottom", annotation_clip=False,
-        )  # fmt: skip
+        lane = blocks.index(block)
+        rows[1].barh(lane, last - first + 1, left=first - 1, height=0.72, color=palette(lane % 10))
+        rows[0].axvline(first - 1, color="0.6", linewidth=0.5, linestyle=":", zorder=0)
+    rows[1].set_yticks(range(len(blocks)), blocks, fontsize=8)
+    rows[1].set(ylabel="active block", ylim=(len(blocks) - 0.5, -0.5))
 
 
-def _smooth(losses: tuple[float, ...], weight: float = 0.85) -> list[float]:
+def _natural(block: str) -> list[tuple[int, str]]:
+    """Sort key: layers.10 comes after layers.9, and the head is last."""
+    parts = [(int(part), "") if part.isdigit() else (-1, part) for part in block.split(".")]
+    return [(int(block == "head"), ""), *parts]
+
+
+def _smooth(losses: tuple[float, ...], weight: float = 0.8) -> list[float]:
     """Exponential average, without the bias of its start."""
     smoothed, average = [], 0.0
     for index, loss in enumerate(losses, start=1):

@@ -98,10 +98,12 @@ class Loop:
 
     def _step(self, step: int, block: str) -> float:
         batch = self._corpus.batch(step, self._settings.batch_size, self._settings.seed)
-        self._probe.block = block
+        self._probe.expect(block, batch.nbytes)
         with CollectiveCounter() as counter:
             loss = self._trainer.step(batch)
-        (self._ordinary if self._block() == block else self._switching).add(counter)
+        optimizer = self._trainer.optimizer
+        switched = isinstance(optimizer, BlockOptimizer) and optimizer.schedule.is_switch(optimizer.num_steps)
+        (self._switching if switched else self._ordinary).add(counter)
         return loss
 
     def _block(self) -> str:
