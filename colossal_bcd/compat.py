@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.nn import Parameter
@@ -13,8 +13,10 @@ from colossal_bcd.block import BlockOptimizer as _BlockOptimizer
 from colossal_bcd.block.partition import PrefixList, place
 from colossal_bcd.block.roster import read_roster
 from colossal_bcd.block.schedule import Mode
+from colossal_bcd.optim import Lamb
+from colossal_bcd.optim.base import Params
 
-__all__ = ["BlockOptimizer", "badam_partition"]
+__all__ = ["BlockOptimizer", "DistributedLamb", "badam_partition"]
 
 
 class BlockOptimizer(_BlockOptimizer):
@@ -71,6 +73,37 @@ class BlockOptimizer(_BlockOptimizer):
         super()._report(message)
         if self.log_fn is not None:
             self.log_fn(message)
+
+
+class DistributedLamb(Lamb):
+    """LAMB by the formula of ColossalAI's class of that name: the bias correction multiplies the step size.
+
+    It runs under the plugins of `colossal_bcd.booster`, under ColossalAI's own after `colossal_bcd.booster.install()`,
+    and on one process.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr, betas, eps, weight_decay: as of `colossal_bcd.Lamb`.
+        bias_correction: multiply `lr` by sqrt(1 - beta2^t) / (1 - beta1^t) after the trust ratio.
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, bias_correction)
+
+    def _hyper(self, group: Mapping[str, Any]) -> Any:
+        """The groups hold ColossalAI's values, so that groups and checkpoints of its class mean the same here."""
+        correction = group["bias_correction"]
+        return super()._hyper({**group, "bias_correction": "step_size" if correction is True else correction})
 
 
 def badam_partition(named_parameters_list: Iterable[tuple[str, Parameter]]) -> list[list[str]]:

@@ -70,16 +70,18 @@ def test_block_optimizer_state_is_cleared_where_the_next_block_is_the_same(optio
 
 
 def test_block_optimizer_active_modules_keep_state_and_masters():
+    """The original clears their state as well."""
     model = Net(dtype=torch.bfloat16)
-    optimizer = wrap(model, active_modules=["lm_head"], verbose=0)
-    assert trainable(model) == [*layer(0), "lm_head.weight"]
-    master = held(optimizer)[-1]
+    optimizer = wrap(model, active_modules=["lm_head", "norm."], verbose=0)
+    always = ["norm.weight", "norm.bias", "lm_head.weight"]
+    assert trainable(model) == [*layer(0), *always]
+    masters = held(optimizer)[-3:]
     train(model, optimizer, 5)
-    assert trainable(model) == [*layer(2), "lm_head.weight"]
-    assert held(optimizer)[-1] is master
-    assert optimizer.base_optimizer.state[master]["step"] == 5
-    assert not torch.equal(master, model.lm_head.weight.float())
-    assert len(optimizer.base_optimizer.state) == 3
+    assert trainable(model) == [*layer(2), *always]
+    assert all(ours is theirs for ours, theirs in zip(held(optimizer)[-3:], masters, strict=True))
+    assert [optimizer.base_optimizer.state[master]["step"] for master in masters] == [5, 5, 5]
+    assert not torch.equal(masters[-1], model.lm_head.weight.float())
+    assert len(optimizer.base_optimizer.state) == 5
 
 
 def test_block_optimizer_memory_is_that_of_the_paper():
@@ -301,6 +303,17 @@ def test_block_optimizer_takes_over_weights_that_are_loaded_later():
     train(model, optimizer, 5)
     train(source, wrap(source), 5)
     assert same(weights(model), weights(source))
+
+
+def test_block_optimizer_takes_over_weights_of_active_modules_loaded_at_a_switch():
+    model = Net(dtype=torch.bfloat16)
+    optimizer = wrap(model, active_modules=["lm_head"])
+    train(model, optimizer, 1)
+    optimizer.num_steps = 2
+    nn.init.ones_(model.lm_head.weight)
+    assert optimizer.switch_if_due()
+    optimizer.masters.load_gradients()
+    assert torch.equal(held(optimizer)[-1], torch.ones(5, 4))
 
 
 def test_block_optimizer_keeps_the_residual_of_weights_that_are_loaded_unchanged():

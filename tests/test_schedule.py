@@ -122,6 +122,8 @@ def test_schedule_switches_after_exactly_period_steps():
         ({"ranges": ((0, 5),)}, ValueError, "block_ranges"),
         ({"ranges": ((0, 3), (3, 2), (2, 4))}, ValueError, "block_ranges"),
         ({"ranges": ((0, 4.0),)}, TypeError, "block_ranges"),
+        ({"ranges": (0, 4)}, TypeError, r"block_ranges: got \(0, 4\), expected pairs"),
+        ({"ranges": ((0, 2, 4),)}, TypeError, "block_ranges"),
     ],
 )
 def test_schedule_refuses_wrong_numbers(change, error, message):

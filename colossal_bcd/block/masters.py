@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 class Masters(Protocol):
     """Who holds the masters of the active parameters."""
 
-    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
+    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
         """Take over the parameters that are active from now on.
 
         Args:
@@ -51,10 +51,15 @@ class LocalMasters:
         """Master of every active parameter; the parameter itself where it is its own."""
         self._versions: dict[Parameter, int] = {}
 
-    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
+    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
         self.tensors = {param: master for param, master in self.tensors.items() if param in keep}
+        # A survivor keeps its version, so that a weight written in the meantime still is noticed.
+        self._versions = {
+            param: self._versions[param] if param in self.tensors else param._version
+            for group in groups
+            for param in group
+        }
         self.tensors = {param: self._master(param) for group in groups for param in group}
-        self._versions = {param: param._version for param in self.tensors}
         return [[self.tensors[param] for param in group] for group in groups]
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -51,7 +51,8 @@ class BlockOptimizer(Optimizer):
         switch_block_every: applied steps per block, K in the paper.
         switch_mode: "random" (a new permutation every epoch of blocks), "ascending", "descending", "fixed" (one block).
         start_block: index of the first block; None: the first by the order, 0 for "fixed".
-        active_modules: prefixes of parameters that always train; their masters and state survive switches.
+        active_modules: prefixes of parameters that always train, adapters or not; their masters and state survive
+            switches.
         include_embedding: also make a first block of the embeddings.
         include_lm_head: also make a last block of the head.
         verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains.
@@ -112,8 +113,6 @@ class BlockOptimizer(Optimizer):
         )
         self.ranges_given = block_ranges is not None
         """Whether the user chose the ranges; a pipeline then leaves them as they are."""
-        self.ranges_given = block_ranges is not None
-        """Whether the user chose the ranges; an engine then leaves them alone."""
         self.always_active: tuple[str, ...] = always_active(active_modules, roster)
         """Canonical names of the parameters of `active_modules`, in model order."""
         trained = {name for block in self.blocks for name in block.parameters}.union(self.always_active)
@@ -136,7 +135,8 @@ class BlockOptimizer(Optimizer):
         self._adopt(base_optimizer)
         if base_optimizer.state:
             logger.warning("the base optimizer has taken steps; its state is cleared, as at every switch")
-        self._activate(keep=())
+        self._activate(keep=frozenset())
+        self._log_active()
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
             logger.info("%d blocks; %d trainable parameters are in none and stay frozen", len(self.blocks), untrained)
@@ -185,6 +185,7 @@ class BlockOptimizer(Optimizer):
         if not self.schedule.is_switch(self.num_steps):
             return False
         self._activate(keep={self.named_parameters[name] for name in self.always_active})
+        self._log_active()
         return True
 
     def attach(self, masters: Masters, *, held: Iterable[Parameter] | None = None) -> None:
@@ -204,7 +205,7 @@ class BlockOptimizer(Optimizer):
         self.masters = masters
         self.attached = True
         self._held = None if held is None else frozenset(held)
-        self._activate(keep=())
+        self._activate(keep=frozenset())
 
     def replace_base(self, base_optimizer: Optimizer) -> None:
         """Go on with another base optimizer over the same param-group dicts.
@@ -235,7 +236,8 @@ class BlockOptimizer(Optimizer):
         before = self.schedule.active(0)
         self.schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
         if self.schedule.active(0) != before:
-            self._activate(keep=())
+            self._activate(keep=frozenset())
+            self._log_active()
 
     def identity(self) -> dict[str, Any]:
         """What says which parameters train at which step: plain numbers, strings, lists."""
@@ -275,7 +277,8 @@ class BlockOptimizer(Optimizer):
         """Activate what trains after `num_steps` applied steps, with fresh masters and without state."""
         require_int("num_steps", num_steps, 0)
         self.num_steps = num_steps
-        self._activate(keep=())
+        self._activate(keep=frozenset())
+        self._log_active()
 
     def group_names(self, num_steps: int) -> list[list[str]]:
         """Names of the parameters held by each param group after `num_steps` applied steps, in order."""
@@ -308,7 +311,7 @@ class BlockOptimizer(Optimizer):
         self.param_groups = base_optimizer.param_groups
         self.state = base_optimizer.state
 
-    def _activate(self, keep: Collection[Parameter]) -> None:
+    def _activate(self, keep: Set[Parameter]) -> None:
         """Freeze and unfreeze, and hand the active masters to the base optimizer; old ones are freed first."""
         names = set(self.active_names())
         active = {
@@ -331,7 +334,6 @@ class BlockOptimizer(Optimizer):
         if isinstance(self.base_optimizer, ShardedOptimizer) and not self.attached:
             whole = {tensor: Layout.whole(tuple(tensor.shape)) for tensor in self._tensors.values()}
             self.base_optimizer.bind(whole, Mesh())
-        self._log_active()
 
     def _log_active(self) -> None:
         if not self.verbose:

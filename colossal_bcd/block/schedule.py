@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -51,6 +52,8 @@ class Schedule:
                     f"start_block: got {self.start_block}, expected an index of one of the {self.num_blocks} blocks, "
                     f"0 to {self.num_blocks - 1}"
                 )
+        if not all(isinstance(bounds, Sequence) and len(bounds) == 2 for bounds in self.ranges):
+            raise TypeError(f"block_ranges: got {self.ranges!r}, expected pairs (start, stop) such as ((0, 2), (2, 4))")
         ranges = tuple((start, stop) for start, stop in self.ranges) or ((0, self.num_blocks),)
         object.__setattr__(self, "ranges", ranges)
         bounds = [0]

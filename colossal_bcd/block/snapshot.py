@@ -40,7 +40,7 @@ def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> Non
             "of a BlockOptimizer; a plain optimizer's state cannot tell which block it belongs to."
         )
     block = snapshot["block"]
-    _check_identity(optimizer.identity(), block["identity"])
+    require_identity(optimizer.identity(), block["identity"])
     _check_groups(optimizer.group_names(block["num_steps"]), block["groups"])
     _check_masters(optimizer, block)
     optimizer.resume_at(block["num_steps"])
@@ -60,7 +60,15 @@ def _local(optimizer: BlockOptimizer) -> LocalMasters:
     return optimizer.masters
 
 
-def _check_identity(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def require_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Refuse a state of other blocks or of another schedule.
+
+    Args:
+        ours: `BlockOptimizer.identity()` of the optimizer that loads.
+        theirs: that of the one that saved.
+    Raises:
+        ValueError: they differ.
+    """
     different = [key for key in ours if ours[key] != theirs.get(key)]
     if not different:
         return
