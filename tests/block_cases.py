@@ -20,7 +20,7 @@ LAYERS = 3
 
 
 def build(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
-    model = models.gpt2(layers=LAYERS) if kind == "gpt2" else models.llama(layers=LAYERS, **options)
+    model = models.gpt2(layers=LAYERS).transformer if kind == "gpt2" else models.llama(layers=LAYERS, **options)
     return model.to(dtype)
 
 
@@ -87,7 +87,7 @@ def losses(
             batch = batch_of(step, rank * accumulate + micro, different)
             last = micro == accumulate - 1
             with contextlib.nullcontext() if last or not no_sync else booster.no_sync(model, engine):
-                loss = model(input_ids=batch, labels=batch).loss
+                loss = models.loss(model, batch)
                 booster.backward(loss / accumulate, engine)
             parts.append(loss.item())
         engine.step()

@@ -16,6 +16,7 @@ def train(
     period: int,
     micro_batches: Callable[[int], Sequence[Tensor]],
     make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    loss_of: Callable[[nn.Module, Tensor], Tensor],
     max_norm: float = 0.0,
     accumulate: int = 1,
 ) -> list[list[float]]:
@@ -28,6 +29,7 @@ def train(
         period: steps per block.
         micro_batches: token ids of each micro-batch by step; their gradients are taken apart, divided, then added.
         make_optimizer: a fresh optimizer on the masters of a block.
+        loss_of: scalar loss of a micro-batch.
         max_norm: clip the norm of the block's gradient, 0 does not.
         accumulate: micro-batches of one rank; theirs add up before the ranks' gradients are divided and added.
     """
@@ -45,7 +47,7 @@ def train(
             seen = []
             for first in range(0, len(batches), accumulate):
                 for batch in batches[first : first + accumulate]:
-                    loss = model(input_ids=batch, labels=batch).loss
+                    loss = loss_of(model, batch)
                     (loss / accumulate).backward()
                     seen.append(loss.item())
                 for i, param in enumerate(active):

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import block_cases
+import models
 import plain_badam
 import pytest
 import torch
@@ -21,7 +22,7 @@ def plain(
 ) -> list[list[float]]:
     kind, accumulate = kwargs.pop("kind", "llama"), kwargs.get("accumulate", 1)
     tied, blocks, order = kwargs.pop("tied", False), kwargs.pop("blocks", None), kwargs.pop("order", None)
-    prefix = "transformer.h" if kind == "gpt2" else "model.layers"
+    prefix = "h" if kind == "gpt2" else "model.layers"
     return plain_badam.train(
         block_cases.build(kind, dtype, **({"tied": tied} if tied else {})).train(),
         blocks or [f"{prefix}.{i}." for i in range(LAYERS)],
@@ -29,6 +30,7 @@ def plain(
         PERIOD,
         lambda step: [block_cases.batch_of(step, part, different) for part in range(num_ranks * accumulate)],
         lambda masters: block_cases.base_optimizer(base, masters),
+        models.loss,
         **kwargs,
     )
 

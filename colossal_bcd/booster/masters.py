@@ -90,10 +90,13 @@ class ShardedMasters:
         """The weight itself where a master would be no different."""
         dtype = param.dtype if self._low_precision else wide(param.dtype)
         device = torch.device("cpu") if self._offload else param.device
+        # `data` is a plain tensor where ColossalAI has changed the parameter's class (overlap_allgather); everything
+        # else of such a parameter is of a class whose in-place operations are not in place.
+        weight = param.data
         if self.num_shards == 1:
-            return param.detach().to(device, dtype)
+            return weight.to(device, dtype)
         length = math.prod(self.layout(param).local_shape)
-        return self._part(param.detach().reshape(-1), length).to(device, dtype, copy=True)
+        return self._part(weight.reshape(-1), length).to(device, dtype, copy=True)
 
     def _part(self, tensor: Tensor, length: int) -> Tensor:
         """[length] this rank's part of a flat tensor; zeros where it reaches beyond the end."""

@@ -154,7 +154,8 @@ class GradientReducer:
         """[W, row]: each parameter's rows side by side, then one flag per parameter; divided by W."""
         lengths = [self._length(param) for param in bucket.params]
         first = bucket.params[0]
-        buffer = first.new_zeros(self._world, sum(lengths) + len(lengths))
+        shape = self._world, sum(lengths) + len(lengths)
+        buffer = torch.zeros(shape, dtype=first.dtype, device=first.device)
         offset = 0
         for param, length in zip(bucket.params, lengths, strict=True):
             if param.grad is not None:
