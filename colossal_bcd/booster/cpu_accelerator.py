@@ -33,9 +33,13 @@ class HostStream:
 
 
 class HostAccelerator(CpuAccelerator):
-    """ColossalAI's CPU accelerator with the meaning that its unimplemented calls have on a host."""
+    """ColossalAI's CPU accelerator with the meaning that its unimplemented calls have on a host.
+
+    What has none there (capability, properties and utilization of a device, statistics of its allocator) still raises.
+    """
 
     def current_device(self) -> torch.device:
+        """The device itself: a host has no index, and callers pass the result on as a device."""
         return torch.device("cpu")
 
     def device_count(self) -> int:
@@ -86,7 +90,17 @@ class HostAccelerator(CpuAccelerator):
         """Largest resident bytes of this process so far; it cannot be reset."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.memory_allocated()
+
+    def max_memory_reserved(self, device: Any = None) -> int:
+        return self.max_memory_allocated()
+
     def reset_peak_memory_stats(self, device: Any = None) -> None: ...
+
+    def reset_max_memory_allocated(self, device: Any = None) -> None: ...
+
+    def reset_max_memory_cached(self, device: Any = None) -> None: ...
 
     def Stream(self, device: Any = None, priority: int = 0, **kwargs: Any) -> HostStream:
         return HostStream()
@@ -105,6 +119,11 @@ class HostAccelerator(CpuAccelerator):
     def stream(self, stream_: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def autocast(
+        self, enabled: bool = True, dtype: torch.dtype = torch.float16, cache_enabled: bool = True
+    ) -> torch.autocast:
+        return torch.autocast("cpu", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
+
 
 def install_cpu_accelerator() -> bool:
     """Use `HostAccelerator` where ColossalAI has found no device; called by the plugins when they are constructed.
@@ -120,7 +139,7 @@ def install_cpu_accelerator() -> bool:
         return False
     if not isinstance(accelerator, HostAccelerator):
         set_accelerator(HostAccelerator())
-        p2p._check_for_nccl_hccl_backend = _is_device_backend
+    p2p._check_for_nccl_hccl_backend = _is_device_backend
     return True
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from typing import Any
 
 from torch.optim import Optimizer
@@ -14,93 +16,97 @@ from colossal_bcd.optim import Lamb, ShardedOptimizer
 
 logger = logging.getLogger(__name__)
 
-Groups = list[dict[str, Any]]
+Group = Mapping[str, Any]
+"""A param group, or the defaults of all groups."""
 
-ELEMENTWISE = {
+_BITS = ("", "8bit", "32bit")
+
+ELEMENTWISE: dict[str, set[str]] = {
     "torch.optim": {
         "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
     },
     "transformers.optimization": {"AdamW"},
     "colossalai.nn.optimizer": {"CPUAdam", "FusedAdam", "FusedSGD", "HybridAdam"},
     "bitsandbytes.optim": {
-        "Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam", "PagedAdamW", "PagedAdam8bit", "PagedAdamW8bit", "Lion",
-        "Lion8bit", "SGD", "SGD8bit", "RMSprop", "Adagrad",
+        *map("".join, product(("Adagrad", "RMSprop", "SGD"), _BITS)),
+        *map("".join, product(("", "Paged"), ("Adam", "AdamW", "AdEMAMix", "Lion"), _BITS)),
     },
 }  # fmt: skip
-"""Optimizers whose update of a value needs that value alone: right on any shard as they are."""
+"""Package -> optimizers whose update of a value needs that value alone: right on any shard as they are."""
 
-WHOLE_MATRIX = {
+WHOLE_MATRIX: dict[str, set[str]] = {
     "torch.optim": {"Adafactor", "LBFGS", "Muon"},
     "transformers.optimization": {"Adafactor"},
     "colossalai.nn.optimizer": {
         "Adafactor", "CAME", "DistributedAdaFactor", "DistributedCAME", "DistGaloreAwamW", "GaLoreAdamW8bit", "Lars",
     },
-    "galore_torch": {"GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor"},
+    # The names of the classes themselves; the package exports them as GaLoreAdamW and so on.
+    "galore_torch": {"AdamW", "AdamW8bit", "Adafactor"},
     "came_pytorch": {"CAME"},
-    "bitsandbytes.optim": {"LAMB8bit", "LARS", "LARS8bit"},
+    "bitsandbytes.optim": {"LAMB8bit", "LARS", "LARS8bit", "LARS32bit", "PytorchLARS"},
 }  # fmt: skip
-"""Optimizers that need more than the value and for which this version has no equal."""
+"""Package -> optimizers that need more than the value and for which this version has no equal."""
+
+BLOCKWISE: dict[str, set[str]] = {
+    "badam": {"BlockOptimizer", "BlockOptimizerRatio"},
+    "block_optim": {"BlockOptimizer", "BlockOptimizerRatio", "SparseGradOptimizer"},
+}
+"""Package -> optimizers that freeze and unfreeze parameters themselves."""
 
 
-def _home(optimizer: Optimizer) -> str:
-    """`package.Class`, with the package as the tables name it, of the class whose `step` the optimizer runs."""
-    cls = type(optimizer)
-    for parent in cls.__mro__[:-1]:
-        if inspect.unwrap(vars(parent).get("step", cls.step)) is not inspect.unwrap(cls.step):
-            break
-        for package in (*ELEMENTWISE, *WHOLE_MATRIX):
-            inside = parent.__module__ == package or parent.__module__.startswith(package + ".")
-            home = f"{package}.{parent.__qualname__}"
-            if inside and (
-                home in CASTS or parent.__qualname__ in ELEMENTWISE.get(package, set()) | WHOLE_MATRIX[package]
-            ):
-                return home
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _colossalai_lamb(optimizer: Any) -> Groups:
+def _colossalai_lamb(optimizer: Any, group: Group) -> dict[str, Any]:
     """ColossalAI's classes apply the bias correction to the step size (nn/optimizer/lamb.py, distributed_lamb.py)."""
-    return [
-        {
-            "bias_correction": "step_size" if group["bias_correction"] else False,
-            "adam": getattr(optimizer, "adam", False),
-        }
-        for group in optimizer.param_groups
-    ]
+    return {
+        "bias_correction": "step_size" if group["bias_correction"] else False,
+        "adam": getattr(optimizer, "adam", False),
+    }
 
 
-def _fused_lamb(optimizer: Any) -> Groups:
+def _fused_lamb(optimizer: Any, group: Group) -> dict[str, Any]:
     """Apex's LAMB is the published one; without `use_nvlamb` it has no trust ratio where nothing decays."""
-    mapped = []
-    for index, group in enumerate(optimizer.param_groups):
-        if group["max_grad_norm"]:
-            raise ValueError(
-                f"FusedLAMB group {index} has max_grad_norm={group['max_grad_norm']}: clipping belongs to the plugin. "
-                f"Use FusedLAMB(max_grad_norm=0) and a plugin with max_norm={group['max_grad_norm']}."
-            )
-        if not optimizer.adam_w_mode or not group["grad_averaging"]:
-            raise ValueError(
-                f"FusedLAMB group {index}: got adam_w_mode={optimizer.adam_w_mode}, "
-                f"grad_averaging={group['grad_averaging']}; expected both to be on. Use colossal_bcd.Lamb."
-            )
-        mapped.append({"adam": not optimizer.use_nvlamb and group["weight_decay"] == 0})
-    return mapped
+    # Its step reads this one from the defaults, not from the group (nn/optimizer/fused_lamb.py).
+    max_norm = optimizer.defaults["max_grad_norm"]
+    if max_norm == 0 and group is optimizer.defaults:  # once, not for every group
+        logger.warning("FusedLAMB(max_grad_norm=0): its kernel makes every gradient zero then; here nothing is clipped")
+    if max_norm != 0 and not math.isinf(max_norm):
+        raise ValueError(
+            f"FusedLAMB: got max_grad_norm={max_norm}, expected math.inf: clipping belongs to the plugin. Use "
+            f"FusedLAMB(max_grad_norm=math.inf) and a plugin with max_norm={max_norm}."
+        )
+    if not optimizer.adam_w_mode or not group["grad_averaging"]:
+        raise ValueError(
+            f"FusedLAMB: got adam_w_mode={optimizer.adam_w_mode}, grad_averaging={group['grad_averaging']}; expected "
+            "both to be on. Use colossal_bcd.Lamb."
+        )
+    return {
+        "bias_correction": bool(group["bias_correction"]),
+        "adam": not optimizer.use_nvlamb and group["weight_decay"] == 0,
+    }
 
 
-def _bitsandbytes_lamb(optimizer: Any) -> Groups:
-    if optimizer.args.optim_bits != 32:
-        raise ValueError("bitsandbytes LAMB with 8-bit state has no equal here; use LAMB(optim_bits=32) or Lamb")
-    logger.info("bitsandbytes' LAMB caps the update's norm by the weight's; it is cast to the paper's trust ratio")
-    return [{} for _ in optimizer.param_groups]
+def _bitsandbytes_lamb(optimizer: Any, group: Group) -> dict[str, Any]:
+    args = optimizer.args
+    if args.optim_bits != 32 or args.max_unorm != 1:
+        raise ValueError(
+            f"bitsandbytes LAMB: got optim_bits={args.optim_bits}, max_unorm={args.max_unorm}; expected 32 and 1.0, "
+            "the others have no equal here. Use LAMB(optim_bits=32) or colossal_bcd.Lamb."
+        )
+    if group is optimizer.defaults:  # once, not for every group
+        logger.warning(
+            "bitsandbytes' LAMB is AdamW with updates that are at most as long as the weight; it is cast to the LAMB "
+            "of the paper, whose updates all have the weight's length times lr"
+        )
+    return {}
 
 
-CASTS: dict[str, tuple[Any, Callable[[Any], Groups]]] = {
+CASTS: dict[str, tuple[Any, Callable[[Any, Group], dict[str, Any]]]] = {
     "colossalai.nn.optimizer.Lamb": (Lamb, _colossalai_lamb),
     "colossalai.nn.optimizer.DistributedLamb": (Lamb, _colossalai_lamb),
     "colossalai.nn.optimizer.FusedLAMB": (Lamb, _fused_lamb),
     "bitsandbytes.optim.LAMB": (Lamb, _bitsandbytes_lamb),
+    "bitsandbytes.optim.LAMB32bit": (Lamb, _bitsandbytes_lamb),
 }
-"""Qualified name -> our class, and what differs from its group's keys, group by group."""
+"""Qualified name -> our class, and what differs from the keys of a group (or of the defaults)."""
 
 
 def cast(optimizer: Optimizer) -> Optimizer:
@@ -117,46 +123,87 @@ def cast(optimizer: Optimizer) -> Optimizer:
         if base is not optimizer.base_optimizer:
             optimizer.replace_base(base)
         return optimizer
-    home = _home(optimizer)
+    cls = type(optimizer)
+    home = _home(cls)
     if home in CASTS:
         return _converted(optimizer, *CASTS[home])
-    package, _, name = home.rpartition(".")
-    if name in WHOLE_MATRIX.get(package, ()):
-        raise ValueError(
-            f"{home} computes with whole matrices and would train wrongly on shards; this version has no exact equal. "
-            "Use colossal_bcd.Lamb, colossal_bcd.AdamW, or one of torch.optim's element-wise optimizers."
-        )
-    if not isinstance(optimizer, ShardedOptimizer) and name not in ELEMENTWISE.get(package, ()):
+    if home is not None:
+        package, _, name = home.rpartition(".")
+        if name in BLOCKWISE.get(package, ()):
+            raise ValueError(
+                f"{home} keeps masters and frozen parameters of its own, which no plugin can shard, expected this "
+                "package's. Import BlockOptimizer from colossal_bcd.compat; its arguments are the same."
+            )
+        if name in WHOLE_MATRIX.get(package, ()):
+            raise ValueError(
+                f"{home} computes with whole matrices and would train wrongly on shards, expected an optimizer that "
+                "has an exact equal in this version. Use colossal_bcd.Lamb, colossal_bcd.AdamW, or an element-wise "
+                "optimizer of torch.optim."
+            )
+    elif not isinstance(optimizer, ShardedOptimizer):
+        parent = next(filter(None, map(_known, cls.__mro__)), None)
+        why = "is unknown here" if parent is None else f"overrides the step of {parent}, so it is not cast"
         logger.warning(
-            "%s is unknown here and left as it is: right only if its update of a value needs that value alone", home
+            "%s.%s %s and left as it is: right only if its update of a value needs that value alone",
+            cls.__module__,
+            cls.__qualname__,
+            why,
         )
     return optimizer
 
 
-def _converted(optimizer: Optimizer, cls: Any, differences: Callable[[Any], Groups]) -> ShardedOptimizer:
+def _home(cls: type) -> str | None:
+    """Name in the tables of the class whose update `cls` runs: its own, or an ancestor's that it does not override."""
+    for parent in cls.__mro__[:-1]:
+        # bitsandbytes' optimizers share `step` and differ in `update_step`.
+        for method in ("step", "update_step"):
+            theirs = vars(parent).get(method)
+            if theirs is not None and inspect.unwrap(theirs) is not inspect.unwrap(getattr(cls, method)):
+                return None
+        if (name := _known(parent)) is not None:
+            return name
+    return None
+
+
+def _known(cls: type) -> str | None:
+    """`package.Class` with the package as the tables name it; None if no table has the class."""
+    for package in {*ELEMENTWISE, *WHOLE_MATRIX, *BLOCKWISE}:
+        name = f"{package}.{cls.__qualname__}"
+        listed = name in CASTS or any(
+            cls.__qualname__ in table.get(package, ()) for table in (ELEMENTWISE, WHOLE_MATRIX, BLOCKWISE)
+        )
+        if listed and (cls.__module__ == package or cls.__module__.startswith(package + ".")):
+            return name
+    return None
+
+
+def _converted(optimizer: Optimizer, cls: Any, differences: Callable[[Any, Group], dict[str, Any]]) -> ShardedOptimizer:
     name = type(optimizer).__name__
     if optimizer.state:
         raise ValueError(
             f"{name} holds state of {len(optimizer.state)} parameters, which a cast to colossal_bcd.{cls.__name__} "
-            "would lose. Boost before the first step."
+            "would lose, expected none. Boost before the first step."
         )
     fields = cls.hyper_type.__dataclass_fields__
-    groups = []
-    for group, changed in zip(optimizer.param_groups, differences(optimizer), strict=True):
-        kept = {key: value for key, value in group.items() if key in fields or key == "params"}
-        groups.append({**kept, **changed})
-    ours = cls(groups)
+
+    def hyper(group: Group) -> dict[str, Any]:
+        return {**{key: group[key] for key in fields if key in group}, **differences(optimizer, group)}
+
+    groups = [{"params": group["params"], **hyper(group)} for group in optimizer.param_groups]
+    ours: ShardedOptimizer = cls(groups, **hyper(optimizer.defaults))
     for index, group in enumerate(optimizer.param_groups):
         group.update(ours.param_groups[index])
         ours.param_groups[index] = group
-    _carry_hooks(optimizer, ours)
+    _share_hooks(optimizer, ours)
     logger.info("%s is cast to colossal_bcd.%s", name, cls.__name__)
     return ours
 
 
-def _carry_hooks(source: Optimizer, target: Optimizer) -> None:
-    for table in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        getattr(target, table).update(getattr(source, table))
+def _share_hooks(source: Optimizer, target: Optimizer) -> None:
+    """The very tables, so that the handles that the user holds go on removing."""
+    for moment, when in product(("step", "state_dict", "load_state_dict"), ("pre", "post")):
+        table = f"_optimizer_{moment}_{when}_hooks"
+        setattr(target, table, getattr(source, table))
     # A scheduler made on the source warns unless it sees that optimizer step before its own first step.
     target.register_step_post_hook(lambda *_: setattr(source, "_opt_called", True))
 
