@@ -172,6 +172,25 @@ def test_block_optimizer_skips_parameters_without_gradient():
     assert torch.equal(model.layers[0].unused, torch.ones(3, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_block_optimizer_step_consumes_gradients(dtype):
+    """A gradient that stayed on a master would be applied again by the next step, which has none."""
+    model = Net(dtype=dtype)
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    model.layers[0].bias.grad = torch.ones(4, dtype=dtype)
+    optimizer.step()
+    before = weights(model)
+    optimizer.step()
+    assert same(weights(model), before)
+
+
+def test_block_optimizer_frees_gradients_of_what_it_freezes():
+    model = Net()
+    model(tokens(0)).backward()
+    wrap(model)
+    assert [name for name, param in model.named_parameters() if param.grad is not None] == layer(0)
+
+
 def test_block_optimizer_accumulates_gradients():
     model, plain = Net(dtype=torch.bfloat16), Net(dtype=torch.bfloat16)
     optimizer, other = wrap(model), wrap(plain)
