@@ -91,7 +91,7 @@ def test_run_ranks_reports_a_rank_that_hangs(tmp_path):
 
 
 def test_run_ranks_reports_a_result_that_cannot_be_pickled(tmp_path):
-    with pytest.raises(RankError, match="rank 0\n(?s:.*)pickle"):
+    with pytest.raises(RankError, match=r"rank 0\n(?s:.*)pickle"):
         run_ranks(1, return_what_cannot_be_pickled, str(tmp_path))
     assert_no_process_is_left(tmp_path, 1)
 
@@ -200,8 +200,8 @@ def test_peak_bytes_counts_temporaries_inside_an_expression():
 
 
 def test_peak_bytes_counts_a_storage_at_the_address_of_a_freed_one():
-    """The addresses of tensors older than the block were remembered after these had been freed, and new tensors that got
-    the same memory went uncounted."""
+    """The addresses of tensors older than the block were remembered after these had been freed, and new tensors in the
+    same memory went uncounted."""
     for _ in range(100):
         old = torch.ones(1000)
         address = old.data_ptr()
