@@ -1,0 +1,99 @@
+"""`explain()`: what an optimizer does with each parameter on this rank, as text."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.zero import ZeroOptimizer
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.sharding import Layout, ShardView
+
+
+def explain(optimizer: Any) -> str:
+    """A table of the parameters that are trained now.
+
+    Layout: the global shape and this rank's part of it.  Bytes: of state and a separate master on this rank; "?" where
+    an optimizer of another package has no state yet.  Nothing is allocated, sent or changed.
+
+    Args:
+        optimizer: what `booster.boost` returned, or any `torch.optim.Optimizer`.
+    Raises:
+        TypeError: something else.
+    """
+    inner = getattr(optimizer, "optim", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"explain: got a {type(optimizer).__name__}, expected an optimizer, boosted or not")
+    base = inner.base_optimizer if isinstance(inner, BlockOptimizer) else inner
+    held = [(param, group) for group in base.param_groups for param in group["params"]]
+    names, weights = _names(optimizer, inner, [param for param, _ in held])
+    rows, total = [("parameter", "rule", "layout", "rounds", "bytes", "lr")], 0
+    for name, (param, group) in zip(names, held, strict=True):
+        layout, rounds, state = _describe(optimizer, base, param, group)
+        master = 0 if param.data_ptr() in weights else param.nbytes
+        cost, total = "?" if state is None else str(state + master), total + (state or 0) + master
+        rows.append((name, type(base).__name__, _text(layout), str(rounds), cost, f"{group['lr']:g}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if isinstance(inner, BlockOptimizer):
+        active = ", ".join(block.name for block in inner.active_blocks())
+        lines.append(f"step {inner.num_steps}: {active} of {len(inner.blocks)} blocks")
+    return "\n".join([*lines, f"{len(held)} parameters, {total} bytes of states and masters on this rank"])
+
+
+def _names(optimizer: Any, inner: Optimizer, held: list[Tensor]) -> tuple[list[str], set[int]]:
+    """Name of every tensor that the optimizer holds, and the addresses of the model's own weights."""
+    if isinstance(optimizer, ZeroOptimizer):
+        of, named = optimizer.masters.of, optimizer.model.unwrap(unwrap_peft=False).named_parameters()
+        name_of = {of[param]: name for name, param in named if param in of}
+        return [name_of[tensor] for tensor in held], {param.data_ptr() for param in of}
+    if isinstance(inner, BlockOptimizer):
+        weights = {param.data_ptr() for param in inner.named_parameters.values()}
+        return list(itertools.chain(*inner.group_names(inner.num_steps))), weights
+    return [str(index) for index in range(len(held))], {tensor.data_ptr() for tensor in held}
+
+
+def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Layout, int, int | None]:
+    """Layout, rounds of a step, and bytes of state."""
+    if isinstance(base, ShardedOptimizer):
+        layout, hyper = base._layouts[param], base._hyper(group)
+        specs = base.state_spec(layout, hyper).values()
+        return layout, _rounds(base, layout, hyper), sum(spec.num_bytes(param.dtype) for spec in specs)
+    layout = Layout.whole(tuple(param.shape))
+    if isinstance(optimizer, ZeroOptimizer):
+        layout = optimizer.masters.layout(optimizer.master_to_working_param[id(param)])
+    state = [value.nbytes for value in base.state.get(param, {}).values() if isinstance(value, Tensor)]
+    return layout, 0, sum(state) if param in base.state else None
+
+
+@torch.no_grad()
+def _rounds(base: ShardedOptimizer, layout: Layout, hyper: Any) -> int:
+    """Run the rule itself on tensors without data and count the rounds that need another rank."""
+    param = torch.empty(layout.local_shape, device="meta")
+    view = ShardView(layout, param, torch.empty_like(param))
+    state: dict[str, Any] = {"step": 1}
+    for name, spec in base.state_spec(layout, hyper).items():
+        entry: Any = spec.allocate(param)
+        state[name] = view.flat(entry) if spec.kind == "elementwise" else entry
+    rule, rounds, reply = base.update(view, state, hyper), 0, None
+    while True:
+        try:
+            requests = next(rule) if reply is None else rule.send(reply)
+        except StopIteration:
+            return rounds
+        rounds += any(base._mesh.communicates(request.axes) for request in requests)
+        reply = tuple(request.value for request in requests)
+
+
+def _text(layout: Layout) -> str:
+    text = "x".join(map(str, layout.shape)) or "scalar"
+    if (split := layout.split) is not None:
+        text += f", dim {split.dim} {split.axis} {split.rank}/{split.size}"
+    if (piece := layout.slice) is not None:
+        text += f", flat {piece.axis} {piece.rank}/{piece.size}"
+    return text
