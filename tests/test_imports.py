@@ -15,10 +15,10 @@ MAY_IMPORT = {
     "sharding": set(),
     "optim": {"sharding"},
     "block": {"optim", "sharding"},
-    "booster": {"block", "optim", "sharding"},
+    "booster": {"compat", "block", "optim", "sharding"},
     "memory": {"optim", "sharding"},
     "cli": {"memory"},
-    "compat": {"booster", "block", "optim", "sharding"},
+    "compat": {"block", "optim", "sharding"},
     "testing": {"sharding"},
 }
 """Parts of the package that each part may import, itself aside."""
