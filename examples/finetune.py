@@ -22,7 +22,7 @@ from interrupt import stop_request
 from settings import Settings, SettingsError
 
 STARTED = time.monotonic()
-DEFAULT_LR = {"badam": 4e-3, "lamb": 1e-2, "adamw": 2e-3}
+DEFAULT_LR = {"badam": 6e-3, "lamb": 1e-2, "adamw": 2e-3}
 DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 
 
@@ -32,8 +32,8 @@ DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 @click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks (hybrid).")
 @click.option("--zero-stage", type=click.IntRange(0, 2), help="[default: 2 for zero, 1 for hybrid (0 in fp32)]")
 @click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16")
-@click.option("--steps", type=click.IntRange(1), default=320, help="Optimizer steps.")
-@click.option("--switch-every", type=click.IntRange(1), help="Steps on one block (badam).  [default: 20]")
+@click.option("--steps", type=click.IntRange(1), default=600, help="Optimizer steps.")
+@click.option("--switch-every", type=click.IntRange(1), help="Steps on one block (badam).  [default: 10]")
 @click.option("--switch-mode", type=click.Choice(["random", "ascending", "descending", "fixed"]), help="Block order.")
 @click.option(
     "--embeddings/--no-embeddings", default=None, help="Blocks for embedding and head.  [default: yes, without --model]"
@@ -43,7 +43,7 @@ DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 @click.option("--accumulate", type=click.IntRange(1), default=1, help="Backward passes per step.")
 @click.option("--sequence-length", type=click.IntRange(2), default=128)
 @click.option("--clip", type=click.FloatRange(0), default=0.0, help="Largest gradient norm; 0 does not clip.")
-@click.option("--eval-every", type=click.IntRange(1), default=40, help="Steps between held-out losses.")
+@click.option("--eval-every", type=click.IntRange(1), default=60, help="Steps between held-out losses.")
 @click.option("--seed", type=int, default=0)
 @click.option(
     "--model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Local HF model directory."
@@ -52,7 +52,7 @@ DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 @click.option("--tokenizer", type=click.Choice(["bpe", "byte"]), default="bpe", help="Trained on the text.")
 @click.option("--vocab-size", type=click.IntRange(257), default=1024, help="Of the trained tokenizer.")
 @click.option("--hidden-size", type=click.IntRange(32), default=160, help="Of the model from random weights.")
-@click.option("--layers", type=click.IntRange(1), default=6, help="Of the model from random weights.")
+@click.option("--layers", type=click.IntRange(1), default=4, help="Of the model from random weights.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @click.option("--save/--no-save", default=True, help="Write the trained model to OUTPUT/model.")
 @click.option("--reference", is_flag=True, help="One process does the work of --ranks ranks, without ColossalAI.")
@@ -99,7 +99,7 @@ def settings_of(flags: dict[str, Any], world_size: int) -> Settings:
         flags["zero_stage"] = 0 if fp32_hybrid else DEFAULT_STAGE[flags["plugin"]]
     if flags["embeddings"] is None:
         flags["embeddings"] = flags["model"] is None
-    flags["switch_every"] = flags["switch_every"] or 20
+    flags["switch_every"] = flags["switch_every"] or 10
     flags["switch_mode"] = flags["switch_mode"] or "random"
     flags["lr"] = flags["lr"] or DEFAULT_LR[flags["optimizer"]]
     return Settings(world_size=world_size, **flags)

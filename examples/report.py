@@ -172,7 +172,7 @@ def plot(report: Report, path: Path) -> None:
     with_blocks = report.settings.optimizer == "badam"
     figure = Figure(figsize=(11, 5 + 0.28 * len(blocks) * with_blocks), layout="constrained")
     heights = [5, 0.28 * len(blocks)] if with_blocks else [1]
-    rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0].tolist()
     _draw_losses(rows[0], report.curve)
     if with_blocks:
         _draw_blocks(rows, report.curve, blocks)

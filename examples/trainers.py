@@ -18,7 +18,7 @@ from settings import Settings
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from colossal_bcd import AdamW, BlockOptimizer, Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
@@ -57,19 +57,25 @@ class Trainer(Protocol):
         """End communication."""
 
 
-def build_model(settings: Settings, vocab_size: int) -> PreTrainedModel:
+def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model from a local directory, or a small Llama with random weights that depend on the seed alone."""
     torch.manual_seed(settings.seed)
     dtype = DTYPES[settings.precision]
     if settings.model is not None:
-        return AutoModelForCausalLM.from_pretrained(settings.model, torch_dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, torch_dtype=dtype, local_files_only=True)
+        # Buffers, too: ColossalAI's plugins cast them, and runs without them must not differ.
+        return model.to(dtype)
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         hidden_size=settings.hidden_size,
         intermediate_size=settings.hidden_size * 5 // 2,
         num_hidden_layers=settings.layers,
         num_attention_heads=4,
         num_key_value_heads=4,
+        # Blocks are trained one at a time: with the usual 0.02 the others would pass on next to nothing.
+        initializer_range=settings.hidden_size**-0.5,
         max_position_embeddings=max(settings.sequence_length, 512),
         use_cache=False,
     )
@@ -119,12 +125,12 @@ def build_plugin(settings: Settings) -> Any:
 class BoostedTrainer:
     """One rank of a run under a ColossalAI plugin."""
 
-    def __init__(self, settings: Settings, vocab_size: int) -> None:
+    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
         self.settings = settings
         self.rank = dist.get_rank()
         # ColossalAI lays tensor-parallel ranks side by side.
         self._data_rank = self.rank // settings.tp
-        model = build_model(settings, vocab_size)
+        model = build_model(settings, tokenizer)
         self.optimizer = build_optimizer(settings, model)
         scheduler = build_scheduler(settings, self.optimizer)
         self._booster = Booster(plugin=build_plugin(settings))
@@ -176,9 +182,9 @@ class ReferenceTrainer:
 
     rank = 0
 
-    def __init__(self, settings: Settings, vocab_size: int) -> None:
+    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
         self.settings = settings
-        self.model = build_model(settings, vocab_size).to(get_current_device())
+        self.model = build_model(settings, tokenizer).to(get_current_device())
         self.optimizer = build_optimizer(settings, self.model)
         if not isinstance(self.optimizer, BlockOptimizer) and settings.precision != "fp32":
             # One block that holds everything and never ends: float32 masters, as the plugins make them.
@@ -194,7 +200,7 @@ class ReferenceTrainer:
 
     def step(self, batch: Tensor) -> float:
         settings = self.settings
-        losses: list[float] = []
+        losses = [0.0] * settings.data_ranks
         trained = [param for param in self.model.parameters() if param.requires_grad]
         sums: list[Tensor | None] = [None] * len(trained)
         for parts in batch.view(settings.accumulate, settings.data_ranks, settings.micro_batch, -1):
@@ -211,12 +217,12 @@ class ReferenceTrainer:
         return sum(losses) / settings.data_ranks
 
     def _averages(self, parts: Tensor, trained: list[nn.Parameter], losses: list[float]) -> list[Tensor | None]:
-        """Mean gradients over the ranks of [ranks, sequences, T]; their losses are appended to `losses`."""
+        """Mean gradients over the ranks of [ranks, sequences, T]; each rank's loss is added to its entry."""
         averages: list[Tensor | None] = [None] * len(trained)
-        for part in parts:
+        for rank, part in enumerate(parts):
             loss = self.loss(part) / self.settings.accumulate
             loss.backward()
-            losses.append(loss.item())
+            losses[rank] += loss.item()
             for index, param in enumerate(trained):
                 if param.grad is not None:
                     share = param.grad.div_(self.settings.data_ranks)
@@ -245,9 +251,9 @@ class ReferenceTrainer:
         pass
 
 
-def make_trainer(settings: Settings, vocab_size: int) -> Trainer:
+def make_trainer(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Trainer:
     """Build model, optimizer and plugin."""
-    return (ReferenceTrainer if settings.reference else BoostedTrainer)(settings, vocab_size)
+    return (ReferenceTrainer if settings.reference else BoostedTrainer)(settings, tokenizer)
 
 
 def launch(settings: Settings) -> int:
@@ -257,5 +263,6 @@ def launch(settings: Settings) -> int:
         torch.set_num_threads(1)
     if settings.reference:
         return 0
-    colossalai.launch_from_torch(seed=settings.seed, verbose=False)
+    if not dist.is_initialized():
+        colossalai.launch_from_torch(seed=settings.seed, verbose=False)
     return dist.get_rank()

@@ -40,7 +40,7 @@ def run(settings: Settings, started: float) -> None:
         held_out_batch=EVAL_BATCH * settings.data_ranks,
     )
     baseline = live_bytes()
-    trainer = make_trainer(settings, len(corpus.tokenizer))
+    trainer = make_trainer(settings, corpus.tokenizer)
     loop = Loop(settings, trainer, corpus, MemoryProbe(settings, trainer.model, baseline))
     loop.run(Screen(console, settings))
     if rank == 0:
