@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -70,16 +70,19 @@ def cast_for_stock_plugin(optimizer: Any) -> Any:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         # ColossalAI keeps no record of the global shapes; the layouts of this moment are one.
         optimizer.bind({param: Layout.whole(tuple(param.shape)) for param in params}, Mesh())
-        if not isinstance(optimizer, DistributedOptim):
+        if not isinstance(optimizer, StockInterface):
             cls: Any = type(optimizer)
             optimizer.__class__ = distributed_class(cls)
+        assert isinstance(optimizer, StockInterface)
+        optimizer.original_groups = list(optimizer.param_groups)
     return optimizer
 
 
 class StockInterface(DistributedOptim):
     """What ColossalAI's plugins call of a distributed optimizer; mixed into those of this package."""
 
-    param_groups: list[dict[str, Any]]
+    original_groups: Sequence[dict[str, Any]] = ()
+    """The param-group dicts before ColossalAI, which schedulers hold; a pipeline gets new ones from it."""
 
     def setup_distributed(
         self,
@@ -101,6 +104,9 @@ class StockInterface(DistributedOptim):
             ValueError: the part of a weight that a master is does not follow from these.
         """
         assert isinstance(self, ShardedOptimizer)
+        for index, original in enumerate(self.original_groups):
+            original.update(self.param_groups[index])
+            self.param_groups[index] = original
         tp, data = _place(tp_group), _place(dp_group if is_zero else None)
         layouts = {}
         for index, (param, weight) in enumerate(_weights(self, shard_to_working_param or {}).items()):
@@ -170,7 +176,7 @@ def _shard_layout(weight: Any, shape: tuple[int, ...], rank: int, size: int) -> 
         divided = list(get_sharding_spec(weight).dim_partition_dict)
     else:
         divided = [dim for dim, length in enumerate(shape) if length != weight.shape[dim]]
-    if not divided:
+    if len(divided) != 1:
         return Layout.whole(shape)
     (dim,) = divided
     sections = None
