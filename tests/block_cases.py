@@ -32,6 +32,15 @@ def base_optimizer(name: str, params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1)
 
 
+def wrap(model: nn.Module, base: str = "adamw", block: dict[str, Any] | None = None) -> BlockOptimizer:
+    return BlockOptimizer(
+        base_optimizer=base_optimizer(base, model.parameters()),
+        named_parameters_list=list(model.named_parameters()),
+        switch_block_every=PERIOD,
+        **{"switch_mode": "ascending", "verbose": 0, **(block or {})},
+    )
+
+
 def boosted(
     plugin: str,
     options: dict[str, Any],
@@ -42,12 +51,7 @@ def boosted(
 ) -> tuple[Any, Any, Booster]:
     """Model, engine and booster (which must be kept alive) of a block-trained Llama."""
     model = build() if model is None else model
-    wrapped = BlockOptimizer(
-        base_optimizer=base_optimizer(base, model.parameters()),
-        named_parameters_list=list(model.named_parameters()),
-        switch_block_every=PERIOD,
-        **{"switch_mode": "ascending", "verbose": 0, **(block or {})},
-    )
+    wrapped = wrap(model, base, block)
     booster = Booster(plugin=PLUGINS[plugin](**options))
     model, engine, *_ = booster.boost(model, wrapped)
     return model, engine, booster

@@ -138,9 +138,10 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self.zero_grad()
         self._reducer.detach()
         active = [param for params in groups for param in params]
+        self._publish([], {})
         self.masters.activate(active, keep)
         self._reducer = GradientReducer(active, self._reducer_config())
-        self._publish(groups)
+        self._publish(groups, self.masters.of)
         return [[self.masters.of[param] for param in params] for params in groups]
 
     def load_gradients(self) -> None:
@@ -228,17 +229,16 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         """Where the process groups communicate."""
         return get_accelerator().get_current_device()
 
-    def _publish(self, groups: Sequence[Sequence[Parameter]]) -> None:
-        """Keep the tables that ColossalAI's checkpoint io reads from its own class."""
-        masters = self.masters
+    def _publish(self, groups: Sequence[Sequence[Parameter]], of: Mapping[Parameter, Tensor]) -> None:
+        """Fill the tables that ColossalAI's checkpoint io reads from its own class, or empty them."""
         self._working_param_groups = {index: list(params) for index, params in enumerate(groups)}
         self._master_param_groups_of_current_rank = {
-            index: [masters.of[param] for param in params] for index, params in enumerate(groups)
+            index: [of[param] for param in params] for index, params in enumerate(groups)
         }
-        self.master_to_working_param = {id(master): param for param, master in masters.of.items()}
-        self.working_to_master_param = {id(param): master for param, master in masters.of.items()}
+        self.master_to_working_param = {id(master): param for param, master in of.items()}
+        self.working_to_master_param = {id(param): master for param, master in of.items()}
         self._padding_map = {
-            id(param): master.numel() * masters.num_shards - param.numel() for param, master in masters.of.items()
+            id(param): master.numel() * self.masters.num_shards - param.numel() for param, master in of.items()
         }
 
     def _bind(self) -> None:
