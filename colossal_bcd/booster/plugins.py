@@ -292,6 +292,12 @@ def _prepare(model: nn.Module, optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"boost: got an optimizer of type {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     trained = {id(param) for param in parameters_of(optimizer)}
+    foreign = trained - {id(param) for param in model.parameters()}
+    if foreign:
+        raise ValueError(
+            f"boost: {len(foreign)} of the optimizer's {len(trained)} parameters are not in the model. Construct the "
+            "optimizer from the parameters of the model that is boosted, after the model was changed or copied."
+        )
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in trained:
             raise ValueError(f"module {name!r} has sparse gradients, expected dense ones. Build it with sparse=False.")
