@@ -124,10 +124,10 @@ def cast(optimizer: Optimizer) -> Optimizer:
             optimizer.replace_base(base)
         return optimizer
     cls = type(optimizer)
-    home = _home(cls)
-    if home in CASTS:
+    home, unchanged = _origin(cls)
+    if home in CASTS and unchanged:
         return _converted(optimizer, *CASTS[home])
-    if home is not None:
+    if home is not None and unchanged:
         package, _, name = home.rpartition(".")
         if name in BLOCKWISE.get(package, ()):
             raise ValueError(
@@ -141,8 +141,7 @@ def cast(optimizer: Optimizer) -> Optimizer:
                 "optimizer of torch.optim."
             )
     elif not isinstance(optimizer, ShardedOptimizer):
-        parent = next(filter(None, map(_known, cls.__mro__)), None)
-        why = "is unknown here" if parent is None else f"overrides the step of {parent}, so it is not cast"
+        why = "is unknown here" if home is None else f"overrides the step of {home}, so it is not cast"
         logger.warning(
             "%s.%s %s and left as it is: right only if its update of a value needs that value alone",
             cls.__module__,
@@ -152,17 +151,16 @@ def cast(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _home(cls: type) -> str | None:
-    """Name in the tables of the class whose update `cls` runs: its own, or an ancestor's that it does not override."""
-    for parent in cls.__mro__[:-1]:
-        # bitsandbytes' optimizers share `step` and differ in `update_step`.
-        for method in ("step", "update_step"):
-            theirs = vars(parent).get(method)
-            if theirs is not None and inspect.unwrap(theirs) is not inspect.unwrap(getattr(cls, method)):
-                return None
+def _origin(cls: type) -> tuple[str | None, bool]:
+    """Name of the nearest class of its ancestry that is in the tables, and whether `cls` runs the update of that one."""
+    for parent in cls.__mro__:
         if (name := _known(parent)) is not None:
-            return name
-    return None
+            # bitsandbytes' optimizers share `step` and differ in `update_step`.
+            methods: list[Any] = [
+                [getattr(c, method, None) for c in (parent, cls)] for method in ("step", "update_step")
+            ]
+            return name, all(inspect.unwrap(theirs) is inspect.unwrap(own) for theirs, own in methods)
+    return None, False
 
 
 def _known(cls: type) -> str | None:
