@@ -152,7 +152,7 @@ def cast(optimizer: Optimizer) -> Optimizer:
 
 
 def _origin(cls: type) -> tuple[str | None, bool]:
-    """Name of the nearest class of its ancestry that is in the tables, and whether `cls` runs the update of that one."""
+    """Name of its nearest ancestor that is in the tables (it may be itself), and whether it runs that one's update."""
     for parent in cls.__mro__:
         if (name := _known(parent)) is not None:
             # bitsandbytes' optimizers share `step` and differ in `update_step`.
