@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.sharding import Layout, ShardView
+from colossal_bcd.sharding import Layout, Mesh, ShardView, resolve
 
 
 def explain(optimizer: Any) -> str:
@@ -53,9 +54,10 @@ def _names(optimizer: Any, inner: Optimizer, held: list[Tensor]) -> tuple[list[s
         name_of = {of[param]: name for name, param in named if param in of}
         return [name_of[tensor] for tensor in held], {param.data_ptr() for param in of}
     if isinstance(inner, BlockOptimizer):
-        weights = {param.data_ptr() for param in inner.named_parameters.values()}
-        return list(itertools.chain(*inner.group_names(inner.num_steps))), weights
-    return [str(index) for index in range(len(held))], {tensor.data_ptr() for tensor in held}
+        addresses = {param.data_ptr() for param in inner.named_parameters.values()}
+        return list(chain(*inner.group_names(inner.num_steps))), addresses
+    weights = [tensor for tensor in held if isinstance(tensor, torch.nn.Parameter)]
+    return list(map(str, range(len(held)))), {tensor.data_ptr() for tensor in weights}
 
 
 def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Layout, int, int | None]:
@@ -64,9 +66,8 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
         layout, hyper = base._layouts[param], base._hyper(group)
         specs = base.state_spec(layout, hyper).values()
         return layout, _rounds(base, layout, hyper), sum(spec.num_bytes(param.dtype) for spec in specs)
-    layout = Layout.whole(tuple(param.shape))
-    if isinstance(optimizer, ZeroOptimizer):
-        layout = optimizer.masters.layout(optimizer.master_to_working_param[id(param)])
+    of = optimizer if isinstance(optimizer, ZeroOptimizer) else None
+    layout = of.masters.layout(of.master_to_working_param[id(param)]) if of else Layout.whole(tuple(param.shape))
     state = [value.nbytes for value in base.state.get(param, {}).values() if isinstance(value, Tensor)]
     return layout, 0, sum(state) if param in base.state else None
 
@@ -80,20 +81,19 @@ def _rounds(base: ShardedOptimizer, layout: Layout, hyper: Any) -> int:
     for name, spec in base.state_spec(layout, hyper).items():
         entry: Any = spec.allocate(param)
         state[name] = view.flat(entry) if spec.kind == "elementwise" else entry
-    rule, rounds, reply = base.update(view, state, hyper), 0, None
-    while True:
-        try:
-            requests = next(rule) if reply is None else rule.send(reply)
-        except StopIteration:
-            return rounds
-        rounds += any(base._mesh.communicates(request.axes) for request in requests)
-        reply = tuple(request.value for request in requests)
+    rule, mesh, rounds, sent = base.update(view, state, hyper), Mesh(), 0, [""]
+    mesh.communicates = base._mesh.communicates  # type: ignore[method-assign]
+    mesh.all_reduce = lambda _, axis: sent.append(axis)  # type: ignore[method-assign, assignment]
+    with suppress(StopIteration):
+        requests = next(rule)
+        while True:
+            before, answers = len(sent), tuple(resolve(requests, mesh))
+            rounds += len(sent) > before
+            requests = rule.send(answers)
+    return rounds
 
 
 def _text(layout: Layout) -> str:
-    text = "x".join(map(str, layout.shape)) or "scalar"
-    if (split := layout.split) is not None:
-        text += f", dim {split.dim} {split.axis} {split.rank}/{split.size}"
-    if (piece := layout.slice) is not None:
-        text += f", flat {piece.axis} {piece.rank}/{piece.size}"
-    return text
+    shape, split, piece = "x".join(map(str, layout.shape)) or "scalar", layout.split, layout.slice
+    over = "" if split is None else f", dim {split.dim} {split.axis} {split.rank}/{split.size}"
+    return shape + over + ("" if piece is None else f", flat {piece.axis} {piece.rank}/{piece.size}")
