@@ -285,7 +285,8 @@ def tutorial(port: int) -> dict[str, Any]:
     code = code.replace("LlamaConfig()", f"LlamaConfig(**{TINY})")
     if not torch.cuda.is_available():
         code = code.replace(".cuda()", "").replace('"cuda"', '"cpu"')
-    # The tutorial makes the process group itself.
+    # The tutorial makes the process group itself.  No rank may leave this one before all have joined it.
+    dist.barrier()
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     records = Records()
