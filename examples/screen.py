@@ -18,21 +18,21 @@ class Screen:
 
     def __init__(self, console: Console, settings: Settings) -> None:
         self._console, self._steps = console, settings.steps
+        self._live = console.is_terminal and not console.quiet
         self._progress = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("loss {task.fields[loss]:.3f}  held-out {task.fields[held_out]:.3f}"),
+            BarColumn(bar_width=10),
+            TextColumn("loss {task.fields[losses]}"),
             TextColumn("[cyan]{task.fields[block]}"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[rate]} tokens/s"),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._live,
+            # Drawn by `show`: a drawing thread would run while the memory probe looks at live objects.
+            auto_refresh=False,
         )
-        self._held_out = float("nan")
-        self._task = self._progress.add_task(
-            "", total=self._steps, loss=self._held_out, held_out=self._held_out, block="", rate=0.0
-        )
+        self._held_out = "-"
+        self._task = self._progress.add_task("", total=self._steps, losses="-", block="", rate="-")
 
     def __enter__(self) -> Screen:
         self._progress.start()
@@ -51,12 +51,12 @@ class Screen:
             rate: tokens per second.
         """
         if point.held_out is not None:
-            self._held_out = point.held_out
-        if self._console.is_terminal:
-            self._progress.update(
-                self._task, completed=point.step, loss=point.loss, held_out=self._held_out, block=point.block, rate=rate
-            )
+            self._held_out = f"{point.held_out:.3f}"
+        if self._live:
+            losses = f"{point.loss:.3f}, held-out {self._held_out}"
+            fields = {"losses": losses, "block": point.block, "rate": f"{rate:,.0f}"}
+            self._progress.update(self._task, completed=point.step, refresh=True, **fields)
         elif point.held_out is not None or point.step % max(self._steps // LINES, 1) == 0:
-            held_out = "" if point.held_out is None else f"  held-out {point.held_out:.3f}"
+            held_out = "" if point.held_out is None else f", held-out {point.held_out:.3f}"
             line = f"step {point.step:>4}/{self._steps}  loss {point.loss:.3f}{held_out}"
             self._console.print(f"{line}  {point.block}  {rate:,.0f} tokens/s")
