@@ -6,7 +6,9 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Adafactor": "colossal_bcd.optim",
     "AdamW": "colossal_bcd.optim",
+    "CAME": "colossal_bcd.optim",
     "Lamb": "colossal_bcd.optim",
     "BlockOptimizer": "colossal_bcd.block",
 }

@@ -37,3 +37,62 @@ def lamb(weight, grad, state, *, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=
     direction_norm = torch.sqrt(torch.sum(direction**2)).item()
     ratio = weight_norm / direction_norm if weight_norm > 0 and direction_norm > 0 and not adam else 1.0
     return weight - lr * ratio * direction
+
+
+def rms(x):
+    return torch.sqrt(torch.mean(x**2))
+
+
+def rank_one_root(row, col):
+    """1 / sqrt(R C / mean(R)) of a batch of matrices (arXiv 1804.04235, equation 4)."""
+    return torch.rsqrt(row[..., :, None] * col[..., None, :] / row.mean(-1)[..., None, None])
+
+
+def average(state, name, value, decay):
+    state[name] = decay * state.get(name, torch.zeros_like(value)) + (1 - decay) * value
+    return state[name]
+
+
+def adafactor(
+    weight, grad, state, *, lr, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, weight_decay=0.0,
+    scale_parameter=True, relative_step=True, warmup_init=False,
+):  # fmt: skip
+    """Algorithms 4 (matrices) and 5 (vectors) of arXiv 1804.04235 with the options of section 9."""
+    state["t"] = t = state.get("t", 0) + 1
+    if relative_step:
+        lr = min(1e-6 * t if warmup_init else 1e-2, 1 / t**0.5)
+    if scale_parameter:
+        lr = lr * max(eps[1], rms(weight).item())
+    decay, squared = 1 - t**decay_rate, grad**2 + eps[0]
+    if grad.dim() >= 2:
+        update = grad * rank_one_root(
+            average(state, "row", squared.mean(-1), decay), average(state, "col", squared.mean(-2), decay)
+        )
+    else:
+        update = grad / torch.sqrt(average(state, "v", squared, decay))
+    update = lr * update / max(1.0, rms(update).item() / clip_threshold)
+    if beta1 is not None:
+        update = average(state, "m", update, beta1)
+    return weight - lr * weight_decay * weight - update
+
+
+def came(
+    weight, grad, state, *, lr, eps=(1e-30, 1e-16), clip_threshold=1.0, betas=(0.9, 0.999, 0.9999), weight_decay=0.0
+):
+    """Algorithm 2 of arXiv 2307.02047; vectors as in the authors' code, without confidence."""
+    squared = grad**2 + eps[0]
+    if grad.dim() >= 2:
+        update = grad * rank_one_root(
+            average(state, "row", squared.mean(-1), betas[1]), average(state, "col", squared.mean(-2), betas[1])
+        )
+    else:
+        update = grad / torch.sqrt(average(state, "v", squared, betas[1]))
+    update = update / max(1.0, rms(update).item() / clip_threshold)
+    m = average(state, "m", update, betas[0])
+    if grad.dim() >= 2:
+        instability = (update - m) ** 2 + eps[1]
+        m = m * rank_one_root(
+            average(state, "s_row", instability.mean(-1), betas[2]),
+            average(state, "s_col", instability.mean(-2), betas[2]),
+        )
+    return weight - lr * weight_decay * weight - lr * m

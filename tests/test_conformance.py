@@ -8,7 +8,6 @@ import torch
 from conformance_cases import (
     CASES,
     MESHES,
-    NUM_STEPS,
     TABLE,
     TOLERANCE,
     VARIANTS,
@@ -85,9 +84,10 @@ class TestMesh:
 
     def test_step_makes_its_rounds_of_collectives_per_axis(self, outcome, variant):
         sizes, reports = outcome
-        calls = hyper_of(variant)[0].rounds * sizes.num_axes
+        row = hyper_of(variant)[0]
+        calls = row.rounds * sizes.num_axes
         for report in reports:
-            assert report[variant]["calls"] == [[calls, calls]] * NUM_STEPS
+            assert report[variant]["calls"] == [[calls, calls]] * row.num_steps
 
     def test_waves_change_the_collectives_and_not_the_numbers(self, outcome, variant):
         sizes, reports = outcome
@@ -118,6 +118,9 @@ class TestMeshAndRow:
     def test_collectives_do_not_depend_on_the_number_of_tensors(self, outcome, row):
         sizes, reports = outcome
         calls = TABLE[row].rounds * sizes.num_axes
+        if sizes.zero > 2:
+            assert "calls_of_75" not in reports[0][row]
+            return
         assert all(report[row]["calls_of_75"] == report[row]["calls_of_750"] == calls for report in reports)
 
 
@@ -140,13 +143,17 @@ def wave_peaks():
     return run_ranks(2, measure_all_waves)[0]
 
 
+@pytest.mark.parametrize("optimizer", ["Lamb", "Adafactor", "CAME"])
 @pytest.mark.parametrize("num_rules", [1, 3, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_wave_keeps_its_temporaries_within_the_budget_and_one_rule(dtype, num_rules):
+def test_wave_keeps_its_temporaries_within_the_budget_and_one_rule(optimizer, dtype, num_rules):
     """bf16 kept a float32 copy of each gradient alive between rounds and float64 was counted as float32: twice the
     budget."""
-    peak, alone, rule = wave_peaks()[dtype, num_rules]
+    peak, alone, rule = wave_peaks()[optimizer, dtype, num_rules]
     # Scalars of a round: two sums and their parts per rule, the packed buffer, the trust ratio's.
+    # Of a factored rule also rows and columns: their sums, the packed buffer, its parts and the means.
     scalars = 12 * 16 * 8
+    if optimizer != "Lamb":
+        scalars += 12 * 4 * (64 + 64) * 8
     assert peak <= num_rules * rule + alone + scalars
     assert peak >= num_rules * rule

@@ -36,7 +36,7 @@ class LambHyper:
     def __post_init__(self) -> None:
         require_adam(self.lr, self.betas, self.eps, self.weight_decay)
         require(
-            self.bias_correction in (True, False, "step_size"),
+            isinstance(self.bias_correction, bool) or self.bias_correction == "step_size",
             "bias_correction",
             self.bias_correction,
             'True, False or "step_size"',

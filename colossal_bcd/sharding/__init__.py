@@ -1,15 +1,20 @@
 """Layouts, statistics of sharded tensors, and the only collectives of an optimizer step."""
 
 from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit
+from colossal_bcd.sharding.matrix import Matrices, Means
 from colossal_bcd.sharding.mesh import Mesh
-from colossal_bcd.sharding.rounds import WAVE_BYTES, Rounds, Sum, Task, resolve, run_rounds
+from colossal_bcd.sharding.rounds import WAVE_BYTES, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
 from colossal_bcd.sharding.view import ShardView, wide
 
 __all__ = [
     "WAVE_BYTES",
     "FlatSlice",
+    "Combined",
     "Layout",
+    "Matrices",
+    "Means",
     "Mesh",
+    "Request",
     "Rounds",
     "ShardView",
     "Sum",

@@ -142,7 +142,7 @@ class Layout:
     @property
     def span(self) -> tuple[int, int]:
         """Half-open range of the flattened shard that this rank holds as data."""
-        stop = self._shard_data
+        stop = self.shard_data
         if self.slice is None:
             return 0, stop
         start = min(self.slice.rank * self.slice.length, stop)
@@ -162,7 +162,7 @@ class Layout:
         return piece + split
 
     @property
-    def _shard_data(self) -> int:
+    def shard_data(self) -> int:
         """Length of the prefix of the flattened shard that is data."""
         shape = list(self.shard_shape)
         if self.split is not None and self.split.padded is not None:

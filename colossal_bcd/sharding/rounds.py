@@ -6,9 +6,9 @@ A rule is a generator; each `yield` is a round: it hands over a tuple of request
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +27,16 @@ class Sum:
     axes: tuple[str, ...]
 
 
-Rounds: TypeAlias = Generator[tuple[Sum, ...], tuple[Tensor, ...], None]
+@dataclass(frozen=True)
+class Combined:
+    """Request made of sums; it resolves to what `finish` makes of their results, in order."""
+
+    sums: tuple[Sum, ...]
+    finish: Callable[..., Any]
+
+
+Request: TypeAlias = Sum | Combined
+Rounds: TypeAlias = Generator[tuple[Request, ...], tuple[Any, ...], None]
 
 
 @dataclass(frozen=True)
@@ -41,22 +50,33 @@ class Task:
     """Temporaries that it keeps alive between rounds, on the rank that needs most: equal on all ranks."""
 
 
-def resolve(requests: Sequence[Sum], mesh: Mesh) -> list[Tensor]:
-    """Answer the requests of one round: one all-reduce per distinct axis.
+def resolve(requests: Sequence[Request], mesh: Mesh) -> list[Any]:
+    """Answer the requests of one round: one all-reduce per distinct axis."""
+    parts = [(request,) if isinstance(request, Sum) else request.sums for request in requests]
+    totals = iter(_add_up([part for sums in parts for part in sums], mesh))
+    answers = [tuple(next(totals) for _ in sums) for sums in parts]
+    return [
+        answer[0] if isinstance(request, Sum) else request.finish(*answer)
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def _add_up(sums: list[Sum], mesh: Mesh) -> list[Tensor]:
+    """The sums' totals, packed into one buffer per axis, of the widest dtype among its values.
 
     The order of the axes and the packing follow from the requests alone, which follow from layouts; they are the same
-    on every rank.  The buffer has the widest dtype among the values.
+    on every rank.
     """
-    values = [request.value for request in requests]
-    for axis in dict.fromkeys(axis for request in requests for axis in request.axes):
+    values = [part.value for part in sums]
+    for axis in dict.fromkeys(axis for part in sums for axis in part.axes):
         if not mesh.communicates((axis,)):
             continue
-        indices = [i for i, request in enumerate(requests) if axis in request.axes]
+        indices = [i for i, part in enumerate(sums) if axis in part.axes]
         dtype = torch.float64 if any(values[i].dtype == torch.float64 for i in indices) else torch.float32
         buffer = torch.cat([values[i].reshape(-1).to(dtype) for i in indices])
         mesh.all_reduce(buffer, axis)
-        for i, part in zip(indices, buffer.split([values[i].numel() for i in indices]), strict=True):
-            values[i] = part.view(values[i].shape).to(values[i].dtype)
+        for i, total in zip(indices, buffer.split([values[i].numel() for i in indices]), strict=True):
+            values[i] = total.view(values[i].shape).to(values[i].dtype)
     return values
 
 
@@ -95,8 +115,8 @@ def _advance(rules: list[Rounds], mesh: Mesh) -> None:
 
 
 def _collect(
-    replies: Iterable[tuple[Rounds, tuple[Tensor, ...] | None]],
-) -> list[tuple[Rounds, tuple[Sum, ...]]]:
+    replies: Iterable[tuple[Rounds, tuple[Any, ...] | None]],
+) -> list[tuple[Rounds, tuple[Request, ...]]]:
     """Resume each rule with its reply (None starts it) and keep those that ask again."""
     pending = []
     for rule, reply in replies:

@@ -38,6 +38,10 @@ class ShardView:
         """
         return self._grad.to(wide(self.param.dtype))
 
+    def squared_grad(self, eps: float) -> Tensor:
+        """[n] square of the gradient plus `eps`, in a new tensor."""
+        return self.grad.square().add_(eps)
+
     def flat(self, tensor: Tensor) -> Tensor:
         """[n] prefix of a local tensor (of `layout.local_shape`) that is data, as a view."""
         return tensor.view(-1)[: self.layout.num_local]

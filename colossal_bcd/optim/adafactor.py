@@ -1,0 +1,162 @@
+"""Adafactor (Shazeer and Stern, arXiv 1804.04235, algorithms 4 to 6, as in transformers.Adafactor): two rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.optim.base import Params, ShardedOptimizer, State
+from colossal_bcd.optim.factored import FactoredAverage, factored_spec, is_factored
+from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.sharding import WAVE_BYTES, Layout, Matrices, Rounds, ShardView
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdafactorHyper:
+    """Hyper-parameters of one param group."""
+
+    lr: float | None = None
+    """Step size; None with `relative_step`."""
+    eps: tuple[float, float] = (1e-30, 1e-3)
+    """Added to the squared gradient; least root mean square of a weight for `scale_parameter`."""
+    clip_threshold: float = 1.0
+    """Largest root mean square of an update before the step size."""
+    decay_rate: float = -0.8
+    """The second moment's decay at step t is 1 - t ** decay_rate."""
+    beta1: float | None = None
+    """Decay of the first moment; None keeps none."""
+    weight_decay: float = 0.0
+    """Decoupled: the weight shrinks by the step size times weight_decay."""
+    scale_parameter: bool = True
+    """Multiply the step size by the root mean square of the weight."""
+    relative_step: bool = True
+    """Step size min(1e-2, 1 / sqrt(t)) instead of lr."""
+    warmup_init: bool = False
+    """With relative_step: min(1e-6 t, 1 / sqrt(t))."""
+    min_dim_size_to_factor: int = 0
+    """Matrices with a smaller dim keep the whole second moment."""
+
+    def __post_init__(self) -> None:
+        require(self.lr is None or self.lr >= 0, "lr", self.lr, "None or a non-negative number")
+        require(self.lr is not None or self.relative_step, "lr", self.lr, "a number where relative_step is False")
+        require(len(self.eps) == 2 and min(self.eps) >= 0, "eps", self.eps, "two non-negative numbers")
+        require(self.clip_threshold > 0, "clip_threshold", self.clip_threshold, "a positive number")
+        require(self.decay_rate <= 0, "decay_rate", self.decay_rate, "a number that is not positive")
+        require(self.beta1 is None or 0 <= self.beta1 < 1, "beta1", self.beta1, "None or a number in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a non-negative number")
+        require(self.min_dim_size_to_factor >= 0, "min_dim_size_to_factor", self.min_dim_size_to_factor, "0 or more")
+        require(self.relative_step or not self.warmup_init, "warmup_init", True, "False where relative_step is False")
+
+
+def step_size(hyper: AdafactorHyper, step: int, rms: Tensor) -> Tensor:
+    """Step size at step t (algorithm 5 and section 9): rho_t, times max(eps2, RMS of the weight)."""
+    if hyper.relative_step:
+        rho = min(1e-6 * step if hyper.warmup_init else 1e-2, step**-0.5)
+    else:
+        assert hyper.lr is not None
+        rho = hyper.lr
+    return rms.clamp(min=hyper.eps[1]) * rho if hyper.scale_parameter else torch.full_like(rms, rho)
+
+
+def adafactor(view: ShardView, state: State, hyper: AdafactorHyper) -> Rounds:
+    """One Adafactor update.  The weight's root mean square travels with the first round that exists anyway."""
+    weight = state["step"] ** hyper.decay_rate
+    if "exp_avg_sq_row" in state:
+        matrices = Matrices(view.layout)
+        means, size = yield matrices.means(view.squared_grad(hyper.eps[0])), view.square_sum(view.param)
+        average = FactoredAverage(matrices, state, "exp_avg_sq")
+        average.update_(means, weight)
+        update = average.precondition_(view.grad.clone())
+        (length,) = yield (view.square_sum(update),)
+    else:
+        update = state["exp_avg_sq"].lerp_(view.squared_grad(hyper.eps[0]), weight).rsqrt().mul_(view.grad)
+        length, size = yield view.square_sum(update), view.square_sum(view.param)
+    state["RMS"].copy_((size / view.layout.numel).sqrt())
+    lr = step_size(hyper, state["step"], state["RMS"])
+    update.mul_(lr / ((length / view.layout.numel).sqrt() / hyper.clip_threshold).clamp_(min=1))
+    if hyper.beta1 is not None:
+        update = state["exp_avg"].lerp_(update, 1 - hyper.beta1)
+    if hyper.weight_decay:
+        view.param.mul_(1 - lr * hyper.weight_decay)
+    view.param.sub_(update)
+
+
+class Adafactor(ShardedOptimizer):
+    """Adafactor on any mesh: two collectives per axis and step, whatever the number of parameters.
+
+    Tensors of two or more dims are batches of matrices over their last two.  Their second moment is kept as averages of
+    the rows that the rank's slice touches and of the columns of the matrices that it touches, plus one number per
+    matrix where neither are whole on the rank.  Tensors of fewer dims keep the whole second moment.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr, eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init,
+            min_dim_size_to_factor: see `AdafactorHyper`.
+        wave_bytes: see `ShardedOptimizer`.
+    Raises:
+        ValueError: a hyper-parameter is out of range, or `lr` is given together with `relative_step`.
+    """
+
+    hyper_type = AdafactorHyper
+    temporary_bytes = 4
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        min_dim_size_to_factor: int = 0,
+        wave_bytes: int = WAVE_BYTES,
+    ) -> None:
+        hyper = AdafactorHyper(
+            lr=lr,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            decay_rate=decay_rate,
+            beta1=beta1,
+            weight_decay=weight_decay,
+            scale_parameter=scale_parameter,
+            relative_step=relative_step,
+            warmup_init=warmup_init,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+        )
+        super().__init__(params, hyper, wave_bytes)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        # Only here: a scheduler may write an lr into the groups of a relative step, where it means nothing.
+        group = {**self.defaults, **param_group}
+        if group["lr"] is not None and group["relative_step"]:
+            raise ValueError(
+                f"Adafactor: got lr={group['lr']} and relative_step=True, which sets the step size itself. "
+                "Pass relative_step=False to use lr, or lr=None."
+            )
+        super().add_param_group(param_group)
+
+    def state_spec(self, layout: Layout, hyper: AdafactorHyper) -> dict[str, StateSpec]:
+        moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+        spec = {"RMS": StateSpec(kind="replicated")}
+        if hyper.beta1 is not None:
+            spec["exp_avg"] = moment
+        if is_factored(layout, hyper.min_dim_size_to_factor):
+            return {**spec, **factored_spec(layout, "exp_avg_sq")}
+        return {**spec, "exp_avg_sq": moment}
+
+    def update(self, view: ShardView, state: State, hyper: AdafactorHyper) -> Rounds:
+        return adafactor(view, state, hyper)
+
+    def _get_lr(self, param_group: Mapping[str, Any], param_state: Mapping[str, Any]) -> float:
+        """Step size of a parameter at its last step; transformers' AdafactorSchedule asks for it by this name."""
+        return step_size(self._hyper(param_group), param_state["step"], param_state["RMS"]).item()

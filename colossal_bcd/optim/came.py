@@ -1,0 +1,120 @@
+"""CAME (Luo et al., arXiv 2307.02047, algorithm 2): three rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from colossal_bcd.optim.base import Params, ShardedOptimizer, State
+from colossal_bcd.optim.factored import FactoredAverage, factored_spec, is_factored
+from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.sharding import WAVE_BYTES, Layout, Matrices, Rounds, ShardView
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAMEHyper:
+    """Hyper-parameters of one param group."""
+
+    lr: float
+    """Step size."""
+    eps: tuple[float, float] = (1e-30, 1e-16)
+    """Added to the squared gradient and to the instability."""
+    clip_threshold: float = 1.0
+    """Largest root mean square of an update before the step size."""
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9999)
+    """Decay of the first moment, of the second, and of the instability."""
+    weight_decay: float = 0.0
+    """Decoupled: the weight shrinks by lr * weight_decay."""
+    min_dim_size_to_factor: int = 0
+    """Matrices with a smaller dim keep the whole second moment, and no instability."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, "lr", self.lr, "a non-negative number")
+        require(len(self.eps) == 2 and min(self.eps) >= 0, "eps", self.eps, "two non-negative numbers")
+        require(self.clip_threshold > 0, "clip_threshold", self.clip_threshold, "a positive number")
+        require(
+            len(self.betas) == 3 and all(0 <= beta < 1 for beta in self.betas),
+            "betas",
+            self.betas,
+            "three numbers in [0, 1)",
+        )
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a non-negative number")
+        require(self.min_dim_size_to_factor >= 0, "min_dim_size_to_factor", self.min_dim_size_to_factor, "0 or more")
+
+
+def came(view: ShardView, state: State, hyper: CAMEHyper) -> Rounds:
+    """One CAME update; equation and line numbers are those of the paper's algorithm 2."""
+    beta1, beta2, beta3 = hyper.betas
+    matrices = Matrices(view.layout) if "exp_avg_sq_row" in state else None
+    if matrices is not None:
+        (means,) = yield (matrices.means(view.squared_grad(hyper.eps[0])),)  # lines 5 and 6
+        average = FactoredAverage(matrices, state, "exp_avg_sq")
+        average.update_(means, 1 - beta2)
+        update = average.precondition_(view.grad.clone())  # lines 7 and 8
+    else:
+        update = state["exp_avg_sq"].lerp_(view.squared_grad(hyper.eps[0]), 1 - beta2).rsqrt().mul_(view.grad)
+    (length,) = yield (view.square_sum(update),)
+    update.div_(((length / view.layout.numel).sqrt() / hyper.clip_threshold).clamp_(min=1))
+    exp_avg: Tensor = state["exp_avg"].lerp_(update, 1 - beta1)  # line 9
+    if matrices is not None:
+        instability = update.sub_(exp_avg).square_().add_(hyper.eps[1])  # line 10
+        residual = FactoredAverage(matrices, state, "exp_avg_res")
+        (means,) = yield (matrices.means(instability),)  # lines 11 and 12
+        residual.update_(means, 1 - beta3)
+        update = residual.precondition_(update.copy_(exp_avg))  # lines 13 and 14
+    else:
+        update = exp_avg
+    view.param.mul_(1 - hyper.lr * hyper.weight_decay).add_(update, alpha=-hyper.lr)
+
+
+class CAME(ShardedOptimizer):
+    """CAME on any mesh: three collectives per axis and step, whatever the number of parameters.
+
+    Tensors of two or more dims are batches of matrices over their last two.  Their second moment and instability are
+    kept as averages of the rows that the rank's slice touches and of the columns of the matrices that it touches, plus
+    one number per matrix where neither are whole on the rank.  Tensors of fewer dims keep the whole second moment, and
+    their update is not scaled by confidence, as in the authors' code.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr, eps, clip_threshold, betas, weight_decay, min_dim_size_to_factor: see `CAMEHyper`.
+        wave_bytes: see `ShardedOptimizer`.
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    hyper_type = CAMEHyper
+    temporary_bytes = 4
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        eps: tuple[float, float] = (1e-30, 1e-16),
+        clip_threshold: float = 1.0,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        weight_decay: float = 0.0,
+        *,
+        min_dim_size_to_factor: int = 0,
+        wave_bytes: int = WAVE_BYTES,
+    ) -> None:
+        hyper = CAMEHyper(
+            lr=lr,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            betas=betas,
+            weight_decay=weight_decay,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+        )
+        super().__init__(params, hyper, wave_bytes)
+
+    def state_spec(self, layout: Layout, hyper: CAMEHyper) -> dict[str, StateSpec]:
+        moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+        if not is_factored(layout, hyper.min_dim_size_to_factor):
+            return {"exp_avg": moment, "exp_avg_sq": moment}
+        return {"exp_avg": moment, **factored_spec(layout, "exp_avg_sq"), **factored_spec(layout, "exp_avg_res")}
+
+    def update(self, view: ShardView, state: State, hyper: CAMEHyper) -> Rounds:
+        return came(view, state, hyper)

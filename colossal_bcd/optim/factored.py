@@ -1,0 +1,60 @@
+"""A second moment kept as row and column averages (Shazeer and Stern, arXiv 1804.04235, section 3).
+
+k, m, c: as in `sharding.matrix`; n: values of data on this rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from colossal_bcd.optim.base import State
+from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.sharding import Layout, Matrices, Means
+
+
+def is_factored(layout: Layout, min_dim_size: int) -> bool:
+    """Whether a parameter has matrices whose both dims have at least `min_dim_size`."""
+    return len(layout.shape) >= 2 and min(layout.shape[-2:]) >= min_dim_size and layout.numel > 0
+
+
+def factored_spec(layout: Layout, name: str) -> dict[str, StateSpec]:
+    """State of one factored average: `<name>_row`, `<name>_col`, and `<name>_total` where the rank needs it."""
+    matrices = Matrices(layout)
+    spec = {
+        f"{name}_row": StateSpec(kind="row", shape=(matrices.rows.count,)),
+        f"{name}_col": StateSpec(kind="column", shape=(matrices.matrices.count, matrices.c)),
+    }
+    if matrices.needs_total:
+        spec[f"{name}_total"] = StateSpec(kind="column", shape=(matrices.matrices.count,))
+    return spec
+
+
+class FactoredAverage:
+    """The exponential average of a non-negative quantity, as rows, columns and their normaliser.
+
+    Args:
+        matrices: of the parameter's layout.
+        state: holds the entries that `factored_spec` declares under `name`.
+        name: see `state`.
+    """
+
+    def __init__(self, matrices: Matrices, state: State, name: str) -> None:
+        self._matrices = matrices
+        self._row, self._col = state[f"{name}_row"], state[f"{name}_col"]
+        self._total = state.get(f"{name}_total")
+
+    def update_(self, means: Means, weight: float) -> None:
+        """Give new means the weight `weight`, and the average so far the rest."""
+        self._row.lerp_(means.row, weight)
+        self._col.lerp_(means.col, weight)
+        if self._total is not None and means.total is not None:
+            self._total.lerp_(means.total, weight)
+
+    def precondition_(self, x: Tensor) -> Tensor:
+        """Divide by the root of the rank-one estimate row x col / mean, in place.
+
+        Args:
+            x: [n] values.
+        """
+        norm = self._matrices.normaliser(self._row, self._col, self._total)
+        return self._matrices.scale_(x, (self._row / norm).rsqrt(), self._col.rsqrt())

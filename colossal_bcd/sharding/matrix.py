@@ -1,0 +1,198 @@
+"""Row and column statistics of a flat slice, completed over the ranks that share a row or a matrix.
+
+A tensor of two or more dims is a batch of matrices over its last two dims.  R, C: rows and columns of one global
+matrix; r, c: of one matrix in this rank's tensor-parallel shard; n: values of data on this rank; k, m: rows and matrices
+that they touch, the first and the last of which other ranks may touch, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.sharding.layout import Layout
+from colossal_bcd.sharding.rounds import Combined, Sum
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Equal consecutive runs of the flattened shard, rows or matrices, as a ZeRO slice sees them."""
+
+    first: int
+    """First run that this rank touches."""
+    count: int
+    """Number of runs that it touches; 0 for an empty slice."""
+    shared: tuple[int, ...]
+    """Runs that lie on several ranks: the same tuple on all of them."""
+
+    @classmethod
+    def of(cls, layout: Layout, length: int, end: int) -> Segments:
+        """Runs of `length` values before `end`."""
+        piece = layout.slice
+        if piece is None:
+            return cls(0, -(-end // length), ())
+        start, stop = min(piece.rank * piece.length, end), min((piece.rank + 1) * piece.length, end)
+        first = start // length
+        cuts = [rank * piece.length for rank in range(1, piece.size)]
+        shared = {cut // length for cut in cuts if cut < end and cut % length}
+        return cls(first, -(-stop // length) - first if stop > start else 0, tuple(sorted(shared)))
+
+    def complete(self, partial: Tensor, over_runs: tuple[str, ...], within_runs: tuple[str, ...]) -> Combined:
+        """Request the totals of the runs that this rank touches.
+
+        Args:
+            partial: [count, ...] sums over this rank's values.
+            over_runs: axes that divide every run.
+            within_runs: axes over whose ranks a shared run is spread.
+        Returns:
+            Request that resolves to [count, ...].
+        """
+        mine = [(slot, run - self.first) for slot, run in enumerate(self.shared) if 0 <= run - self.first < self.count]
+        slots = partial.new_zeros(len(self.shared), *partial.shape[1:])
+        for slot, index in mine:
+            slots[slot] = partial[index]
+
+        def finish(totals: Tensor, shared: Tensor) -> Tensor:
+            if mine:
+                totals = totals.clone()
+            for slot, index in mine:
+                totals[index] = shared[slot]
+            return totals
+
+        spread = within_runs + over_runs if self.shared else ()
+        return Combined((Sum(partial, over_runs), Sum(slots, spread)), finish)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over columns and over rows of every matrix that a rank touches."""
+
+    row: Tensor
+    """[k] means over the C columns."""
+    col: Tensor
+    """[m, c] means over the R rows."""
+    total: Tensor | None
+    """[m] means over R x C; only where neither rows nor columns are whole on the rank (see `Matrices.normaliser`)."""
+
+
+class Matrices:
+    """The batch of matrices in one layout, on one rank.
+
+    Held per rank are the rows that its slice touches (k values) and the columns of the matrices that it touches
+    (m x c), never vectors of other ranks' rows.
+
+    Raises:
+        ValueError: the tensor has fewer than two dims.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        if len(layout.shape) < 2:
+            raise ValueError(
+                f"matrices of a layout of {layout.shape}: got {len(layout.shape)} dims, expected two or more"
+            )
+        self.layout = layout
+        self.r, self.c = layout.shard_shape[-2:]
+        self.rows = Segments.of(layout, self.c, layout.shard_data)
+        # Padded rows count, so that all ranks of a padded vocabulary have the same matrices, also one that has no data.
+        self.matrices = Segments.of(layout, self.r * self.c, math.prod(layout.shard_shape))
+        split = layout.split if layout.split is not None and layout.split.size > 1 else None
+        last = len(layout.shape) - 1
+        self._row_axes = (split.axis,) if split is not None and split.dim == last else ()
+        self._col_axes = (split.axis,) if split is not None and split.dim == last - 1 else ()
+        self._zero = (layout.slice.axis,) if layout.slice is not None and layout.slice.size > 1 else ()
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether neither all rows nor all columns of a matrix are on this rank."""
+        return bool(self._row_axes) and bool(self._zero)
+
+    def means(self, x: Tensor) -> Combined:
+        """Request the row and column means of the whole matrices.
+
+        Args:
+            x: [n] values on this rank.
+        Returns:
+            Request that resolves to `Means`.
+        """
+        num_rows, num_cols = self.layout.shape[-2:]
+        row, col = self._row_sums(x), self._col_sums(x)
+        parts = [
+            self.rows.complete(row, self._row_axes, self._zero),
+            self.matrices.complete(col, self._col_axes, self._zero),
+        ]
+        if self.needs_total:
+            parts.append(self.matrices.complete(col.sum(1), self._row_axes, self._zero))
+
+        def finish(*sums: Tensor) -> Means:
+            row, col, *total = (part.finish(*sums[2 * i : 2 * i + 2]) for i, part in enumerate(parts))
+            return Means(row / num_cols, col / num_rows, total[0] / (num_rows * num_cols) if total else None)
+
+        return Combined(tuple(part for request in parts for part in request.sums), finish)
+
+    def normaliser(self, row: Tensor, col: Tensor, total: Tensor | None) -> Tensor:
+        """[k] mean of the matrix to which each row belongs, at no cost.
+
+        The mean of a matrix's row means is the mean of its column means: whichever is whole on this rank serves, and
+        where neither is, the total that travelled with them.
+        """
+        if total is not None:
+            mean = total
+        elif self._row_axes:
+            mean = row.view(-1, self.r).mean(1)
+        else:
+            mean = col.mean(1)
+        if len(mean) == 1:
+            return mean.expand(len(row))
+        index = torch.arange(self.rows.first, self.rows.first + self.rows.count, device=row.device) // self.r
+        return mean[index - self.matrices.first]
+
+    def scale_(self, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        """Multiply every value by the factor of its row and that of its column, in place.
+
+        Args:
+            x: [n] values on this rank.
+            row: [k] factors.
+            col: [m, c] factors.
+        """
+        for values, rows, matrices, columns in self._pieces(x):
+            values.mul_(row[rows].view(*values.shape[:2], 1)).mul_(col[matrices, columns].unsqueeze(1))
+        return x
+
+    def _row_sums(self, x: Tensor) -> Tensor:
+        """[k] sums over this rank's columns."""
+        return torch.cat([x[:0], *(values.sum(2).view(-1) for values, *_ in self._pieces(x))])
+
+    def _col_sums(self, x: Tensor) -> Tensor:
+        """[m, c] sums over this rank's rows."""
+        out = x.new_zeros(self.matrices.count, self.c)
+        for values, _, matrices, columns in self._pieces(x):
+            out[matrices, columns] += values.sum(1)
+        return out
+
+    def _pieces(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice, slice]]:
+        """Cut a slice into at most five blocks of full structure, without copies.
+
+        Part of a row, rows up to the end of a matrix, whole matrices, rows of the last matrix, part of a row: each as a
+        view [matrices, rows, columns] with the rows, matrices and columns (counted on this rank) that it covers.
+        """
+        start, stop = self.layout.span
+        at = start
+        while at < stop:
+            row, column = divmod(at, self.c)
+            matrix, inside = divmod(row, self.r)
+            if column or stop - at < self.c:
+                shape = 1, 1, min(self.c - column, stop - at)
+            elif inside or stop - at < self.r * self.c:
+                shape = 1, min(self.r - inside, (stop - at) // self.c), self.c
+            else:
+                shape = (stop - at) // (self.r * self.c), self.r, self.c
+            size = math.prod(shape)
+            rows = slice(row - self.rows.first, row - self.rows.first + shape[0] * shape[1])
+            matrices = slice(matrix - self.matrices.first, matrix - self.matrices.first + shape[0])
+            columns = slice(column, column + shape[2])
+            yield x[at - start : at - start + size].view(shape), rows, matrices, columns
+            at += size
