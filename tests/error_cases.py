@@ -112,7 +112,7 @@ def never_bound() -> None:
 
 
 def no_sync_at_stage_2() -> None:
-    model, engine, booster = block_cases.boosted("zero", ZERO)
+    model, engine, _ = block_cases.boosted("zero", ZERO)
     loss = models.loss(model, models.tokens(0))
     with engine.no_sync():
         engine.backward(loss)

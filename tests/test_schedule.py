@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def schedules(draw):
         mode=draw(modes),
         seed=draw(st.integers(-5, 1000)),
         start_block=draw(st.none() | st.integers(0, num_blocks - 1)),
-        ranges=tuple(zip(bounds, bounds[1:], strict=False)),
+        ranges=tuple(itertools.pairwise(bounds)),
     )
 
 

@@ -1,8 +1,8 @@
 """Row and column statistics of a flat slice, completed over the ranks that share a row or a matrix.
 
 A tensor of two or more dims is a batch of matrices over its last two dims.  R, C: rows and columns of one global
-matrix; r, c: of one matrix in this rank's tensor-parallel shard; n: values of data on this rank; k, m: rows and matrices
-that they touch, the first and the last of which other ranks may touch, too.
+matrix; r, c: of one matrix in this rank's tensor-parallel shard; n: values of data on this rank; k, m: rows and
+matrices that they touch, the first and the last of which other ranks may touch, too.
 """
 
 from __future__ import annotations
