@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
+import time
 from types import FrameType
 
 
 class StopRequest:
-    """Signal handler.  Outside of training, or when asked twice, the process ends at once.
+    """Signal handler.  Outside of training, or when asked again later, the process ends at once.
 
     Attributes:
         training: whether somebody looks at `received` after each step.
@@ -18,12 +18,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.training = False
         self.received = False
+        self._since = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        # A launcher passes SIGTERM on after the terminal's SIGINT: that is still the first request.
-        if not self.training or (self.received and number == signal.SIGINT):
+        # Terminal and launcher both send a signal for one Ctrl-C, so what follows within a second is the same request.
+        if not self.training or (self.received and time.monotonic() - self._since > 1):
             os._exit(128 + number)
-        self.received = True
+        if not self.received:
+            self.received, self._since = True, time.monotonic()
 
 
 stop_request = StopRequest()
