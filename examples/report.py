@@ -146,6 +146,8 @@ def _memory_rows(report: Report) -> list[tuple[str, str]]:
 def _traffic_rows(report: Report) -> list[tuple[str, str]]:
     if report.settings.reference:
         return []
+    if report.settings.plugin == "ddp" and report.settings.optimizer != "badam":
+        return [("collectives per step", "inside torch's DDP, where they are not counted")]
     ordinary, switching = report.ranks[0].ordinary, report.ranks[0].switching
     rows = [("collectives per step", _traffic(ordinary))]
     if switching.steps:
