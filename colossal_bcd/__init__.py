@@ -9,6 +9,7 @@ _HOMES = {
     "Adafactor": "colossal_bcd.optim",
     "AdamW": "colossal_bcd.optim",
     "CAME": "colossal_bcd.optim",
+    "GaLoreAdamW": "colossal_bcd.optim",
     "Lamb": "colossal_bcd.optim",
     "BlockOptimizer": "colossal_bcd.block",
 }

@@ -126,7 +126,8 @@ class BlockOptimizer(Optimizer):
             name: param for name, param in roster.parameters.items() if name in roster.trainable
         }
         """Canonical name -> every parameter that was left trainable, whether in a block or not."""
-        self._members: list[list[Parameter]] = [list(group["params"]) for group in base_optimizer.param_groups]
+        self.members: list[list[Parameter]] = [list(group["params"]) for group in base_optimizer.param_groups]
+        """Parameters of each param group as the base optimizer was given them, active or not."""
         self._held: frozenset[Parameter] | None = None
         self._tensors: dict[Parameter, Tensor] = {}
         self.masters: Masters = LocalMasters({param: name for name, param in roster.parameters.items()})
@@ -285,7 +286,7 @@ class BlockOptimizer(Optimizer):
         active = {name for index in self.schedule.active(num_steps) for name in self.blocks[index].parameters}
         active.update(self.always_active)
         names = {param: name for name, param in self.named_parameters.items() if name in active}
-        return [[names[param] for param in members if param in names] for members in self._members]
+        return [[names[param] for param in members if param in names] for members in self.members]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group["params"]:
@@ -327,13 +328,15 @@ class BlockOptimizer(Optimizer):
             group["params"] = []
         for tensor in [tensor for tensor in self.base_optimizer.state if tensor not in kept]:
             del self.base_optimizer.state[tensor]
-        groups = [[param for param in members if param in active] for members in self._members]
+        groups = [[param for param in members if param in active] for members in self.members]
         for group, params, tensors in zip(self.param_groups, groups, self.masters.activate(groups, keep), strict=True):
             self._tensors.update(zip(params, tensors, strict=True))
             group["params"] = list(tensors)
         if isinstance(self.base_optimizer, ShardedOptimizer) and not self.attached:
             whole = {tensor: Layout.whole(tuple(tensor.shape)) for tensor in self._tensors.values()}
-            self.base_optimizer.bind(whole, Mesh())
+            places = {param: key for key, param in enumerate(param for group in self.members for param in group)}
+            keys = {tensor: places[param] for param, tensor in self._tensors.items()}
+            self.base_optimizer.bind(whole, Mesh(), keys)
 
     def _log_active(self) -> None:
         if not self.verbose:

@@ -211,6 +211,14 @@ def shapes_of(optimizer: Optimizer | None) -> dict[int, tuple[int, ...]]:
     return {id(param): tuple(param.shape) for param in parameters_of(optimizer)}
 
 
+def keys_of(optimizer: Optimizer) -> dict[int, int]:
+    """Number of every parameter, by id: its place in the groups as the user gave them, the same on every mesh."""
+    groups: Iterable[Iterable[Any]] = (group["params"] for group in optimizer.param_groups)
+    if isinstance(optimizer, BlockOptimizer):
+        groups = optimizer.members
+    return {id(param): key for key, param in enumerate(param for group in groups for param in group)}
+
+
 def parameters_of(optimizer: Optimizer | None) -> Iterable[Any]:
     """Every parameter that the optimizer may train, active or not."""
     if optimizer is None:

@@ -27,6 +27,7 @@ from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.agreement import require_agreement
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
+from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, Sum, resolve
 
@@ -102,6 +103,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self.stage_manager = getattr(model, "stage_manager", None)
         self.shared_params = getattr(model, "shared_params", [])
         self.require_grad_sync = True
+        self._keys = keys_of(optimizer)
         self.layouts, self._tied_elsewhere = layouts, tied_elsewhere
         self._backward_context = getattr(model, "_hook_context", contextlib.nullcontext)
         self._partition_grads = config.partition_grad
@@ -245,7 +247,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         base = self.optim.base_optimizer if isinstance(self.optim, BlockOptimizer) else self.optim
         if isinstance(base, ShardedOptimizer):
             layouts = {master: self.masters.layout(param) for param, master in self.masters.of.items()}
-            base.bind(layouts, self._mesh)
+            base.bind(layouts, self._mesh, {master: self._keys[id(param)] for param, master in self.masters.of.items()})
 
     def _agree(self, optimizer: BlockOptimizer) -> None:
         require_agreement("block schedule", optimizer.fingerprint(), self._device)

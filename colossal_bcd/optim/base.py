@@ -40,6 +40,7 @@ class ShardedOptimizer(Optimizer):
 
     def __init__(self, params: Params, hyper: Hyper, wave_bytes: int = WAVE_BYTES) -> None:
         self._layouts: dict[Tensor, Layout] = {}
+        self._keys: dict[Tensor, int] = {}
         self._mesh = Mesh()
         self.wave_bytes = wave_bytes
         super().__init__(params, dataclasses.asdict(hyper))
@@ -65,8 +66,9 @@ class ShardedOptimizer(Optimizer):
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             self._layouts[param] = Layout.whole(tuple(param.shape))
+            self._keys[param] = len(self._keys)
 
-    def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh) -> None:
+    def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
         """Say which part of which parameter each tensor of the param groups is.
 
         State of tensors that are no longer in a group is dropped; state of the others is kept.
@@ -74,6 +76,7 @@ class ShardedOptimizer(Optimizer):
         Args:
             layouts: one layout for every tensor in the param groups; the tensor has its `local_shape`.
             mesh: a group for every axis that the layouts name.
+            keys: number of each tensor's parameter, the same on every rank and mesh; None: its place in the groups.
         Raises:
             ValueError: a tensor has no layout, or another shape than its layout, or an axis is not in the mesh.
         """
@@ -85,6 +88,7 @@ class ShardedOptimizer(Optimizer):
             for axis in layouts[param].axes:
                 mesh.communicates((axis,))
         self._layouts = {param: layouts[param] for param in params}
+        self._keys = {param: index if keys is None else keys[param] for index, param in enumerate(params)}
         self._mesh = mesh
         for param in [param for param in self.state if param not in self._layouts]:
             del self.state[param]
@@ -115,7 +119,7 @@ class ShardedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can't be copied: a copy of a sharded optimizer raises until it is bound.
-        return {**super().__getstate__(), "_layouts": self._layouts, "wave_bytes": self.wave_bytes}
+        return {**super().__getstate__(), "_layouts": self._layouts, "_keys": self._keys, "wave_bytes": self.wave_bytes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -175,7 +179,7 @@ class ShardedOptimizer(Optimizer):
             state.update({name: spec.allocate(param) for name, spec in specs.items()})
         state["step"] += 1
         local = param.detach().contiguous()
-        view = ShardView(layout, local, param.grad.contiguous())
+        view = ShardView(layout, local, param.grad.contiguous(), self._keys[param])
         seen: State = {"step": state["step"]}
         for name, spec in specs.items():
             seen[name] = view.flat(state[name]) if spec.kind == "elementwise" else state[name]

@@ -1,16 +1,20 @@
 """Layouts, statistics of sharded tensors, and the only collectives of an optimizer step."""
 
+from colossal_bcd.sharding.collect import Collect
 from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit
 from colossal_bcd.sharding.matrix import Matrices, Means
 from colossal_bcd.sharding.mesh import Mesh
+from colossal_bcd.sharding.projection import LowRank
 from colossal_bcd.sharding.rounds import WAVE_BYTES, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
 from colossal_bcd.sharding.view import ShardView, wide
 
 __all__ = [
     "WAVE_BYTES",
     "FlatSlice",
+    "Collect",
     "Combined",
     "Layout",
+    "LowRank",
     "Matrices",
     "Means",
     "Mesh",

@@ -7,7 +7,9 @@ stored values that are data.  Padding is always a suffix of the flattened local 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,3 +197,46 @@ class Layout:
             flat[: stop - start] = local.reshape(-1)[start:stop]
             return flat
         return local.clone(memory_format=torch.contiguous_format)
+
+    def unshard(self, parts: Sequence[Tensor]) -> Tensor:
+        """The global tensor, from the data of its tensor-parallel shards.
+
+        Args:
+            parts: flat data of each shard without padding, by rank of the split's axis; one part if there is no split.
+        Returns:
+            A tensor of `shape`.
+        """
+        if self.split is None:
+            return parts[0].view(self.shape)
+        split, rest = self.split, list(self.shard_shape)
+        if split.padded is not None or split.dim == 0:
+            rest[0] = -1
+        shards = [part.view(rest) for part in parts]
+        if split.sections is None:
+            return torch.cat(shards, split.dim)
+        lengths = [section // split.size for section in split.sections]
+        sections = zip(*(shard.split(lengths, split.dim) for shard in shards), strict=True)
+        return torch.cat([part for section in sections for part in section], split.dim)
+
+    def indices(self, dim: int) -> Tensor:
+        """[local length along `dim`] global indices of what this rank's shard holds along a dim, padding excluded."""
+        whole = torch.arange(self.shape[dim])
+        if self.split is None or self.split.dim != dim:
+            return whole
+        split = Layout(shape=(len(whole),), split=dataclasses.replace(self.split, dim=0))
+        return split.shard(whole)[: split.shard_data]
+
+    def as_matrix(self) -> Layout:
+        """The layout of the same values with all dims but the first flattened into one.
+
+        Raises:
+            ValueError: fewer than two dims, or one of the flattened dims is divided.
+        """
+        if len(self.shape) == 2:
+            return self
+        if len(self.shape) < 2 or (self.split is not None and self.split.size > 1 and self.split.dim > 0):
+            raise ValueError(
+                f"layout of {self.shape} with split {self.split} is no matrix of its first dim by the rest"
+            )
+        split = self.split if self.split is not None and self.split.dim == 0 else None
+        return Layout(shape=(self.shape[0], math.prod(self.shape[1:])), split=split, slice=self.slice)

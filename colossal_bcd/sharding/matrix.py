@@ -101,14 +101,14 @@ class Matrices:
         self.matrices = Segments.of(layout, self.r * self.c, math.prod(layout.shard_shape))
         split = layout.split if layout.split is not None and layout.split.size > 1 else None
         last = len(layout.shape) - 1
-        self._row_axes = (split.axis,) if split is not None and split.dim == last else ()
-        self._col_axes = (split.axis,) if split is not None and split.dim == last - 1 else ()
-        self._zero = (layout.slice.axis,) if layout.slice is not None and layout.slice.size > 1 else ()
+        self.row_axes = (split.axis,) if split is not None and split.dim == last else ()
+        self.col_axes = (split.axis,) if split is not None and split.dim == last - 1 else ()
+        self.zero_axes = (layout.slice.axis,) if layout.slice is not None and layout.slice.size > 1 else ()
 
     @property
     def needs_total(self) -> bool:
         """Whether neither all rows nor all columns of a matrix are on this rank."""
-        return bool(self._row_axes) and bool(self._zero)
+        return bool(self.row_axes) and bool(self.zero_axes)
 
     def means(self, x: Tensor) -> Combined:
         """Request the row and column means of the whole matrices.
@@ -121,11 +121,11 @@ class Matrices:
         num_rows, num_cols = self.layout.shape[-2:]
         row, col = self._row_sums(x), self._col_sums(x)
         parts = [
-            self.rows.complete(row, self._row_axes, self._zero),
-            self.matrices.complete(col, self._col_axes, self._zero),
+            self.rows.complete(row, self.row_axes, self.zero_axes),
+            self.matrices.complete(col, self.col_axes, self.zero_axes),
         ]
         if self.needs_total:
-            parts.append(self.matrices.complete(col.sum(1), self._row_axes, self._zero))
+            parts.append(self.matrices.complete(col.sum(1), self.row_axes, self.zero_axes))
 
         def finish(*sums: Tensor) -> Means:
             row, col, *total = (part.finish(*sums[2 * i : 2 * i + 2]) for i, part in enumerate(parts))
@@ -141,7 +141,7 @@ class Matrices:
         """
         if total is not None:
             mean = total
-        elif self._row_axes:
+        elif self.row_axes:
             mean = row.view(-1, self.r).mean(1)
         else:
             mean = col.mean(1)
@@ -158,22 +158,22 @@ class Matrices:
             row: [k] factors.
             col: [m, c] factors.
         """
-        for values, rows, matrices, columns in self._pieces(x):
+        for values, rows, matrices, columns in self.pieces(x):
             values.mul_(row[rows].view(*values.shape[:2], 1)).mul_(col[matrices, columns].unsqueeze(1))
         return x
 
     def _row_sums(self, x: Tensor) -> Tensor:
         """[k] sums over this rank's columns."""
-        return torch.cat([x[:0], *(values.sum(2).view(-1) for values, *_ in self._pieces(x))])
+        return torch.cat([x[:0], *(values.sum(2).view(-1) for values, *_ in self.pieces(x))])
 
     def _col_sums(self, x: Tensor) -> Tensor:
         """[m, c] sums over this rank's rows."""
         out = x.new_zeros(self.matrices.count, self.c)
-        for values, _, matrices, columns in self._pieces(x):
+        for values, _, matrices, columns in self.pieces(x):
             out[matrices, columns] += values.sum(1)
         return out
 
-    def _pieces(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice, slice]]:
+    def pieces(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice, slice]]:
         """Cut a slice into at most five blocks of full structure, without copies.
 
         Part of a row, rows up to the end of a matrix, whole matrices, rows of the last matrix, part of a row: each as a

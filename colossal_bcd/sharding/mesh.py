@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -40,6 +41,29 @@ class Mesh:
             dist.all_reduce(sent, group=group)
         if sent is not tensor:
             tensor.copy_(sent)
+
+    def size(self, axis: str) -> int:
+        """Number of ranks on `axis`."""
+        return math.prod(dist.get_world_size(group) for group in self._members(axis))
+
+    def all_to_all(self, tensor: Tensor, sent: list[int], received: list[int], axis: str) -> Tensor:
+        """Send consecutive runs of a flat tensor to the ranks of `axis`, and return theirs in order.
+
+        Args:
+            tensor: flat.
+            sent: lengths of the runs that leave, by rank.
+            received: lengths of the runs that come, by rank.
+            axis: of one process group.
+        Raises:
+            ValueError: the axis is a product of several groups.
+        """
+        members = self._members(axis)
+        if len(members) != 1:
+            raise ValueError(f"mesh axis {axis!r} is a product of {len(members)} groups, expected one to exchange over")
+        outgoing = tensor if self._device is None else tensor.to(self._device)
+        incoming = outgoing.new_empty(sum(received))
+        dist.all_to_all_single(incoming, outgoing, received, sent, group=members[0])
+        return incoming.to(tensor.device)
 
     def _members(self, axis: str) -> tuple[dist.ProcessGroup, ...]:
         try:

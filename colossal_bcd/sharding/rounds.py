@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from colossal_bcd.sharding.collect import Collect, collect
 from colossal_bcd.sharding.mesh import Mesh
 
 WAVE_BYTES = 256 * 2**20
@@ -35,7 +36,7 @@ class Combined:
     finish: Callable[..., Any]
 
 
-Request: TypeAlias = Sum | Combined
+Request: TypeAlias = Sum | Combined | Collect
 Rounds: TypeAlias = Generator[tuple[Request, ...], tuple[Any, ...], None]
 
 
@@ -51,14 +52,25 @@ class Task:
 
 
 def resolve(requests: Sequence[Request], mesh: Mesh) -> list[Any]:
-    """Answer the requests of one round: one all-reduce per distinct axis."""
-    parts = [(request,) if isinstance(request, Sum) else request.sums for request in requests]
+    """Answer the requests of one round: one all-reduce per distinct axis, and one exchange if tensors are collected."""
+    collects = [request for request in requests if isinstance(request, Collect)]
+    whole = iter(collect(collects, mesh) if collects else ())
+    parts = [_sums(request) for request in requests]
     totals = iter(_add_up([part for sums in parts for part in sums], mesh))
-    answers = [tuple(next(totals) for _ in sums) for sums in parts]
-    return [
-        answer[0] if isinstance(request, Sum) else request.finish(*answer)
-        for request, answer in zip(requests, answers, strict=True)
-    ]
+    answers: list[Any] = []
+    for request, sums in zip(requests, parts, strict=True):
+        answer = tuple(next(totals) for _ in sums)
+        if isinstance(request, Collect):
+            answers.append(next(whole))
+        else:
+            answers.append(answer[0] if isinstance(request, Sum) else request.finish(*answer))
+    return answers
+
+
+def _sums(request: Request) -> tuple[Sum, ...]:
+    if isinstance(request, Collect):
+        return ()
+    return (request,) if isinstance(request, Sum) else request.sums
 
 
 def _add_up(sums: list[Sum], mesh: Mesh) -> list[Tensor]:

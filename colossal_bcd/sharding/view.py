@@ -23,10 +23,12 @@ class ShardView:
 
     Attributes:
         param: [n] values to update in place; padding is not among them.
+        key: number of the parameter, the same on every rank and mesh; seeds of randomness contain it.
     """
 
-    def __init__(self, layout: Layout, param: Tensor, grad: Tensor) -> None:
+    def __init__(self, layout: Layout, param: Tensor, grad: Tensor, key: int = 0) -> None:
         self.layout = layout
+        self.key = key
         self.param = self.flat(param)
         self._grad = self.flat(grad)
 

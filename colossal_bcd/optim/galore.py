@@ -1,0 +1,255 @@
+"""GaLore (Zhao et al., arXiv 2403.03507) and GoLore (He et al., arXiv 2410.11289) with AdamW as inner rule.
+
+Rounds between refreshes: one that completes boundary rows (right), or sums a strip (left) and one that spreads the
+direction; none where rows and columns are whole on the rank.  A refresh adds two: the gradient to its owner, the bases
+back.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.optim.base import Params, ShardedOptimizer, State
+from colossal_bcd.optim.functional import require, require_adam, update_moments_
+from colossal_bcd.optim.projection import Bases, Method, random_bases, singular_bases, subspace_bases
+from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.sharding import WAVE_BYTES, Collect, Layout, LowRank, Mesh, Rounds, ShardView, Sum
+from colossal_bcd.sharding.projection import cost_of_basis, side_of
+
+BASES = ("left", "right")
+Projection = Literal["std", "reverse_std", "left", "right", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLoreHyper:
+    """Hyper-parameters of one param group."""
+
+    lr: float = 1e-3
+    """Step size."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-6
+    """Added to the root of the second moment, before it is debiased."""
+    weight_decay: float = 0.0
+    """Decoupled: after the update the weight shrinks by lr * weight_decay."""
+    rank: int | None = None
+    """Rank of the projection of tensors of two or more dims (the first dim by the rest); None projects nothing."""
+    update_proj_gap: int = 200
+    """Steps between refreshes of the bases; the first step is one."""
+    scale: float = 0.25
+    """Factor of the projected update."""
+    proj_type: Projection = "std"
+    """Which dim is projected: "std" the shorter one of the global matrix, "reverse_std" the longer one, or as said."""
+    svd_method: Method = "exact"
+    """"exact" singular vectors, "subspace" iteration from the last bases, or "random" bases."""
+    random_from_step: int | None = None
+    """Refreshes from this step on (counted from 0) draw random bases (GoLore); None: never."""
+    reproject_momentum: bool = False
+    """Carry the first moment over to the new bases at a refresh (GoLore) instead of leaving it as it is (GaLore)."""
+    seed: int = 0
+    """Of random bases, with the parameter's number and the number of the refresh."""
+
+    def __post_init__(self) -> None:
+        require_adam(self.lr, self.betas, self.eps, self.weight_decay)
+        require(self.rank is None or self.rank >= 1, "rank", self.rank, "None or a positive integer")
+        require(self.update_proj_gap >= 1, "update_proj_gap", self.update_proj_gap, "a positive number of steps")
+        require(self.scale >= 0, "scale", self.scale, "a non-negative number")
+        names = ("std", "reverse_std", "left", "right", "full")
+        require(self.proj_type in names, "proj_type", self.proj_type, f"one of {', '.join(names)}")
+        methods = ("exact", "subspace", "random")
+        require(self.svd_method in methods, "svd_method", self.svd_method, f"one of {', '.join(methods)}")
+        start = self.random_from_step
+        require(start is None or start >= 0, "random_from_step", start, "None or a step, 0 or more")
+
+
+def galore_adamw(view: ShardView, state: State, hyper: GaLoreHyper, owner: int) -> Rounds:
+    """One update; `owner` is the rank that computes the bases at a refresh."""
+    step, projected = state["step"], is_projected(view.layout, hyper)
+    grad = view.grad
+    if projected:
+        side = side_of(view.layout.as_matrix().shape, hyper.proj_type)
+        low_rank = LowRank(view.layout.as_matrix(), side, _rank(hyper))
+        if (step - 1) % hyper.update_proj_gap == 0:
+            yield from refresh(view, state, hyper, side, owner)
+        left, right = state.get("left"), state.get("right")
+        (grad,) = yield (low_rank.project(grad, left, right),)
+    update_moments_(state["exp_avg"], state["exp_avg_sq"], grad, hyper.betas)
+    direction = state["exp_avg_sq"].sqrt().add_(hyper.eps).reciprocal_().mul_(state["exp_avg"])
+    lr = hyper.lr * (1 - hyper.betas[1] ** step) ** 0.5 / (1 - hyper.betas[0] ** step)
+    if projected:
+        (direction,) = yield (low_rank.whole(direction),)
+        low_rank.subtract_(view.param, direction, left, right, lr * hyper.scale)
+    else:
+        view.param.add_(direction, alpha=-lr)
+    view.param.mul_(1 - hyper.lr * hyper.weight_decay)
+
+
+def refresh(
+    view: ShardView, state: State, hyper: GaLoreHyper, side: str, owner: int
+) -> Generator[tuple[Collect | Sum, ...], tuple[Any, ...], None]:
+    """New bases, in place, and the first moment carried over to them if asked for.
+
+    Random bases are drawn by every rank.  Singular vectors are computed by the owner from the whole gradient; where
+    that is not finite, or the decomposition fails, the bases stay as they are (random ones at the first refresh).
+    """
+    layout, rank = view.layout.as_matrix(), _rank(hyper)
+    number = (state["step"] - 1) // hyper.update_proj_gap
+    seed = zlib.crc32(repr((hyper.seed, view.key, number)).encode()) * 4
+    late = hyper.random_from_step is not None and state["step"] - 1 >= hyper.random_from_step
+    old: dict[str, Tensor] = {name: state[name].clone() for name in BASES if name in state}
+    if late or hyper.svd_method == "random":
+        bases = random_bases(layout.shape, rank, side, seed, view.param)
+        new = {name: basis for name, basis in zip(BASES, bases, strict=True) if basis is not None}
+    else:
+        (whole,) = yield (Collect(view.grad, layout, owner),)
+        new = {name: torch.zeros_like(basis) for name, basis in old.items()}
+        if whole is not None:
+            new = bases_of(whole, rank, side, hyper.svd_method, old if number else None, seed)
+        totals = yield tuple(Sum(new[name], layout.axes) for name in old)
+        new = dict(zip(old, totals, strict=True))
+    for name, basis in new.items():
+        state[name].copy_(basis)
+    if hyper.reproject_momentum and number:
+        moment = state["exp_avg"]
+        if "left" in new:
+            moment.copy_(new["left"].T @ old["left"] @ moment)
+        if "right" in new:
+            moment.copy_(moment @ (old["right"].T @ new["right"]))
+
+
+def bases_of(
+    matrix: Tensor, rank: int, side: str, method: str, old: Mapping[str, Tensor] | None, seed: int
+) -> dict[str, Tensor]:
+    """Bases from a whole gradient [R, C], by name, with the fallback that `refresh` states."""
+    last: Bases = (None, None) if old is None else (old.get("left"), old.get("right"))
+    bases: Bases | None = None
+    if bool(matrix.isfinite().all()):
+        try:
+            if method == "exact":
+                bases = singular_bases(matrix, rank, side)
+            else:
+                bases = subspace_bases(matrix, rank, side, last, seed)
+        except torch.linalg.LinAlgError:
+            bases = None
+    if bases is None:
+        bases = random_bases((matrix.shape[0], matrix.shape[1]), rank, side, seed, matrix) if old is None else last
+    return {name: basis for name, basis in zip(BASES, bases, strict=True) if basis is not None}
+
+
+def is_projected(layout: Layout, hyper: GaLoreHyper) -> bool:
+    """Whether a parameter of this layout is projected."""
+    return hyper.rank is not None and len(layout.shape) >= 2
+
+
+def _rank(hyper: GaLoreHyper) -> int:
+    assert hyper.rank is not None
+    return hyper.rank
+
+
+class GaLoreAdamW(ShardedOptimizer):
+    """AdamW on low-rank projections of the gradients, on any mesh.
+
+    The global matrix is projected, whatever part of it a rank holds.  Right projections keep the moments of the rows
+    that the rank's slice touches, left ones of the rank's share of the columns; the bases are whole on every rank.
+
+    Args:
+        params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
+        lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, svd_method, random_from_step,
+            reproject_momentum, seed: see `GaLoreHyper`.
+        wave_bytes: see `ShardedOptimizer`.
+    Raises:
+        ValueError: a hyper-parameter is out of range, or larger than a dim of a parameter.
+    """
+
+    hyper_type = GaLoreHyper
+    temporary_bytes = 4
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: Projection = "std",
+        svd_method: Method = "exact",
+        random_from_step: int | None = None,
+        reproject_momentum: bool = False,
+        seed: int = 0,
+        wave_bytes: int = WAVE_BYTES,
+    ) -> None:
+        hyper = GaLoreHyper(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+            svd_method=svd_method,
+            random_from_step=random_from_step,
+            reproject_momentum=reproject_momentum,
+            seed=seed,
+        )
+        super().__init__(params, hyper, wave_bytes)
+        self._owners = self._assign_owners()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        hyper = self._hyper(self.param_groups[-1])
+        for param in self.param_groups[-1]["params"]:
+            self.state_spec(self._layouts[param], hyper)
+
+    def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
+        super().bind(layouts, mesh, keys)
+        self._owners = self._assign_owners()
+
+    def state_spec(self, layout: Layout, hyper: GaLoreHyper) -> dict[str, StateSpec]:
+        if not is_projected(layout, hyper):
+            moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+            return {"exp_avg": moment, "exp_avg_sq": moment}
+        matrix, rank = layout.as_matrix(), _rank(hyper)
+        if rank > min(matrix.shape):
+            raise ValueError(
+                f"rank={rank} for a parameter of shape {layout.shape}, expected at most {min(matrix.shape)}. "
+                "Give that parameter a group of its own with a smaller rank."
+            )
+        side = side_of(matrix.shape, hyper.proj_type)
+        moment = StateSpec(kind="low_rank", shape=LowRank(matrix, side, rank).shape)
+        spec = {"exp_avg": moment, "exp_avg_sq": moment}
+        if side != "right":
+            spec["left"] = StateSpec(kind="replicated", shape=(matrix.shape[0], rank))
+        if side != "left":
+            spec["right"] = StateSpec(kind="replicated", shape=(matrix.shape[1], rank))
+        return spec
+
+    def update(self, view: ShardView, state: State, hyper: GaLoreHyper) -> Rounds:
+        return galore_adamw(view, state, hyper, self._owners.get(view.key, 0))
+
+    def _assign_owners(self) -> dict[int, int]:
+        """Which rank computes the bases of which parameter: the largest first, each to the rank with least to do."""
+        matrices = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                layout = self._layouts[param]
+                if is_projected(layout, self._hyper(group)):
+                    matrices.append((cost_of_basis(layout.as_matrix().shape), self._keys[param], layout))
+        loads: dict[int, int] = {}
+        owners = {}
+        for cost, key, layout in sorted(matrices, key=lambda item: (-item[0], item[1])):
+            ranks = math.prod(axis.size for axis in (layout.slice, layout.split) if axis is not None)
+            owners[key] = min(range(ranks), key=lambda rank: (loads.get(rank, 0), rank))
+            loads[owners[key]] = loads.get(owners[key], 0) + cost
+        return owners

@@ -1,0 +1,160 @@
+"""Products of a sharded matrix with a basis: projection to low rank and back.
+
+R, C, r, c, n, k as in `sharding.matrix`, for one matrix; q: rank of the basis.  Bases have orthonormal columns and are
+whole on every rank: left [R, q], right [C, q].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.sharding.layout import Layout
+from colossal_bcd.sharding.matrix import Matrices
+from colossal_bcd.sharding.rounds import Combined, Sum
+
+Side = Literal["left", "right", "full"]
+
+
+class LowRank:
+    """The low-rank image of one matrix under a layout, on one rank.
+
+    - right, G V: a row needs that row only.  Held are the rows that the rank's slice touches, [k, q].
+    - left, U^T G: every column needs all rows.  The sum over ranks is needed everywhere, but held is only this rank's
+      share of the columns, [q, w].
+    - full, U^T G V: [q, q], everywhere.
+
+    Args:
+        layout: of a tensor of two dims (see `Layout.as_matrix`).
+        side: see above.
+        rank: q.
+    """
+
+    def __init__(self, layout: Layout, side: Side, rank: int) -> None:
+        self._layout, self._side, self._rank = layout, side, rank
+        self._matrices = Matrices(layout)
+        piece = layout.slice
+        parts = piece.size if piece is not None and piece.size > 1 else 1
+        place = piece.rank if piece is not None else 0
+        width = -(-self._matrices.c // parts)
+        self._columns = slice(min(place * width, self._matrices.c), min((place + 1) * width, self._matrices.c))
+        self._shared_by: tuple[str, ...] = (piece.axis,) if piece is not None and parts > 1 else ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of what this rank holds of the image."""
+        if self._side == "right":
+            return self._matrices.rows.count, self._rank
+        if self._side == "left":
+            return self._rank, self._columns.stop - self._columns.start
+        return self._rank, self._rank
+
+    def project(self, x: Tensor, left: Tensor | None, right: Tensor | None) -> Combined:
+        """Request the image of the whole matrix.
+
+        Args:
+            x: [n] values on this rank.
+            left: [R, q] basis of the rows, for "left" and "full".
+            right: [C, q] basis of the columns, for "right" and "full".
+        Returns:
+            Request that resolves to what this rank holds of the image, of `shape`.
+        """
+        matrices = self._matrices
+        if self._side == "right":
+            v = self._local(right, dim=1)
+            partial = torch.cat(
+                [x.new_zeros(0, self._rank), *(block @ v[columns] for block, _, columns in self._blocks(x))]
+            )
+            return matrices.rows.complete(partial, matrices.row_axes, matrices.zero_axes)
+        u = self._local(left, dim=0)
+        partial = x.new_zeros(self._rank, matrices.c)
+        for block, rows, columns in self._blocks(x):
+            partial[:, columns] += u[rows].T @ block
+        if self._side == "left":
+            return Combined(
+                (Sum(partial, matrices.zero_axes + matrices.col_axes),),
+                lambda total: total[:, self._columns].contiguous(),
+            )
+        return Combined((Sum(partial @ self._local(right, dim=1), self._layout.axes),), lambda total: total)
+
+    def whole(self, held: Tensor) -> Combined:
+        """Request what this rank needs of an image to project it back, from what each rank holds of it.
+
+        Args:
+            held: of `shape`.
+        Returns:
+            Request that resolves to [k, q] for "right", [q, c] for "left", [q, q] for "full".
+        """
+        if self._side != "left" or not self._shared_by:
+            return Combined((Sum(held, ()),), lambda total: total)
+        spread = held.new_zeros(self._rank, self._matrices.c)
+        spread[:, self._columns] = held
+        return Combined((Sum(spread, self._shared_by),), lambda total: total)
+
+    def subtract_(
+        self, x: Tensor, image: Tensor, left: Tensor | None, right: Tensor | None, scale: float | Tensor
+    ) -> None:
+        """Subtract the image, projected back and scaled, from the values of this rank, in place.
+
+        Args:
+            x: [n] values on this rank.
+            image: what `whole` resolved to.
+            left: see `project`.
+            right: see `project`.
+            scale: factor.
+        """
+        u = self._local(left, dim=0) if self._side != "right" else None
+        v = self._local(right, dim=1) if self._side != "left" else None
+        for block, rows, columns in self._blocks(x):
+            if self._side == "right":
+                assert v is not None
+                block.sub_((image[self._held(rows)] @ v[columns].T) * scale)
+            elif self._side == "left":
+                assert u is not None
+                block.sub_((u[rows] @ image[:, columns]) * scale)
+            else:
+                assert u is not None
+                assert v is not None
+                block.sub_((u[rows] @ image @ v[columns].T) * scale)
+
+    def _held(self, rows: slice) -> slice:
+        first = self._matrices.rows.first
+        return slice(rows.start - first, rows.stop - first)
+
+    def _local(self, basis: Tensor | None, dim: int) -> Tensor:
+        """The rows of a basis that belong to this rank's shard along a dim."""
+        assert basis is not None
+        if self._layout.split is None or self._layout.split.dim != dim:
+            return basis
+        return basis[self._layout.indices(dim).to(basis.device)]
+
+    def _blocks(self, x: Tensor) -> list[tuple[Tensor, slice, slice]]:
+        """Blocks of full structure as views [rows, columns], with their rows and columns in this rank's shard."""
+        first = self._matrices.rows.first
+        return [
+            (values.flatten(0, 1), slice(rows.start + first, rows.stop + first), columns)
+            for values, rows, _, columns in self._matrices.pieces(x)
+        ]
+
+
+def side_of(shape: tuple[int, ...], projection: str) -> Side:
+    """The side on which a global matrix is projected.
+
+    Args:
+        shape: R, C.
+        projection: "std" projects the shorter dim, "reverse_std" the longer one; "left", "right" and "full" say it.
+    """
+    if projection == "std":
+        return "right" if shape[0] >= shape[1] else "left"
+    if projection == "reverse_std":
+        return "left" if shape[0] >= shape[1] else "right"
+    assert projection in ("left", "right", "full")
+    return projection  # type: ignore[return-value]
+
+
+def cost_of_basis(shape: tuple[int, ...]) -> int:
+    """Operations of a singular value decomposition, up to a factor; owners are balanced by it."""
+    return math.prod(shape) * min(shape)
