@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 from report import Point
 from rich.console import Console
@@ -54,7 +55,7 @@ class Screen:
             self._held_out = f"{point.held_out:.3f}"
         if self._live:
             losses = f"{point.loss:.3f}, held-out {self._held_out}"
-            fields = {"losses": losses, "block": point.block, "rate": f"{rate:,.0f}"}
+            fields: dict[str, Any] = {"losses": losses, "block": point.block, "rate": f"{rate:,.0f}"}
             self._progress.update(self._task, completed=point.step, refresh=True, **fields)
         elif point.held_out is not None or point.step % max(self._steps // LINES, 1) == 0:
             held_out = "" if point.held_out is None else f", held-out {point.held_out:.3f}"
