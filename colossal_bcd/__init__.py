@@ -10,6 +10,7 @@ _HOMES = {
     "AdamW": "colossal_bcd.optim",
     "CAME": "colossal_bcd.optim",
     "GaLoreAdamW": "colossal_bcd.optim",
+    "GoLoreAdamW": "colossal_bcd.optim",
     "Lamb": "colossal_bcd.optim",
     "BlockOptimizer": "colossal_bcd.block",
 }

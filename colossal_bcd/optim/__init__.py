@@ -4,8 +4,8 @@ from colossal_bcd.optim.adafactor import Adafactor
 from colossal_bcd.optim.adamw import AdamW
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.came import CAME
-from colossal_bcd.optim.galore import GaLoreAdamW
+from colossal_bcd.optim.galore import GaLoreAdamW, GoLoreAdamW
 from colossal_bcd.optim.lamb import Lamb
 from colossal_bcd.optim.spec import StateSpec
 
-__all__ = ["CAME", "Adafactor", "AdamW", "GaLoreAdamW", "Lamb", "ShardedOptimizer", "StateSpec"]
+__all__ = ["CAME", "Adafactor", "AdamW", "GaLoreAdamW", "GoLoreAdamW", "Lamb", "ShardedOptimizer", "StateSpec"]

@@ -31,7 +31,7 @@ class CAMEHyper:
     """Matrices with a smaller dim keep the whole second moment, and no instability."""
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, "lr", self.lr, "a non-negative number")
+        require(self.lr is not None and self.lr >= 0, "lr", self.lr, "a non-negative number")
         require(len(self.eps) == 2 and min(self.eps) >= 0, "eps", self.eps, "two non-negative numbers")
         require(self.clip_threshold > 0, "clip_threshold", self.clip_threshold, "a positive number")
         require(

@@ -253,3 +253,62 @@ class GaLoreAdamW(ShardedOptimizer):
             owners[key] = min(range(ranks), key=lambda rank: (loads.get(rank, 0), rank))
             loads[owners[key]] = loads.get(owners[key], 0) + cost
         return owners
+
+
+class GoLoreAdamW(GaLoreAdamW):
+    """GaLoreAdamW with GoLore's late random bases, and its first moment carried over at every refresh.
+
+    Args:
+        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, svd_method, seed, wave_bytes: see
+            `GaLoreAdamW`.
+        rand_ratio: fraction of `total_steps` after which bases are random.
+        total_steps: length of the run in steps; needed unless `random_from_step` says when.
+        random_from_step: first step, counted from 0, whose refresh is random; instead of the two above.
+    Raises:
+        ValueError: a hyper-parameter is out of range, or the begin of random bases is given twice or not at all.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: Projection = "std",
+        svd_method: Method = "exact",
+        rand_ratio: float = 0.8,
+        total_steps: int | None = None,
+        random_from_step: int | None = None,
+        seed: int = 0,
+        wave_bytes: int = WAVE_BYTES,
+    ) -> None:
+        require(0 <= rand_ratio <= 1, "rand_ratio", rand_ratio, "a fraction in [0, 1]")
+        if (total_steps is None) == (random_from_step is None):
+            raise ValueError(
+                f"GoLoreAdamW: got total_steps={total_steps} and random_from_step={random_from_step}, expected exactly "
+                "one. Give total_steps with rand_ratio, or the step itself."
+            )
+        if total_steps is not None:
+            # The update numbered u, from 0, is random once u / total_steps >= rand_ratio.
+            random_from_step = math.ceil(rand_ratio * total_steps)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+            svd_method=svd_method,
+            random_from_step=random_from_step,
+            reproject_momentum=True,
+            seed=seed,
+            wave_bytes=wave_bytes,
+        )
