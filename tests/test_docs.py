@@ -1,0 +1,30 @@
+"""The documentation's code runs."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from colossal_bcd.optim import ShardedOptimizer, StateSpec
+from colossal_bcd.optim.base import Params, State
+from colossal_bcd.optim.functional import require
+from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
+
+
+def test_added_optimizer_of_the_walkthrough_trains():
+    text = (Path(__file__).parent.parent / "docs" / "add_an_optimizer.md").read_text()
+    names = {
+        name: value
+        for name, value in globals().items()
+        if value
+        in (ShardedOptimizer, StateSpec, Params, State, require, WAVE_BYTES, Layout, Rounds, ShardView, dataclass)
+    }
+    names |= {"__name__": __name__}
+    for block in re.findall(r"```python\n(@dataclass.*?|def .*?|class .*?)```", text, re.DOTALL):
+        exec(block, names)
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = names["ScaledSGD"]([weight], lr=0.1)
+    weight.grad = torch.tensor([0.0, 2.0])
+    optimizer.step()
+    assert torch.allclose(weight, torch.tensor([3.0, 3.5]))
