@@ -138,6 +138,7 @@ class CollectiveCounter:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self._originals: dict[str, Callable[..., Any]] = {}
+        self._inside = False
 
     def __enter__(self) -> CollectiveCounter:
         for name, payload in _COUNTED.items():
@@ -167,12 +168,18 @@ class CollectiveCounter:
 
         @functools.wraps(original)
         def counted(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # one of these functions calls another: send is isend in some versions of torch
+                return original(*args, **kwargs)
             self.calls[original.__name__] += 1
             if payload is not None:
                 buffers = signature.bind(*args, **kwargs).arguments[payload]
                 tensors = buffers if isinstance(buffers, (list, tuple)) else [buffers]
                 self.bytes[original.__name__] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            return original(*args, **kwargs)
+            self._inside = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._inside = False
 
         return counted
 
@@ -181,7 +188,7 @@ def storages(*roots: Any) -> dict[int, int]:
     """Storages behind the tensors in nested containers: address -> bytes, each storage once."""
     found: dict[int, int] = {}
     for leaf in tree_leaves(roots):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.untyped_storage().nbytes() > 0:
+        if isinstance(leaf, Tensor) and torch._C._has_storage(leaf) and leaf.untyped_storage().nbytes() > 0:
             found[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
     return found
 

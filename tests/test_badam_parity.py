@@ -121,5 +121,6 @@ def test_block_optimizer_equals_plain_loop_bit_for_bit(dtype, mode):
         PERIOD,
         lambda step: [models.tokens(step)],
         lambda masters: torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1),
+        models.loss,
     )
     assert_same([list(model.parameters())], [list(plain.parameters())])

@@ -69,11 +69,14 @@ class ShardedMasters:
             partitioned: see `grads`.
         """
         for param, master in self.of.items():
+            master.grad = None
             grad = grads.pop(param, None)
             if grad is not None:
                 if not partitioned and self.num_shards > 1:
                     grad = self._part(grad, master.numel())
-                master.grad = grad.to(master.device, master.dtype).view(master.shape)
+                # A part must not keep the whole gradient alive.
+                part = grad.numel() < grad.untyped_storage().nbytes() // grad.itemsize
+                master.grad = grad.to(master.device, master.dtype, copy=part).view(master.shape)
             del grad
 
     @torch.no_grad()
