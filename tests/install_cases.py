@@ -16,23 +16,34 @@ from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, 
 from colossalai.nn import optimizer as colossalai_optimizers
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
-from colossal_bcd import BlockOptimizer, Lamb, compat
+from colossal_bcd import CAME, BlockOptimizer, Lamb, compat
+from colossal_bcd import Adafactor as OurAdafactor
 from colossal_bcd.booster import LowLevelZeroPlugin as OurLowLevelZeroPlugin
 from colossal_bcd.booster import install
 from colossal_bcd.booster.cpu_accelerator import HostAccelerator
+from colossal_bcd.booster.install import distributed_class
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.sharding import Layout
 from colossal_bcd.testing import CollectiveCounter
 
 STEPS = plugin_cases.STEPS
+GIVEN_LR = {"relative_step": False}
 OPTIMIZERS: dict[str, Any] = {
-    "ours": (Lamb, True),
-    "compat": (compat.DistributedLamb, "step_size"),
-    "theirs": (colossalai_optimizers.Lamb, False),
-    "theirs-distributed": (colossalai_optimizers.DistributedLamb, "step_size"),
-}
-"""Class, and its `bias_correction` in the reference's words."""
+    "ours": (Lamb, references.lamb, {}, {}),
+    "compat": (compat.DistributedLamb, references.lamb, {}, {"bias_correction": "step_size"}),
+    "theirs": (colossalai_optimizers.Lamb, references.lamb, {}, {"bias_correction": False}),
+    "theirs-distributed": (
+        colossalai_optimizers.DistributedLamb, references.lamb, {}, {"bias_correction": "step_size"}
+    ),
+    "adafactor": (colossalai_optimizers.Adafactor, references.adafactor, GIVEN_LR, GIVEN_LR),
+    "transformers-adafactor": (Adafactor, references.adafactor, GIVEN_LR, GIVEN_LR),
+    "compat-adafactor": (compat.DistributedAdaFactor, references.adafactor, GIVEN_LR, GIVEN_LR),
+    "came": (colossalai_optimizers.CAME, references.came, {"lr": 1.0}, {}),
+    "distributed-came": (colossalai_optimizers.DistributedCAME, references.came, {}, {}),
+}  # fmt: skip
+"""Class, the reference, and the hyper-parameters of either."""
 
 
 def plugin_of(options: dict[str, Any]) -> Any:
@@ -52,13 +63,13 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
 
 def _injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> dict[str, Any]:
     install()
-    cls, correction = OPTIMIZERS[optimizer]
+    cls, reference, own, hyper = OPTIMIZERS[optimizer]
     model = plugin_cases.build(kind, vocab)
     if options.get("precision") != "fp32":
         model = model.bfloat16()
     names = {id(param): name for name, param in model.named_parameters()}
     full = {name: param.detach().double() for name, param in model.named_parameters()}
-    base = cls(plugin_cases.groups(model))
+    base = cls(plugin_cases.groups(model), **own)
     order = [param for group in base.param_groups for param in group["params"]]
     decay = {names[id(param)]: group["weight_decay"] for group in base.param_groups for param in group["params"]}
     scheduler = torch.optim.lr_scheduler.LambdaLR(base, plugin_cases.factor)
@@ -76,8 +87,8 @@ def _injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) ->
             if grad is not None:
                 weight = full[name]
                 lr = plugin_cases.LR * (1.0 if weight.dim() > 1 else 0.5) * plugin_cases.factor(step)
-                hyper = {"lr": lr, "weight_decay": decay[name], "bias_correction": correction}
-                full[name] = references.lamb(weight, grad.double(), states[name], **hyper)
+                numbers = {"lr": lr, "weight_decay": decay[name], **hyper}
+                full[name] = reference(weight, grad.double(), states[name], **numbers)
                 largest_step = max(largest_step, (full[name] - weight).abs().max().item())
         scheduler.step()
     masters = [master for group in engine.optim.param_groups for master in group["params"]]
@@ -85,9 +96,8 @@ def _injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) ->
     for param, master in zip(filter(layouts.__contains__, order), masters, strict=True):
         want = part(layouts[param].shard(full[names[id(param)]]), master.numel(), plugin)
         error = max(error, *(master.detach().view(-1).double() - want).abs().tolist())
-    # As in plugin_cases: each step rounds the weight once and its update a few times, all in float32.
     largest = max(weight.abs().max().item() for weight in full.values())
-    return {"error": error, "bound": STEPS * 2**-24 * (largest + 16 * largest_step), "calls": calls}
+    return {"error": error, "bound": plugin_cases.bound_of(largest, largest_step), "calls": calls}
 
 
 def layouts_of(
@@ -146,8 +156,8 @@ def refused(what: str) -> str:
     elif what == "block":
         optimizer = BlockOptimizer(torch.optim.AdamW(model.parameters()), list(model.named_parameters()))
         options = {"plugin": "zero", "stage": 1}
-    elif what == "came":
-        optimizer = colossalai_optimizers.CAME(model.parameters(), lr=1e-3)
+    elif what == "lars":
+        optimizer = colossalai_optimizers.Lars(model.parameters(), lr=1e-3)
     booster = Booster(plugin=plugin_of(options))
     try:
         booster.boost(model, optimizer)
@@ -200,16 +210,21 @@ def installed_twice() -> dict[str, bool]:
 def table_entries() -> dict[str, Any]:
     """ColossalAI's table, read by those who look classes up in it."""
     install()
-    weight = nn.Parameter(torch.ones(2, 3))
-    table = colossalai_optimizers.optim2DistOptim
-    theirs = colossalai_optimizers.Lamb([weight], lr=0.25, bias_correction=True)
-    ours = table[colossalai_optimizers.Lamb](theirs.param_groups)
-    return {
-        "kind": isinstance(ours, compat.DistributedLamb),
-        "lr": ours.param_groups[0]["lr"],
-        "interface": hasattr(ours, "setup_distributed"),
-        "ours": issubclass(table[Lamb], Lamb),
+    stock, table = colossalai_optimizers, colossalai_optimizers.optim2DistOptim
+    sources = {
+        compat.DistributedLamb: (stock.Lamb, stock.DistributedLamb),
+        compat.DistributedAdaFactor: (stock.Adafactor, stock.DistributedAdaFactor),
+        compat.DistributedCAME: (stock.CAME, stock.DistributedCAME),
     }
+    found: dict[str, Any] = {}
+    for kind, classes in sources.items():
+        for cls in classes:
+            options = {"relative_step": False} if kind is compat.DistributedAdaFactor else {"lr": 1.0}
+            theirs = cls([{"params": [nn.Parameter(torch.ones(2, 3))], "lr": 0.25}], **options)
+            ours = table[cls](theirs.param_groups)
+            found[cls.__name__] = isinstance(ours, kind), ours.param_groups[0]["lr"], hasattr(ours, "setup_distributed")
+    ours_of = (*sources, Lamb, OurAdafactor, CAME)
+    return {**found, "ours": all(table[cls] is distributed_class(cls) for cls in ours_of)}
 
 
 def train(name: str, plugin: str) -> list[float]:

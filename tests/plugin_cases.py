@@ -18,6 +18,7 @@ from colossal_bcd.testing import CollectiveCounter
 
 STEPS = 6
 LR = 1e-2
+HYPER: dict[str, dict[str, Any]] = {"Adafactor": {"lr": LR, "relative_step": False}, "CAME": {"lr": LR}}
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -61,7 +62,8 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
     model = build(kind, vocab)
     names = {id(param): name for name, param in model.named_parameters()}
     full = {name: param.detach().bfloat16().double() for name, param in model.named_parameters()}
-    ours = getattr(colossal_bcd, optimizer)(groups(model))
+    hyper = HYPER.get(optimizer, {})
+    ours = getattr(colossal_bcd, optimizer)(groups(model), **hyper)
     decay = {names[id(param)]: group["weight_decay"] for group in ours.param_groups for param in group["params"]}
     scheduler = torch.optim.lr_scheduler.LambdaLR(ours, factor)
     booster = Booster(plugin=plugin_of(options))
@@ -83,7 +85,8 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
             grad = gradient(name, tuple(weight.shape), step)
             if grad is not None:
                 lr = LR * (1.0 if weight.dim() > 1 else 0.5) * factor(step)
-                full[name] = reference(weight, grad.double(), states[name], lr=lr, weight_decay=decay[name])
+                numbers = {**hyper, "lr": lr, "weight_decay": decay[name]}
+                full[name] = reference(weight, grad.double(), states[name], **numbers)
                 largest_step = max(largest_step, (full[name] - weight).abs().max().item())
         scheduler.step()
     worst = 0.0
@@ -96,10 +99,27 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
         shard = working.shard(full[names[id(param)]]).view(-1)[: working.num_local]
         close = torch.allclose(param.detach().view(-1)[: working.num_local].double(), shard, rtol=2**-7, atol=1e-5)
         assert close, f"working weight {names[id(param)]} differs from its master"
-    # Each step rounds the weight once and its update a few times, all in float32.
     largest = max(weight.abs().max().item() for weight in full.values())
-    bound = STEPS * 2**-24 * (largest + 16 * largest_step)
-    return {"error": worst, "bound": bound, "calls": dict(counter.calls), "replicas": _replicas_equal(engine)}
+    return {
+        "error": worst,
+        "bound": bound_of(largest, largest_step),
+        "calls": dict(counter.calls),
+        "replicas": _replicas_equal(engine),
+    }
+
+
+def injected_each(optimizers: tuple[str, ...], kind: str, vocab: int, options: dict[str, Any]) -> dict[str, Any]:
+    """`injected` of several optimizers."""
+    return {optimizer: injected(optimizer, kind, vocab, options) for optimizer in optimizers}
+
+
+def bound_of(largest: float, largest_step: float) -> float:
+    """Largest error of a weight after `STEPS` steps in float32.
+
+    Each step rounds the weight once and its update a few times, less than 16 relative to the largest step: sums over
+    rows and columns lose a few bits, of which the root takes half.
+    """
+    return STEPS * 2**-24 * (largest + 16 * largest_step)
 
 
 def _replicas_equal(engine: Any) -> bool:

@@ -23,6 +23,11 @@ CASES = {
     "tp2-zero2-dp1": (2, {**HYBRID, "zero_stage": 2}, "ours", "gpt2", 250, 1),
     "tp2-zero1-dp2": (4, {**HYBRID, "zero_stage": 1}, "ours", "gpt2", 1000, 2),
     "tp2-zero2-dp2": (4, {**HYBRID, "zero_stage": 2}, "theirs", "llama", 1000, 2),
+    "zero2-2-adafactor": (2, {"plugin": "zero", "stage": 2}, "adafactor", "llama", 250, 2),
+    "tp2-zero2-dp2-adafactor": (4, {**HYBRID, "zero_stage": 2}, "transformers-adafactor", "llama", 1000, 4),
+    "tp2-adafactor": (2, {**HYBRID, "zero_stage": 0}, "compat-adafactor", "gpt2", 250, 2),
+    "tp2-came": (2, {**HYBRID, "zero_stage": 0}, "came", "llama", 1000, 3),
+    "zero2-2-came": (2, {"plugin": "zero", "stage": 2}, "distributed-came", "gpt2", 250, 3),
     "pp2-zero1-dp2": (
         4,
         {"plugin": "hybrid", "tp_size": 1, "pp_size": 2, "zero_stage": 1, "num_microbatches": 1},
@@ -39,10 +44,10 @@ def test_installed_stock_plugin_step_equals_textbook(case: str) -> None:
     """Two stories: ColossalAI passes no map at stage 0 (tp2 in bf16) nor on one data-parallel rank, and shards were
     taken as wholes; it replaces the group dicts under a pipeline, and schedulers lost the cast optimizer.
     """
-    num_ranks, options, optimizer, kind, vocab, axes = CASES[case]
+    num_ranks, options, optimizer, kind, vocab, collectives = CASES[case]
     for result in run_ranks(num_ranks, install_cases.injected, optimizer, kind, vocab, options):
         assert result["error"] <= result["bound"]
-        assert result["calls"] == ({"all_reduce": axes} if axes else {})
+        assert result["calls"] == ({"all_reduce": collectives} if collectives else {})
         assert result["warnings"] == []
 
 
@@ -60,7 +65,7 @@ def test_installed_stock_plugin_trains_as_ours(optimizer: str) -> None:
         ("pipeline", "without a map between them"),
         ("sequence", "ColossalAI divides it over other ranks"),
         ("block", "Change the plugin's import line"),
-        ("came", "computes with whole matrices"),
+        ("lars", "computes with whole matrices"),
     ],
 )
 def test_installed_stock_plugin_refuses(what: str, message: str) -> None:
@@ -80,7 +85,11 @@ def test_install_twice_changes_nothing() -> None:
 
 
 def test_install_enters_the_table() -> None:
-    assert run_ranks(1, install_cases.table_entries) == [{"kind": True, "lr": 0.25, "interface": True, "ours": True}]
+    (found,) = run_ranks(1, install_cases.table_entries)
+    assert found.pop("ours")
+    assert found == dict.fromkeys(
+        ("Adafactor", "CAME", "DistributedAdaFactor", "DistributedCAME", "DistributedLamb", "Lamb"), (True, 0.25, True)
+    )
 
 
 def test_distributed_class_keeps_the_object_and_its_type() -> None:

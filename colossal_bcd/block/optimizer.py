@@ -307,10 +307,10 @@ class BlockOptimizer(Optimizer):
         base.param_groups, base.state = groups, state
 
     def _adopt(self, base_optimizer: Optimizer) -> None:
-        self.base_optimizer = base_optimizer
-        self.defaults = base_optimizer.defaults
-        self.param_groups = base_optimizer.param_groups
-        self.state = base_optimizer.state
+        self.base_optimizer, self.defaults = base_optimizer, base_optimizer.defaults
+        self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
+        # What transformers' AdafactorSchedule calls.
+        self._get_lr = getattr(base_optimizer, "_get_lr", None)
 
     def _activate(self, keep: Set[Parameter]) -> None:
         """Freeze and unfreeze, and hand the active masters to the base optimizer; old ones are freed first."""

@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.registry import cast
-from colossal_bcd.compat import DistributedLamb
-from colossal_bcd.optim import AdamW, Lamb, ShardedOptimizer
+from colossal_bcd.compat import DistributedAdaFactor, DistributedCAME, DistributedLamb
+from colossal_bcd.optim import CAME, Adafactor, AdamW, Lamb, ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, TensorSplit
 
 CALLERS: tuple[ModuleType, ...] = (
@@ -44,12 +44,21 @@ def install() -> None:
     """
     for module in CALLERS:
         module.cast_to_distributed = cast_for_stock_plugin  # type: ignore[attr-defined]
-    entries: dict[Any, Any] = {cls: cls for cls in (AdamW, Lamb, DistributedLamb)}
-    entries |= dict.fromkeys((colossalai_optimizers.Lamb, colossalai_optimizers.DistributedLamb), DistributedLamb)
-    for source, cls in entries.items():
+    for source, cls in _table().items():
         colossalai_optimizers.optim2DistOptim[source] = distributed_class(cls)
     if install_cpu_accelerator():
         LowLevelZeroOptimizer._sanity_checks = _check_on_cpu
+
+
+def _table() -> dict[Any, Any]:
+    """Optimizer -> ours, with the constructor that those who read ColossalAI's table call."""
+    stock = colossalai_optimizers
+    return {
+        **{cls: cls for cls in (AdamW, Lamb, Adafactor, CAME, DistributedLamb, DistributedAdaFactor, DistributedCAME)},
+        **dict.fromkeys((stock.Lamb, stock.DistributedLamb), DistributedLamb),
+        **dict.fromkeys((stock.Adafactor, stock.DistributedAdaFactor), DistributedAdaFactor),
+        **dict.fromkeys((stock.CAME, stock.DistributedCAME), DistributedCAME),
+    }
 
 
 def cast_for_stock_plugin(optimizer: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.optim import Lamb, ShardedOptimizer
+from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,19 @@ ELEMENTWISE: dict[str, set[str]] = {
 
 WHOLE_MATRIX: dict[str, set[str]] = {
     "torch.optim": {"Adafactor", "LBFGS", "Muon"},
-    "transformers.optimization": {"Adafactor"},
-    "colossalai.nn.optimizer": {
-        "Adafactor", "CAME", "DistributedAdaFactor", "DistributedCAME", "DistGaloreAwamW", "GaLoreAdamW8bit", "Lars",
-    },
+    "colossalai.nn.optimizer": {"DistGaloreAwamW", "GaLoreAdamW8bit", "Lars"},
     # The names of the classes themselves; the package exports them as GaLoreAdamW and so on.
     "galore_torch": {"AdamW", "AdamW8bit", "Adafactor"},
-    "came_pytorch": {"CAME"},
     "bitsandbytes.optim": {"LAMB8bit", "LARS", "LARS8bit", "LARS32bit", "PytorchLARS"},
-}  # fmt: skip
+}
 """Package -> optimizers that need more than the value and for which this version has no equal."""
+
+INSTEAD = {
+    "torch.optim.Adafactor": "Its step size min(lr, 1 / sqrt(t)), its decay by lr alone and its eps, lower bounds of "
+    "the estimate, are its own. Use colossal_bcd.Adafactor, which computes what transformers.Adafactor does; nearest "
+    "is Adafactor(params, lr=lr, relative_step=False).",
+}
+"""Qualified name -> what to use in place of an optimizer of `WHOLE_MATRIX`, where that is not plain."""
 
 BLOCKWISE: dict[str, set[str]] = {
     "badam": {"BlockOptimizer", "BlockOptimizerRatio"},
@@ -99,14 +102,52 @@ def _bitsandbytes_lamb(optimizer: Any, group: Group) -> dict[str, Any]:
     return {}
 
 
+def _adafactor(optimizer: Any, group: Group) -> dict[str, Any]:
+    """With relative_step the originals ignore a group's lr, which may be a scheduler's; without it they need one."""
+    return {"lr": None} if group["relative_step"] else _required_lr(optimizer, group)
+
+
+def _colossalai_adafactor(optimizer: Any, group: Group) -> dict[str, Any]:
+    """ColossalAI never computes the root mean square of a weight (nn/optimizer/adafactor.py)."""
+    if group is optimizer.defaults and any(each["scale_parameter"] for each in optimizer.param_groups):
+        logger.warning(
+            "ColossalAI's Adafactor takes the root mean square of every weight for 0, so that scale_parameter "
+            "multiplies its steps by eps[1]=%s; here it multiplies them by the real one, as in the paper",
+            group["eps"][1],
+        )
+    return _adafactor(optimizer, group)
+
+
+def _required_lr(optimizer: Any, group: Group) -> dict[str, Any]:
+    """The originals fail in their first step without one."""
+    if group["lr"] is not None:
+        return {}
+    if group is optimizer.defaults:
+        return {"lr": 0.0}
+    raise ValueError(
+        f"{type(optimizer).__name__}: a param group has lr=None, expected a number. Set it in optimizer.param_groups "
+        "(ColossalAI's Adafactor discards the one that it is given), or use the optimizer of colossal_bcd.compat."
+    )
+
+
 CASTS: dict[str, tuple[Any, Callable[[Any, Group], dict[str, Any]]]] = {
     "colossalai.nn.optimizer.Lamb": (Lamb, _colossalai_lamb),
     "colossalai.nn.optimizer.DistributedLamb": (Lamb, _colossalai_lamb),
     "colossalai.nn.optimizer.FusedLAMB": (Lamb, _fused_lamb),
     "bitsandbytes.optim.LAMB": (Lamb, _bitsandbytes_lamb),
     "bitsandbytes.optim.LAMB32bit": (Lamb, _bitsandbytes_lamb),
+    "transformers.optimization.Adafactor": (Adafactor, _adafactor),
+    "colossalai.nn.optimizer.Adafactor": (Adafactor, _colossalai_adafactor),
+    "colossalai.nn.optimizer.DistributedAdaFactor": (Adafactor, _colossalai_adafactor),
+    "came_pytorch.CAME": (CAME, _required_lr),
+    "colossalai.nn.optimizer.CAME": (CAME, _required_lr),
+    "colossalai.nn.optimizer.DistributedCAME": (CAME, _required_lr),
 }
 """Qualified name -> our class, and what differs from the keys of a group (or of the defaults)."""
+
+
+UPDATE_METHODS = ("step", "update_step", "_get_lr", "_get_options", "_rms", "_approx_sq_grad")
+"""What makes the update: bitsandbytes' optimizers share `step` and differ in the second; the others are Adafactor's."""
 
 
 def cast(optimizer: Optimizer) -> Optimizer:
@@ -137,8 +178,8 @@ def cast(optimizer: Optimizer) -> Optimizer:
         if name in WHOLE_MATRIX.get(package, ()):
             raise ValueError(
                 f"{home} computes with whole matrices and would train wrongly on shards, expected an optimizer that "
-                "has an exact equal in this version. Use colossal_bcd.Lamb, colossal_bcd.AdamW, or an element-wise "
-                "optimizer of torch.optim."
+                "has an exact equal in this version. "
+                + INSTEAD.get(home, "Use one of colossal_bcd, or an element-wise optimizer of torch.optim.")
             )
     elif not isinstance(optimizer, ShardedOptimizer):
         why = "is unknown here" if home is None else f"overrides the step of {home}, so it is not cast"
@@ -155,17 +196,14 @@ def _origin(cls: type) -> tuple[str | None, bool]:
     """Name of its nearest ancestor that is in the tables (it may be itself), and whether it runs that one's update."""
     for parent in cls.__mro__:
         if (name := _known(parent)) is not None:
-            # bitsandbytes' optimizers share `step` and differ in `update_step`.
-            methods: list[Any] = [
-                [getattr(c, method, None) for c in (parent, cls)] for method in ("step", "update_step")
-            ]
+            methods: list[Any] = [[getattr(c, method, None) for c in (parent, cls)] for method in UPDATE_METHODS]
             return name, all(inspect.unwrap(theirs) is inspect.unwrap(own) for theirs, own in methods)
     return None, False
 
 
 def _known(cls: type) -> str | None:
     """`package.Class` with the package as the tables name it; None if no table has the class."""
-    for package in {*ELEMENTWISE, *WHOLE_MATRIX, *BLOCKWISE}:
+    for package in {*ELEMENTWISE, *WHOLE_MATRIX, *BLOCKWISE, *(name.rpartition(".")[0] for name in CASTS)}:
         name = f"{package}.{cls.__qualname__}"
         listed = name in CASTS or any(
             cls.__qualname__ in table.get(package, ()) for table in (ELEMENTWISE, WHOLE_MATRIX, BLOCKWISE)
@@ -189,21 +227,30 @@ def _converted(optimizer: Optimizer, cls: Any, differences: Callable[[Any, Group
 
     groups = [{"params": group["params"], **hyper(group)} for group in optimizer.param_groups]
     ours: ShardedOptimizer = cls(groups, **hyper(optimizer.defaults))
+    # As it is, also where it means nothing (under relative_step) or every group has to bring its own (None).
+    ours.defaults["lr"] = optimizer.defaults["lr"]
     for index, group in enumerate(optimizer.param_groups):
-        group.update(ours.param_groups[index])
+        group.update({**ours.param_groups[index], "lr": group["lr"]})
         ours.param_groups[index] = group
-    _share_hooks(optimizer, ours)
+    _share(optimizer, ours)
     logger.info("%s is cast to colossal_bcd.%s", name, cls.__name__)
     return ours
 
 
-def _share_hooks(source: Optimizer, target: Optimizer) -> None:
-    """The very tables, so that the handles that the user holds go on removing."""
+def _share(source: Optimizer, target: Optimizer) -> None:
+    """The very tables of hooks, so that the handles that the user holds go on removing.
+
+    A scheduler that was made on the source finds there what it would without the cast: torch's warn unless that one has
+    been stepped, transformers' AdafactorSchedule reads groups and state.
+    """
     for moment, when in product(("step", "state_dict", "load_state_dict"), ("pre", "post")):
         table = f"_optimizer_{moment}_{when}_hooks"
         setattr(target, table, getattr(source, table))
-    # A scheduler made on the source warns unless it sees that optimizer step before its own first step.
-    target.register_step_post_hook(lambda *_: setattr(source, "_opt_called", True))
+
+    def follow(*_: Any) -> None:
+        vars(source).update(_opt_called=True, param_groups=target.param_groups, state=target.state)
+
+    target.register_step_post_hook(follow)
 
 
 def shapes_of(optimizer: Optimizer | None) -> dict[int, tuple[int, ...]]:

@@ -28,7 +28,7 @@ from colossal_bcd.booster.agreement import require_agreement
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
-from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim import Adafactor, ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, Sum, resolve
 
 Groups = tuple[dist.ProcessGroup, ...]
@@ -205,8 +205,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self.load_gradients()
         self._scale_gradients(1.0 if scaler is None else scaler.get_grad_div_scale())
         self.optim.step()
-        for master in self.masters.of.values():
-            master.grad = None
+        self._drop_gradients()
         self.write_back()
         if isinstance(self.optim, BlockOptimizer):
             if self.optim.schedule.is_switch(self.optim.num_steps):
@@ -243,11 +242,29 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             id(param): master.numel() * self.masters.num_shards - param.numel() for param, master in of.items()
         }
 
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optim.state
+
+    @property
+    def _base(self) -> Any:
+        return self.optim.base_optimizer if isinstance(self.optim, BlockOptimizer) else self.optim
+
     def _bind(self) -> None:
-        base = self.optim.base_optimizer if isinstance(self.optim, BlockOptimizer) else self.optim
-        if isinstance(base, ShardedOptimizer):
+        if isinstance(self._base, ShardedOptimizer):
             layouts = {master: self.masters.layout(param) for param, master in self.masters.of.items()}
-            base.bind(layouts, self._mesh, {master: self._keys[id(param)] for param, master in self.masters.of.items()})
+            keys = {master: self._keys[id(param)] for param, master in self.masters.of.items()}
+            self._base.bind(layouts, self._mesh, keys)
+
+    def _get_lr(self, *args: Any) -> Any:
+        return self._base._get_lr(*args)
+
+    def _drop_gradients(self) -> None:
+        """Free the masters' gradients; zeros without memory stay where transformers' AdafactorSchedule looks."""
+        firsts = [group["params"][:1] for group in self.param_groups] if isinstance(self._base, Adafactor) else []
+        asked = {id(master) for (master,) in filter(None, firsts) if master.grad is not None}
+        for master in self.masters.of.values():
+            master.grad = master.new_zeros(()).expand_as(master) if id(master) in asked else None
 
     def _agree(self, optimizer: BlockOptimizer) -> None:
         require_agreement("block schedule", optimizer.fingerprint(), self._device)

@@ -158,5 +158,10 @@ class Adafactor(ShardedOptimizer):
         return adafactor(view, state, hyper)
 
     def _get_lr(self, param_group: Mapping[str, Any], param_state: Mapping[str, Any]) -> float:
-        """Step size of a parameter at its last step; transformers' AdafactorSchedule asks for it by this name."""
+        """Step size of a parameter at its last step; transformers' AdafactorSchedule asks for it by this name.
+
+        Before the first step of its state it is what the schedule has written into the group, its initial lr.
+        """
+        if not param_state:
+            return param_group["lr"] or 0.0
         return step_size(self._hyper(param_group), param_state["step"], param_state["RMS"]).item()
