@@ -11,7 +11,7 @@ import torch.distributed as dist
 from colossalai.booster import Booster
 from torch import nn
 
-from colossal_bcd import BlockOptimizer, Lamb
+from colossal_bcd import CAME, Adafactor, BlockOptimizer, Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
 PLUGINS = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin, "ddp": TorchDDPPlugin}
@@ -29,6 +29,10 @@ def base_optimizer(name: str, params: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=0.05, momentum=0.9)
     if name == "lamb":
         return Lamb(params, lr=1e-3, weight_decay=0.1)
+    if name == "adafactor":
+        return Adafactor(params, beta1=0.9, weight_decay=0.1)
+    if name == "came":
+        return CAME(params, lr=1e-3, weight_decay=0.1)
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1)
 
 

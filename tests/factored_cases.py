@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import came_pytorch
-import conformance_cases
 import torch
 import transformers.optimization
-from conformance_cases import CASES, Sizes, gradient, initial, process_mesh
+from conformance_cases import CASES, Case, Sizes, gradient, initial, process_mesh
 from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd import CAME, Adafactor
+from colossal_bcd.testing import storages
 
 STEPS = 22
 ORIGINALS = {
@@ -128,27 +128,18 @@ def on_mesh(sizes: Sizes) -> dict[str, float]:
     }
 
 
-def state_bytes(sizes: Sizes, shapes: dict[str, conformance_cases.Case]) -> dict[str, dict[str, Any]]:
-    """Bytes of the tensors in the float32 state of each optimizer after one step, by parameter, and this rank's part.
-
-    The part: (first value, values) in the flattened tensor-parallel shard, the shard's shape, and the axes' ranks.
-    """
+def state_bytes(sizes: Sizes, cases: dict[str, Case]) -> dict[str, Any]:
+    """Place of this rank, and bytes of all tensors in the float32 state of each case after one step, by optimizer."""
     mesh, tp_rank, zero_rank = process_mesh(sizes)
-    result: dict[str, dict[str, Any]] = {}
-    for optimizer_name, options in (("Adafactor", {}), ("CAME", {"lr": 1e-2})):
-        cls = ORIGINALS[optimizer_name][0]
-        for label, case in shapes.items():
+    result: dict[str, Any] = {"tp": tp_rank, "zero": zero_rank}
+    for name, options in (("Adafactor", {}), ("CAME", {"lr": 1e-2})):
+        result[name] = {}
+        for label, case in cases.items():
             layout = case.layout(sizes, tp_rank, zero_rank)
             param = Parameter(torch.ones(layout.local_shape))
-            optimizer = cls([param], **options)
+            optimizer = ORIGINALS[name][0]([param], **options)
             optimizer.bind({param: layout}, mesh)
             param.grad = torch.ones_like(param)
             optimizer.step()
-            tensors = [value for value in optimizer.state[param].values() if isinstance(value, Tensor)]
-            storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
-            result.setdefault(optimizer_name, {})[label] = {
-                "bytes": sum(storages.values()),
-                "tp": tp_rank,
-                "zero": zero_rank,
-            }
+            result[name][label] = sum(storages(optimizer.state[param]).values())
     return result

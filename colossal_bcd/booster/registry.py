@@ -241,7 +241,7 @@ def _share(source: Optimizer, target: Optimizer) -> None:
     """The very tables of hooks, so that the handles that the user holds go on removing.
 
     A scheduler that was made on the source finds there what it would without the cast: torch's warn unless that one has
-    been stepped, transformers' AdafactorSchedule reads groups and state.
+    been stepped, transformers' AdafactorSchedule reads its groups and state.
     """
     for moment, when in product(("step", "state_dict", "load_state_dict"), ("pre", "post")):
         table = f"_optimizer_{moment}_{when}_hooks"
@@ -251,6 +251,9 @@ def _share(source: Optimizer, target: Optimizer) -> None:
         vars(source).update(_opt_called=True, param_groups=target.param_groups, state=target.state)
 
     target.register_step_post_hook(follow)
+    if isinstance(target, Adafactor):
+        # The original's returns tensors, whose check in every step would wait for the device.
+        vars(source)["_get_lr"] = target._get_lr
 
 
 def shapes_of(optimizer: Optimizer | None) -> dict[int, tuple[int, ...]]:
