@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.factored import FactoredAverage, factored_spec, is_factored
 from colossal_bcd.optim.functional import require
-from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.optim.quantized import StorageHyper
+from colossal_bcd.optim.rounding import Rounding
+from colossal_bcd.optim.spec import Bits, StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Matrices, Rounds, ShardView
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdafactorHyper:
+class AdafactorHyper(StorageHyper):
     """Hyper-parameters of one param group."""
 
     lr: float | None = None
@@ -42,12 +44,19 @@ class AdafactorHyper:
     """Matrices with a smaller dim keep the whole second moment."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.lr is None or self.lr >= 0, "lr", self.lr, "None or a non-negative number")
         require(self.lr is not None or self.relative_step, "lr", self.lr, "a number where relative_step is False")
         require(len(self.eps) == 2 and min(self.eps) >= 0, "eps", self.eps, "two non-negative numbers")
         require(self.clip_threshold > 0, "clip_threshold", self.clip_threshold, "a positive number")
         require(self.decay_rate <= 0, "decay_rate", self.decay_rate, "a number that is not positive")
         require(self.beta1 is None or 0 <= self.beta1 < 1, "beta1", self.beta1, "None or a number in [0, 1)")
+        require(
+            self.beta1 is not None or self.moment_bits == 32,
+            "moment_bits",
+            self.moment_bits,
+            "32 where beta1 is None, which keeps no first moment",
+        )
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a non-negative number")
         require(self.min_dim_size_to_factor >= 0, "min_dim_size_to_factor", self.min_dim_size_to_factor, "0 or more")
         require(self.relative_step or not self.warmup_init, "warmup_init", True, "False where relative_step is False")
@@ -96,7 +105,7 @@ class Adafactor(ShardedOptimizer):
     Args:
         params: parameters, or param groups as plain dicts.
         lr, eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init,
-            min_dim_size_to_factor: see `AdafactorHyper`.
+            min_dim_size_to_factor, rounding, seed, moment_bits: see `AdafactorHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
         ValueError: a hyper-parameter is out of range, or `lr` is given together with `relative_step`.
@@ -119,6 +128,9 @@ class Adafactor(ShardedOptimizer):
         warmup_init: bool = False,
         *,
         min_dim_size_to_factor: int = 0,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+        moment_bits: Bits = 32,
         wave_bytes: int = WAVE_BYTES,
     ) -> None:
         hyper = AdafactorHyper(
@@ -132,6 +144,9 @@ class Adafactor(ShardedOptimizer):
             relative_step=relative_step,
             warmup_init=warmup_init,
             min_dim_size_to_factor=min_dim_size_to_factor,
+            rounding=rounding,
+            seed=seed,
+            moment_bits=moment_bits,
         )
         super().__init__(params, hyper, wave_bytes)
 
@@ -149,7 +164,7 @@ class Adafactor(ShardedOptimizer):
         moment = StateSpec(kind="elementwise", shape=layout.local_shape)
         spec = {"RMS": StateSpec(kind="replicated")}
         if hyper.beta1 is not None:
-            spec["exp_avg"] = moment
+            spec["exp_avg"] = replace(moment, bits=hyper.moment_bits)
         if is_factored(layout, hyper.min_dim_size_to_factor):
             return {**spec, **factored_spec(layout, "exp_avg_sq")}
         return {**spec, "exp_avg_sq": moment}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.functional import adam_direction, require_adam, update_moments_
-from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.optim.quantized import StorageHyper
+from colossal_bcd.optim.rounding import Rounding
+from colossal_bcd.optim.spec import Bits, StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWHyper:
+class AdamWHyper(StorageHyper):
     """Hyper-parameters of one param group."""
 
     lr: float = 1e-3
@@ -24,6 +26,7 @@ class AdamWHyper:
     """Decoupled: the weight shrinks by lr * weight_decay."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_adam(self.lr, self.betas, self.eps, self.weight_decay)
 
 
@@ -40,7 +43,7 @@ class AdamW(ShardedOptimizer):
 
     Args:
         params: parameters, or param groups as plain dicts.
-        lr, betas, eps, weight_decay: see `AdamWHyper`.
+        lr, betas, eps, weight_decay, rounding, seed, moment_bits: see `AdamWHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -57,13 +60,25 @@ class AdamW(ShardedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+        moment_bits: Bits = 32,
         wave_bytes: int = WAVE_BYTES,
     ) -> None:
-        super().__init__(params, AdamWHyper(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), wave_bytes)
+        hyper = AdamWHyper(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rounding=rounding,
+            seed=seed,
+            moment_bits=moment_bits,
+        )
+        super().__init__(params, hyper, wave_bytes)
 
     def state_spec(self, layout: Layout, hyper: AdamWHyper) -> dict[str, StateSpec]:
         moment = StateSpec(kind="elementwise", shape=layout.local_shape)
-        return {"exp_avg": moment, "exp_avg_sq": moment}
+        return {"exp_avg": replace(moment, bits=hyper.moment_bits), "exp_avg_sq": moment}
 
     def update(self, view: ShardView, state: State, hyper: AdamWHyper) -> Rounds:
         return adamw(view, state, hyper)

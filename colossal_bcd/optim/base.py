@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeAlias
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from colossal_bcd.optim.quantized import StorageHyper, dequantize, quantize_into, require_library
+from colossal_bcd.optim.rounding import LOW_PRECISION, is_stochastic, round_into, stream
 from colossal_bcd.optim.spec import StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
+
+logger = logging.getLogger(__name__)
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 Hyper: TypeAlias = Any
@@ -43,7 +48,14 @@ class ShardedOptimizer(Optimizer):
         self._keys: dict[Tensor, int] = {}
         self._mesh = Mesh()
         self.wave_bytes = wave_bytes
-        super().__init__(params, dataclasses.asdict(hyper))
+        self._warned = False
+        defaults = dataclasses.asdict(hyper)
+        # Options of storage are in a group only where they are asked for: groups and checkpoints of everybody else stay
+        # those of the originals.
+        for name in self._optional():
+            if defaults[name] == getattr(StorageHyper, name):
+                del defaults[name]
+        super().__init__(params, defaults)
 
     @abstractmethod
     def state_spec(self, layout: Layout, hyper: Hyper) -> dict[str, StateSpec]:
@@ -62,7 +74,8 @@ class ShardedOptimizer(Optimizer):
                     f"{type(self).__name__} param group has {key!r}, which is no hyper-parameter; did you mean "
                     f"{close[0]!r}? The hyper-parameters are {', '.join(fields)}."
                 )
-        self._hyper({**self.defaults, **param_group})
+        if getattr(self._hyper({**self.defaults, **param_group}), "moment_bits", 32) == 8:
+            require_library()
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             self._layouts[param] = Layout.whole(tuple(param.shape))
@@ -96,7 +109,13 @@ class ShardedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         loss = self._closure_loss(closure)
-        tasks = (self._task(param, group, hyper) for param, group, hyper in self._active())
+        active = self._active()
+        for group in self.param_groups:
+            if group.get("rounding") == "stochastic":
+                # In the group, which outlives the state that a switch of blocks clears: no step repeats another's bits.
+                group["num_steps"] = group.get("num_steps", 0) + 1
+        self._warn_of_rounding(active)
+        tasks = (self._task(param, layout, hyper, num_steps) for param, layout, hyper, num_steps in active)
         run_rounds(tasks, self._mesh, self.wave_bytes)
         return loss
 
@@ -124,6 +143,7 @@ class ShardedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_mesh", Mesh())
+        self.__dict__.setdefault("_warned", False)
 
     def _closure_loss(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         if closure is None:
@@ -131,8 +151,8 @@ class ShardedOptimizer(Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _active(self) -> list[tuple[Tensor, Layout, Hyper]]:
-        """Parameters with a gradient, checked before the first collective."""
+    def _active(self) -> list[tuple[Tensor, Layout, Hyper, int]]:
+        """Parameters with a gradient, checked before the first collective, and the steps that their group has taken."""
         active, index = [], -1
         for group in self.param_groups:
             hyper = self._hyper(group)
@@ -152,7 +172,7 @@ class ShardedOptimizer(Optimizer):
                         f"{type(self).__name__}: parameter {index} of shape {tuple(param.shape)} has a sparse "
                         "gradient, expected a dense one. Build its embedding with sparse=False."
                     )
-                active.append((param, self._layouts[param], hyper))
+                active.append((param, self._layouts[param], hyper, group.get("num_steps", 0)))
         return active
 
     def _check(self, index: int, param: Tensor, layout: Layout) -> None:
@@ -164,25 +184,62 @@ class ShardedOptimizer(Optimizer):
             )
 
     def _hyper(self, group: Mapping[str, Any]) -> Hyper:
-        return self.hyper_type(**{field.name: group[field.name] for field in dataclasses.fields(self.hyper_type)})
+        names, optional = [field.name for field in dataclasses.fields(self.hyper_type)], self._optional()
+        return self.hyper_type(**{name: group[name] for name in names if name in group or name not in optional})
 
-    def _task(self, param: Tensor, layout: Layout, hyper: Hyper) -> Task:
-        num_bytes = layout.max_local * self.temporary_bytes * wide(param.dtype).itemsize // torch.float32.itemsize
-        return Task(self._rule(param, layout, hyper), layout.axes, num_bytes)
+    def _optional(self) -> list[str]:
+        """Hyper-parameters that a group need not have."""
+        if not issubclass(self.hyper_type, StorageHyper):
+            return []
+        return [field.name for field in dataclasses.fields(StorageHyper)]
 
-    def _rule(self, param: Tensor, layout: Layout, hyper: Hyper) -> Rounds:
-        """The update of one parameter with its state allocated, its tensors flat and its step counted."""
+    def _warn_of_rounding(self, active: list[tuple[Tensor, Layout, Hyper, int]]) -> None:
+        """Say once that there is nothing to round."""
+        asked = [param for param, _, hyper, _ in active if getattr(hyper, "rounding", "nearest") == "stochastic"]
+        if not asked or self._warned or any(param.dtype in LOW_PRECISION for param in asked):
+            return
+        self._warned = True
+        logger.warning(
+            '%s: rounding="stochastic" has no effect on %s weights, such as float32 masters, which are not rounded. '
+            "Under a plugin pass master_weights=False.",
+            type(self).__name__,
+            asked[0].dtype,
+        )
+
+    def _task(self, param: Tensor, layout: Layout, hyper: Hyper, num_steps: int) -> Task:
+        per_value = self.temporary_bytes * wide(param.dtype).itemsize // torch.float32.itemsize
+        if is_stochastic(hyper, param.dtype):
+            per_value += torch.float32.itemsize
+        if getattr(hyper, "moment_bits", 32) == 8:
+            per_value += wide(param.dtype).itemsize
+        return Task(self._rule(param, layout, hyper, num_steps), layout.axes, layout.max_local * per_value)
+
+    def _rule(self, param: Tensor, layout: Layout, hyper: Hyper, num_steps: int) -> Rounds:
+        """The update of one parameter with its state allocated, its tensors flat and its step counted.
+
+        Storage is settled here: the rule sees 8-bit entries and stochastically rounded weights as float32.
+        """
         assert param.grad is not None
         state, specs = self.state[param], self.state_spec(layout, hyper)
         if not state:
             state["step"] = 0
-            state.update({name: spec.allocate(param) for name, spec in specs.items()})
+            for name, spec in specs.items():
+                state.update({part: stored.allocate(param) for part, stored in spec.stored(name).items()})
         state["step"] += 1
         local = param.detach().contiguous()
-        view = ShardView(layout, local, param.grad.contiguous(), self._keys[param])
+        stochastic = is_stochastic(hyper, param.dtype)
+        values = local.to(wide(local.dtype)) if stochastic else local
+        view = ShardView(layout, values, param.grad.contiguous(), self._keys[param])
         seen: State = {"step": state["step"]}
         for name, spec in specs.items():
             seen[name] = view.flat(state[name]) if spec.kind == "elementwise" else state[name]
+            if spec.bits == 8:
+                seen[name] = dequantize(seen[name], state[f"{name}_absmax"]).to(wide(param.dtype))
         yield from self.update(view, seen, hyper)
+        for name, spec in specs.items():
+            if spec.bits == 8:
+                quantize_into(view.flat(state[name]), state[f"{name}_absmax"], seen[name])
+        if stochastic:
+            round_into(view.flat(local), view.param, layout, stream(hyper.seed, view.key, num_steps))
         if not param.is_contiguous():
             param.copy_(local)

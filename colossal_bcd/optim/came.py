@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.factored import FactoredAverage, factored_spec, is_factored
 from colossal_bcd.optim.functional import require
-from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.optim.quantized import StorageHyper
+from colossal_bcd.optim.rounding import Rounding
+from colossal_bcd.optim.spec import Bits, StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Matrices, Rounds, ShardView
 
 
 @dataclass(frozen=True, kw_only=True)
-class CAMEHyper:
+class CAMEHyper(StorageHyper):
     """Hyper-parameters of one param group."""
 
     lr: float
@@ -31,6 +33,7 @@ class CAMEHyper:
     """Matrices with a smaller dim keep the whole second moment, and no instability."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.lr is not None and self.lr >= 0, "lr", self.lr, "a non-negative number")
         require(len(self.eps) == 2 and min(self.eps) >= 0, "eps", self.eps, "two non-negative numbers")
         require(self.clip_threshold > 0, "clip_threshold", self.clip_threshold, "a positive number")
@@ -79,7 +82,8 @@ class CAME(ShardedOptimizer):
 
     Args:
         params: parameters, or param groups as plain dicts.
-        lr, eps, clip_threshold, betas, weight_decay, min_dim_size_to_factor: see `CAMEHyper`.
+        lr, eps, clip_threshold, betas, weight_decay, min_dim_size_to_factor, rounding, seed, moment_bits: see
+            `CAMEHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -98,6 +102,9 @@ class CAME(ShardedOptimizer):
         weight_decay: float = 0.0,
         *,
         min_dim_size_to_factor: int = 0,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+        moment_bits: Bits = 32,
         wave_bytes: int = WAVE_BYTES,
     ) -> None:
         hyper = CAMEHyper(
@@ -107,14 +114,18 @@ class CAME(ShardedOptimizer):
             betas=betas,
             weight_decay=weight_decay,
             min_dim_size_to_factor=min_dim_size_to_factor,
+            rounding=rounding,
+            seed=seed,
+            moment_bits=moment_bits,
         )
         super().__init__(params, hyper, wave_bytes)
 
     def state_spec(self, layout: Layout, hyper: CAMEHyper) -> dict[str, StateSpec]:
         moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+        first = replace(moment, bits=hyper.moment_bits)
         if not is_factored(layout, hyper.min_dim_size_to_factor):
-            return {"exp_avg": moment, "exp_avg_sq": moment}
-        return {"exp_avg": moment, **factored_spec(layout, "exp_avg_sq"), **factored_spec(layout, "exp_avg_res")}
+            return {"exp_avg": first, "exp_avg_sq": moment}
+        return {"exp_avg": first, **factored_spec(layout, "exp_avg_sq"), **factored_spec(layout, "exp_avg_res")}
 
     def update(self, view: ShardView, state: State, hyper: CAMEHyper) -> Rounds:
         return came(view, state, hyper)

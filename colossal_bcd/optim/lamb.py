@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.functional import adam_direction, require, require_adam, update_moments_
-from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.optim.quantized import StorageHyper
+from colossal_bcd.optim.rounding import Rounding
+from colossal_bcd.optim.spec import Bits, StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
 
 BiasCorrection = Literal[True, False, "step_size"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LambHyper:
+class LambHyper(StorageHyper):
     """Hyper-parameters of one param group."""
 
     lr: float = 1e-3
@@ -34,6 +36,7 @@ class LambHyper:
     """A trust ratio of 1 for every parameter."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_adam(self.lr, self.betas, self.eps, self.weight_decay)
         require(
             isinstance(self.bias_correction, bool) or self.bias_correction == "step_size",
@@ -67,7 +70,7 @@ class Lamb(ShardedOptimizer):
 
     Args:
         params: parameters, or param groups as plain dicts.
-        lr, betas, eps, weight_decay, bias_correction, adam: see `LambHyper`.
+        lr, betas, eps, weight_decay, bias_correction, adam, rounding, seed, moment_bits: see `LambHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -86,16 +89,27 @@ class Lamb(ShardedOptimizer):
         bias_correction: BiasCorrection = True,
         adam: bool = False,
         *,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+        moment_bits: Bits = 32,
         wave_bytes: int = WAVE_BYTES,
     ) -> None:
         hyper = LambHyper(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction, adam=adam
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bias_correction=bias_correction,
+            adam=adam,
+            rounding=rounding,
+            seed=seed,
+            moment_bits=moment_bits,
         )
         super().__init__(params, hyper, wave_bytes)
 
     def state_spec(self, layout: Layout, hyper: LambHyper) -> dict[str, StateSpec]:
         moment = StateSpec(kind="elementwise", shape=layout.local_shape)
-        return {"exp_avg": moment, "exp_avg_sq": moment}
+        return {"exp_avg": replace(moment, bits=hyper.moment_bits), "exp_avg_sq": moment}
 
     def update(self, view: ShardView, state: State, hyper: LambHyper) -> Rounds:
         return lamb(view, state, hyper)

@@ -10,7 +10,10 @@ import torch
 
 from colossal_bcd.sharding import wide
 
-Kind = Literal["elementwise", "row", "column", "low_rank", "replicated", "scalar"]
+Kind = Literal["elementwise", "row", "column", "low_rank", "replicated", "scalar", "block"]
+Bits = Literal[32, 8]
+BLOCK = 256
+"""Values that share a scale in 8-bit storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,20 +22,37 @@ class StateSpec:
 
     kind: Kind
     """How the entry relates to the parameter, and so how it is sharded: `elementwise` follows every value, `row` and
-    `column` follow the rows and columns of the matrix, `scalar` is a Python integer."""
+    `column` follow the rows and columns of the matrix, `scalar` is a Python integer, `block` has one value for each
+    `BLOCK` values of this rank's data and cannot be cut or joined by other ranks."""
     shape: tuple[int, ...] = ()
     """Shape stored on this rank, padding included."""
     dtype: torch.dtype | None = None
     """None is the dtype in which the parameter's values are computed (`wide`)."""
+    bits: Bits = 32
+    """8: an elementwise entry that rules see as `dtype` and that is kept as `stored` says."""
+
+    def __post_init__(self) -> None:
+        assert self.bits == 32 or self.kind == "elementwise"
+
+    def stored(self, name: str) -> dict[str, StateSpec]:
+        """What is kept in the optimizer's state for the entry `name`: itself, or 8-bit codes and scales of blocks."""
+        if self.bits == 32:
+            return {name: self}
+        return {
+            name: StateSpec(kind="elementwise", shape=self.shape, dtype=torch.uint8),
+            f"{name}_absmax": StateSpec(kind="block", shape=(-(-math.prod(self.shape) // BLOCK),), dtype=torch.float32),
+        }
 
     def allocate(self, param: torch.Tensor) -> torch.Tensor | int:
-        """The entry at step 0: zeros on the parameter's device."""
+        """The entry at step 0 as rules see it: zeros on the parameter's device."""
         if self.kind == "scalar":
             return 0
         return torch.zeros(self.shape, dtype=self.dtype or wide(param.dtype), device=param.device)
 
     def num_bytes(self, param_dtype: torch.dtype) -> int:
-        """Bytes of tensor storage; scalars have none."""
+        """Bytes of tensor storage, as stored; scalars have none."""
         if self.kind == "scalar":
             return 0
+        if self.bits == 8:
+            return sum(part.num_bytes(param_dtype) for part in self.stored("").values())
         return math.prod(self.shape) * (self.dtype or wide(param_dtype)).itemsize

@@ -226,6 +226,36 @@ class Layout:
         split = Layout(shape=(len(whole),), split=dataclasses.replace(self.split, dim=0))
         return split.shard(whole)[: split.shard_data]
 
+    def positions(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+        """[stop - start] int64 places in the flattened global tensor of the values [start, stop) of this rank's data.
+
+        Computed on the device, without a copy from the host.
+
+        Args:
+            start: first of the `num_local` values of data.
+            stop: one past the last.
+            device: where the result lies; None: torch's default.
+        Raises:
+            ValueError: the range is not within the data.
+        """
+        if not 0 <= start <= stop <= self.num_local:
+            raise ValueError(f"layout of {self.shape}: got values [{start}, {stop}), expected some of {self.num_local}")
+        first = self.span[0]
+        at = torch.arange(first + start, first + stop, device=device)
+        split = self.split
+        if split is None or split.size == 1:
+            return at
+        length, inner = self.shard_shape[split.dim], math.prod(self.shard_shape[split.dim + 1 :])
+        outer, column = at // (length * inner), at % inner
+        index = at.div_(inner, rounding_mode="floor").remainder_(length)
+        shift, begin = torch.zeros_like(index), 0
+        for section in self._sections:
+            # Before this rank's part lie the other ranks' parts of earlier sections, and those of lower ranks.
+            part = section // split.size
+            shift.masked_fill_(index >= begin, (split.size - 1) * begin + split.rank * part)
+            begin += part
+        return outer.mul_(self.shape[split.dim]).add_(index).add_(shift).mul_(inner).add_(column)
+
     def as_matrix(self) -> Layout:
         """The layout of the same values with all dims but the first flattened into one.
 

@@ -1,0 +1,109 @@
+"""8-bit storage of first moments (Dettmers et al., arXiv 2110.02861, section 2): a matter of storage, not of math.
+
+Blocks of 256 values of this rank's data share a float32 scale, their largest magnitude; a value is kept as the number
+of the nearest one of 256 codes of bitsandbytes' signed dynamic map.  Blocks begin where the rank's slice begins, so
+runs on different meshes differ within the quantisation error.  n: values of data on this rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.rounding import RoundingHyper
+from colossal_bcd.optim.spec import BLOCK, Bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageHyper(RoundingHyper):
+    """Hyper-parameters of optimizers that can also keep their first moment in 8 bits."""
+
+    moment_bits: Bits = 32
+    """Bits of a value of the first moment between steps: 32, or 8 by bitsandbytes' blockwise quantisation with its
+    signed dynamic map (arXiv 2110.02861, sections 2.1 and 2.2), whose error is at most 0.71 % of the largest magnitude
+    among 256 neighbours.  The second moment stays as it is: it divides, so errors of small values would matter."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not isinstance(self.moment_bits, bool) and self.moment_bits in (32, 8),
+            "moment_bits",
+            self.moment_bits,
+            "32 or 8",
+        )
+
+
+def require_library() -> None:
+    """Refuse 8-bit moments where they cannot be computed.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    _codes(torch.device("cpu"))
+
+
+def dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
+    """[n] float32 values in a new tensor.
+
+    Args:
+        codes: [n] uint8.
+        absmax: [at least ceil(n / 256)] float32 scales.
+    """
+    if not len(codes):
+        return codes.new_empty(0, dtype=torch.float32)
+    code = _codes(codes.device)
+    values: Tensor = _functional().dequantize_blockwise(
+        codes, absmax=absmax[: _num_blocks(codes)], code=code, blocksize=BLOCK
+    )
+    return values
+
+
+def quantize_into(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
+    """Store values, in place.
+
+    A value that is not finite makes its whole block not finite: none disappears.
+
+    Args:
+        codes: [n] uint8, written.
+        absmax: [at least ceil(n / 256)] float32, written.
+        values: [n] of any floating dtype.
+    """
+    if not len(values):
+        return
+    values = values.to(torch.float32)
+    quantized, _ = _functional().quantize_blockwise(values, code=_codes(values.device), blocksize=BLOCK)
+    codes.copy_(quantized)
+    # The library's own scales pass over NaN, which it then stores as a number.
+    whole = len(values) // BLOCK
+    body, tail = values[: whole * BLOCK].view(whole, BLOCK), values[whole * BLOCK :]
+    torch.linalg.vector_norm(body, torch.inf, dim=1, out=absmax[:whole])
+    if len(tail):
+        absmax[whole] = torch.linalg.vector_norm(tail, torch.inf)
+
+
+def _num_blocks(codes: Tensor) -> int:
+    return -(-len(codes) // BLOCK)
+
+
+@functools.cache
+def _functional() -> Any:
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ImportError(
+            "moment_bits=8: got no bitsandbytes, which stores 8-bit moments, expected 0.50 or newer. "
+            "Run pip install 'bitsandbytes>=0.50', or use moment_bits=32."
+        ) from error
+    return functional
+
+
+@functools.cache
+def _codes(device: torch.device) -> Tensor:
+    """[256] the signed dynamic map, ascending in [-1, 1]; one copy per device, so that no step sends it."""
+    code: Tensor = _functional().create_dynamic_map(signed=True).to(device)
+    return code
