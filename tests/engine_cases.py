@@ -23,12 +23,12 @@ def advance(model: Any, engine: Any, booster: Booster, step: int) -> None:
     engine.zero_grad()
 
 
-def bytes_by_phase(stage: int) -> dict[str, float]:
+def bytes_by_phase(stage: int, precision: str = "bf16") -> dict[str, float]:
     """Bytes beyond the weights, divided by the active block's (padded) values on this rank, by phase of a step."""
-    model = block_cases.build()
+    model = block_cases.build(dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     before = live_bytes()
     wrapped = block_cases.wrap(model)
-    booster = Booster(plugin=LowLevelZeroPlugin(stage=stage, precision="bf16"))
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=stage, precision=precision))
     with PeakBytes() as boosting:
         model, engine, *_ = booster.boost(model, wrapped)
     sizes = [master.numel() for master in engine.masters.of.values()]

@@ -87,6 +87,9 @@ class FakeEngine:
         }
         return [[self.of[param] for param in group] for group in groups]
 
+    def bind(self):
+        pass
+
     def load_gradients(self):
         self.calls.append("load")
 

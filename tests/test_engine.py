@@ -31,6 +31,12 @@ def test_engine_bytes_equal_the_formula(stage: int, num_ranks: int) -> None:
         assert abs(phases["after switch"] - 4 * active) <= SLACK
 
 
+def test_engine_float32_gradient_parts_do_not_keep_whole_gradients() -> None:
+    """A rank's part of a float32 gradient was a view, and every whole gradient lived through the step."""
+    for phases in run_ranks(2, engine_cases.bytes_by_phase, 1, "fp32"):
+        assert abs(phases["in step"] - 16 * phases["active"]) <= SLACK
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_engine_boosting_allocates_masters_of_one_block(num_ranks: int) -> None:
     for phases in run_ranks(num_ranks, engine_cases.bytes_by_phase, 2):

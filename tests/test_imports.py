@@ -62,7 +62,9 @@ def test_imports_of_the_package_follow_the_dependency_rule(path):
 @pytest.mark.parametrize("path", FILES, ids=by_path)
 def test_imports_of_libraries_are_torch_outside_booster(path):
     libraries = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names - {"colossal_bcd"}
-    assert libraries <= LIBRARIES.get(part_of(path), {"torch"})
+    # 8-bit states are stored by bitsandbytes' kernels, which are imported when such a state is made.
+    kernels = {"bitsandbytes"} if by_path(path) == "optim/quantized.py" else set()
+    assert libraries <= LIBRARIES.get(part_of(path), {"torch"}) | kernels
 
 
 @pytest.mark.parametrize("path", FILES, ids=by_path)

@@ -25,6 +25,9 @@ class Masters(Protocol):
             What the base optimizer must hold: one tensor for each parameter, in the same order.
         """
 
+    def bind(self) -> None:
+        """Note that the base optimizer's groups hold what `activate` returned; for engines."""
+
     def load_gradients(self) -> None:
         """Give every master the gradient of its parameter, None where that has none."""
 
@@ -61,6 +64,9 @@ class LocalMasters:
         }
         self.tensors = {param: self._master(param) for group in groups for param in group}
         return [[self.tensors[param] for param in group] for group in groups]
+
+    def bind(self) -> None:
+        """Nothing: whole parameters need no layout."""
 
     @torch.no_grad()
     def load_gradients(self) -> None:

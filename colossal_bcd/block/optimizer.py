@@ -125,10 +125,10 @@ class BlockOptimizer(Optimizer):
         self.named_parameters: dict[str, Parameter] = {
             name: param for name, param in roster.parameters.items() if name in roster.trainable
         }
-        """Canonical name -> every parameter that was left trainable, whether in a block or not."""
+        """Canonical name -> every parameter on this rank that was left trainable, whether in a block or not."""
         self.members: list[list[Parameter]] = [list(group["params"]) for group in base_optimizer.param_groups]
         """Parameters of each param group as the base optimizer was given them, active or not."""
-        self._held: frozenset[Parameter] | None = None
+        self._names = tuple(self.named_parameters)
         self._tensors: dict[Parameter, Tensor] = {}
         self.masters: Masters = LocalMasters({param: name for name, param in roster.parameters.items()})
         self.attached = False
@@ -149,7 +149,7 @@ class BlockOptimizer(Optimizer):
     def active_names(self) -> tuple[str, ...]:
         """Canonical names of the parameters that train now, on any rank, those of `active_modules` included."""
         names = {name for block in self.active_blocks() for name in block.parameters}.union(self.always_active)
-        return tuple(name for name in self.named_parameters if name in names)
+        return tuple(name for name in self._names if name in names)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the active blocks, then the switch if one is due.
@@ -185,7 +185,7 @@ class BlockOptimizer(Optimizer):
         """
         if not self.schedule.is_switch(self.num_steps):
             return False
-        self._activate(keep={self.named_parameters[name] for name in self.always_active})
+        self._activate(keep={param for name, param in self.named_parameters.items() if name in self.always_active})
         self._log_active()
         return True
 
@@ -200,12 +200,15 @@ class BlockOptimizer(Optimizer):
         """
         if self.num_steps or self.base_optimizer.state:
             raise ValueError(
-                f"attach: the optimizer has taken {self.num_steps} steps and has state that would be lost, expected "
-                "none. Boost before the first step, and load a checkpoint afterwards."
+                f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
             )
-        self.masters = masters
-        self.attached = True
-        self._held = None if held is None else frozenset(held)
+        self.masters, self.attached = masters, True
+        if held is not None:
+            here = set(held)
+            for param in set(self.named_parameters.values()) - here:
+                set_active(param, False)
+            self.named_parameters = {name: param for name, param in self.named_parameters.items() if param in here}
+            self.members = [[param for param in group if param in here] for group in self.members]
         self._activate(keep=frozenset())
 
     def replace_base(self, base_optimizer: Optimizer) -> None:
@@ -233,12 +236,10 @@ class BlockOptimizer(Optimizer):
             ValueError: steps were taken, or the ranges do not cover the blocks.
         """
         if self.num_steps:
-            raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first one")
-        before = self.schedule.active(0)
+            raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
         self.schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
-        if self.schedule.active(0) != before:
-            self._activate(keep=frozenset())
-            self._log_active()
+        self._activate(keep=frozenset())
+        self._log_active()
 
     def identity(self) -> dict[str, Any]:
         """What says which parameters train at which step: plain numbers, strings, lists."""
@@ -309,17 +310,12 @@ class BlockOptimizer(Optimizer):
     def _adopt(self, base_optimizer: Optimizer) -> None:
         self.base_optimizer, self.defaults = base_optimizer, base_optimizer.defaults
         self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
-        # What transformers' AdafactorSchedule calls.
-        self._get_lr = getattr(base_optimizer, "_get_lr", None)
+        self._get_lr = getattr(base_optimizer, "_get_lr", None)  # transformers' AdafactorSchedule calls it
 
     def _activate(self, keep: Set[Parameter]) -> None:
         """Freeze and unfreeze, and hand the active masters to the base optimizer; old ones are freed first."""
         names = set(self.active_names())
-        active = {
-            param
-            for name, param in self.named_parameters.items()
-            if name in names and (self._held is None or param in self._held)
-        }
+        active = {param for name, param in self.named_parameters.items() if name in names}
         for param in self.named_parameters.values():
             set_active(param, param in active)
         kept = {tensor for param, tensor in self._tensors.items() if param in keep}
@@ -328,11 +324,15 @@ class BlockOptimizer(Optimizer):
             group["params"] = []
         for tensor in [tensor for tensor in self.base_optimizer.state if tensor not in kept]:
             del self.base_optimizer.state[tensor]
+        if isinstance(self.base_optimizer, ShardedOptimizer):
+            self.base_optimizer.unbind()
         groups = [[param for param in members if param in active] for members in self.members]
         for group, params, tensors in zip(self.param_groups, groups, self.masters.activate(groups, keep), strict=True):
             self._tensors.update(zip(params, tensors, strict=True))
             group["params"] = list(tensors)
-        if isinstance(self.base_optimizer, ShardedOptimizer) and not self.attached:
+        if self.attached:
+            self.masters.bind()
+        elif isinstance(self.base_optimizer, ShardedOptimizer):
             whole = {tensor: Layout.whole(tuple(tensor.shape)) for tensor in self._tensors.values()}
             places = {param: key for key, param in enumerate(param for group in self.members for param in group)}
             keys = {tensor: places[param] for param, tensor in self._tensors.items()}

@@ -54,8 +54,8 @@ def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> Non
 def _local(optimizer: BlockOptimizer) -> LocalMasters:
     if not isinstance(optimizer.masters, LocalMasters):
         raise ValueError(
-            "state dict of a BlockOptimizer: an engine holds the masters, so it is incomplete here. Use "
-            "booster.save_optimizer and booster.load_optimizer."
+            "state dict of a BlockOptimizer: an engine holds the masters, and only parts of them. Save "
+            "the model; a run starts at its first block."
         )
     return optimizer.masters
 

@@ -24,7 +24,7 @@ class ShardedMasters:
         offload: masters live on the CPU.
 
     Attributes:
-        of: working parameter -> master; a flat part [ceil(n / W)], or the whole shard if W is 1.
+        of: working parameter -> master; a flat part [ceil(n / W)], or the shard in its shape if there are no groups.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ShardedMasters:
     def layout(self, param: Parameter) -> Layout:
         """Layout of the parameter's master."""
         layout = self._layouts[param]
-        return layout.sliced("zero", self.shard, self.num_shards) if self.num_shards > 1 else layout
+        return layout.sliced("zero", self.shard, self.num_shards) if self.groups else layout
 
     @torch.no_grad()
     def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:
@@ -87,7 +87,7 @@ class ShardedMasters:
             return
         for param, master in self.of.items():
             if master.data_ptr() != param.data_ptr():
-                param.data.copy_(master)
+                param.data.copy_(master.view(param.shape))
 
     def _new(self, param: Parameter) -> Tensor:
         """The weight itself where a master would be no different."""
@@ -96,10 +96,10 @@ class ShardedMasters:
         # `data` is a plain tensor where ColossalAI has changed the parameter's class (overlap_allgather); everything
         # else of such a parameter is of a class whose in-place operations are not in place.
         weight = param.data
-        if self.num_shards == 1:
+        if not self.groups:
             return weight.to(device, dtype)
         length = math.prod(self.layout(param).local_shape)
-        return self._part(weight.reshape(-1), length).to(device, dtype, copy=True)
+        return self._part(weight.reshape(-1), length).to(device, dtype, copy=self.num_shards > 1)
 
     def _part(self, tensor: Tensor, length: int) -> Tensor:
         """[length] this rank's part of a flat tensor; zeros where it reaches beyond the end."""

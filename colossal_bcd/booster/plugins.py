@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from colossalai.booster.plugin import HybridParallelPlugin as StockHybridParallelPlugin
 from colossalai.booster.plugin import LowLevelZeroPlugin as StockLowLevelZeroPlugin
@@ -23,11 +20,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.checkpoint import checkpoint_io
+from colossal_bcd.booster.config import EngineConfig
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, stage_ranges, tied_elsewhere
-from colossal_bcd.booster.registry import cast, parameters_of, shapes_of
-from colossal_bcd.booster.zero import EngineConfig, ZeroOptimizer
+from colossal_bcd.booster.prepare import prepare, same_start, thawed
+from colossal_bcd.booster.registry import shapes_of
+from colossal_bcd.booster.zero import ZeroOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +64,15 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
         if fresh and self.lora_enabled:
             self.add_lora_params_to_optimizer(model, optimizer)
         if fresh:
-            optimizer = _prepare(model, optimizer)
+            optimizer = prepare(model, optimizer)
         shapes = shapes_of(optimizer) if fresh else {}
-        with _thawed(optimizer):
+        with thawed(optimizer):
             model, _, criterion, dataloader, lr_scheduler = super().configure(
                 model, None, criterion, dataloader, lr_scheduler
             )
         if fresh:
+            if isinstance(optimizer, BlockOptimizer):
+                same_start(model, dist.group.WORLD)
             layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1)
             optimizer = ZeroOptimizer(optimizer, model, layouts, self._config())
             model.update_master_params = MethodType(optimizer.update_master_params, model)
@@ -78,6 +80,9 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
 
     def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Any:
         return optimizer.no_sync()
+
+    def get_checkpoint_io(self) -> Any:
+        return checkpoint_io(super().get_checkpoint_io())
 
     def _config(self) -> EngineConfig:
         options = self.zero_optim_kwargs
@@ -131,10 +136,10 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
         if fresh:
-            optimizer = _prepare(model, optimizer)
+            optimizer = prepare(model, optimizer)
         shapes = shapes_of(optimizer) if fresh else {}
         info = get_param_info(optimizer) if fresh else {}
-        with _thawed(optimizer):
+        with thawed(optimizer):
             if not isinstance(model, ModelWrapper):
                 model = self._wrap(model)
         if fresh:
@@ -142,10 +147,13 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
             model.update_master_params = MethodType(optimizer.update_master_params, model)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
+    def get_checkpoint_io(self) -> Any:
+        return checkpoint_io(super().get_checkpoint_io())
+
     def _wrap(self, model: nn.Module) -> HybridModule:
         if self.zero_stage == 0 and self.dp_size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.mixed_dp_group)
-        wrapped = HybridModule(
+        return HybridModule(
             model,
             precision=self.precision,
             shard_config=self.shard_config,
@@ -158,14 +166,13 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
             overlap_allgather=self.zero_stage > 0 and self.zero_config["overlap_allgather"],
             use_fp8=self.use_fp8,
         )
-        if self.zero_stage == 0:
-            _same_start(wrapped, self.mixed_dp_group)
-        return wrapped
 
     def _engine(
         self, model: HybridModule, optimizer: Optimizer, shapes: dict[int, tuple[int, ...]], info: dict[str, Any]
     ) -> ZeroOptimizer:
         module = model.unwrap(unwrap_peft=False)
+        if self.zero_stage == 0 or isinstance(optimizer, BlockOptimizer):
+            same_start(model, self.mixed_dp_group)
         layouts = shard_layouts(module, shapes, dist.get_rank(self.tp_group), self.tp_size)
         if self.enable_pipeline_parallelism:
             if not self.stage_manager.is_last_stage(ignore_chunk=True):
@@ -221,8 +228,8 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
     """Data parallelism.  Takes the arguments of colossalai.booster.plugin.TorchDDPPlugin.
 
     With a BlockOptimizer the gradients of the active block are averaged by this package's hooks instead of torch's
-    DDP; its reducer arguments (static_graph, find_unused_parameters, ...) then mean nothing, and are refused where they
-    ask for something.
+    DDP: parameters may always be unused, buffers are copied once, at boosting, and what else configures torch's reducer
+    is refused.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -242,7 +249,7 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
-            optimizer = _prepare(model, optimizer)
+            optimizer = prepare(model, optimizer)
         if not isinstance(optimizer, BlockOptimizer):
             return super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
         for name in ("static_graph", "check_reduction", "gradient_as_bucket_view", "fp8_communication"):
@@ -252,9 +259,9 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
                     f"used, because the trained parameters change. Set {name}=False."
                 )
         shapes = shapes_of(optimizer)
-        with _thawed(optimizer):
+        with thawed(optimizer):
             model = BlockDDPModel(nn.SyncBatchNorm.convert_sync_batchnorm(model.to(get_current_device()), None))
-        _same_start(model, dist.group.WORLD)
+        same_start(model, dist.group.WORLD)
         world: Any = dist.group.WORLD
         config = EngineConfig(
             data_groups=(world,),
@@ -262,7 +269,11 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
             reduce_bucket_size=self._asked["bucket_cap_mb"] * 2**18,
         )
         engine = ZeroOptimizer(optimizer, model, shard_layouts(model.unwrap(False), shapes, 0, 1), config)
+        model.update_master_params = MethodType(engine.update_master_params, model)
         return model, engine, criterion, dataloader, lr_scheduler
+
+    def get_checkpoint_io(self) -> Any:
+        return checkpoint_io(super().get_checkpoint_io())
 
     def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Any:
         return optimizer.no_sync() if isinstance(optimizer, ZeroOptimizer) else super().no_sync(model, optimizer)
@@ -285,56 +296,3 @@ def _refuse_fp8(arguments: dict[str, Any]) -> None:
 def _shared_options(options: dict[str, Any]) -> dict[str, Any]:
     names = ("reduce_bucket_size", "communication_dtype", "overlap_communication", "overlap_allgather", "cpu_offload")
     return {**{name: options[name] for name in names}, "partition_grad": options["partition_grad"]}
-
-
-def _prepare(model: nn.Module, optimizer: Any) -> Optimizer:
-    """Cast the optimizer and settle what would fail later, before the first collective."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"boost: got an optimizer of type {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    trained = {id(param) for param in parameters_of(optimizer)}
-    foreign = trained - {id(param) for param in model.parameters()}
-    if foreign:
-        raise ValueError(
-            f"boost: {len(foreign)} of the optimizer's {len(trained)} parameters are not in the model. Construct the "
-            "optimizer from the parameters of the model that is boosted, after the model was changed or copied."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in trained:
-            raise ValueError(f"module {name!r} has sparse gradients, expected dense ones. Build it with sparse=False.")
-    if isinstance(optimizer, BlockOptimizer):
-        _prefer_non_reentrant(model)
-    return cast(optimizer)
-
-
-def _prefer_non_reentrant(model: Any) -> None:
-    """Reentrant checkpointing cuts the graph where a segment's input needs no gradient: above frozen layers."""
-    changed = False
-    module: Any
-    for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant", True):
-            keywords = {**checkpoint.keywords, "use_reentrant": False}
-            module._gradient_checkpointing_func = functools.partial(checkpoint.func, *checkpoint.args, **keywords)
-            changed = True
-    if changed:
-        logger.info(
-            "gradient checkpointing uses use_reentrant=False: the reentrant kind needs gradients below the block"
-        )
-
-
-@contextlib.contextmanager
-def _thawed(optimizer: Any) -> Iterator[None]:
-    """Everything that will ever be trained requires grad while ColossalAI wraps the model; attaching freezes again."""
-    if isinstance(optimizer, BlockOptimizer):
-        for param in parameters_of(optimizer):
-            param.requires_grad_(True)
-    yield
-
-
-@torch.no_grad()
-def _same_start(model: nn.Module, group: Any) -> None:
-    """Copy weights and buffers of the group's first rank to the others, as torch's DDP does."""
-    if dist.get_world_size(group) > 1:
-        source = dist.get_global_rank(group, 0)
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.data, source, group=group)

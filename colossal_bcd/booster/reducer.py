@@ -82,6 +82,11 @@ class GradientReducer:
         self.grads.clear()
         self._reset()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether gradients wait to be averaged: backward ran under `no_sync` or not through the engine."""
+        return self._next > 0 or any(param.grad is not None for param in self._bucket_of)
+
     def finish(self) -> None:
         """End of a backward pass: reduce what is left, wait, and add the averages to `grads`."""
         while self._next < len(self._buckets):
@@ -112,7 +117,7 @@ class GradientReducer:
         if not self.enabled:
             return
         bucket = self._bucket_of[param]
-        if bucket.had_grad:
+        if bucket.had_grad and self._world > 1:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} received a second gradient in one backward pass after its "
                 "bucket was reduced, expected one. Reentrant gradient checkpointing of shared layers does that: use "

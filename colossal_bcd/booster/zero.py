@@ -7,14 +7,12 @@ trains, everything is here.  Stage 0 is the same code with masters that are not 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
-from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelZeroOptimizer
 from colossalai.interface import OptimizerWrapper
 from colossalai.shardformer.layer.utils import SeqParallelUtils
@@ -25,50 +23,13 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.agreement import require_agreement
+from colossal_bcd.booster.checkpoint import require_plain
+from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.optim import Adafactor, ShardedOptimizer
-from colossal_bcd.sharding import Layout, Mesh, Sum, resolve
-
-Groups = tuple[dist.ProcessGroup, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What a plugin decides for its optimizer."""
-
-    data_groups: Groups
-    """The data-parallel group, or the groups whose product it is (extra_dp_size)."""
-    zero_groups: Groups
-    """Ranks that share masters and states: `data_groups` at stage 1 and 2, empty at stage 0."""
-    tp_group: dist.ProcessGroup | None = None
-    pp_group: dist.ProcessGroup | None = None
-    partition_grad: bool = False
-    """Stage 2: gradients are sharded, too."""
-    reduce_bucket_size: int = 12 * 2**20
-    """Values in one gradient or weight collective."""
-    communication_dtype: torch.dtype | None = None
-    overlap_communication: bool = True
-    overlap_allgather: bool = False
-    cpu_offload: bool = False
-    master_weights: bool = True
-    max_norm: float = 0.0
-    """Clip the global norm of the gradients of what is active; 0 does not."""
-    fp16: Mapping[str, float] | None = None
-    """Arguments of the loss scaler; None is no loss scaling."""
-
-
-class LossScaler(FP16MixedPrecisionMixin):
-    """ColossalAI's dynamic loss scaling, looking for overflow in the engine's gradients."""
-
-    def __init__(self, gradients: Callable[[], list[Tensor]], **kwargs: float) -> None:
-        super().__init__(**kwargs)
-        self._gradients = gradients
-
-    def check_local_overflow(self) -> bool:
-        grads = [grad for grad in self._gradients() if grad.numel()]
-        return bool(grads) and not bool(torch.stack([grad.abs().amax().float() for grad in grads]).isfinite().all())
+from colossal_bcd.sharding import Layout, Mesh, Sum, resolve, square_sum
 
 
 class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
@@ -125,7 +86,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             groups = [[p for p in g["params"] if p in held and p.requires_grad] for g in optimizer.param_groups]
             for group, masters in zip(optimizer.param_groups, self.activate(groups, set()), strict=True):
                 group["params"] = masters
-        self._bind()
+            self.bind()
 
     def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
         """Train exactly these parameters from now on.
@@ -197,6 +158,8 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             raise ValueError("step(closure): a sharded step cannot run the closure; call backward, then step()")
         if not self.require_grad_sync:
             return
+        if self._reducer.unfinished:
+            self._reducer.finish()
         scaler = self.mixed_precision_mixin
         if scaler is not None and scaler.should_skip_step():
             self.zero_grad()
@@ -210,16 +173,37 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         if isinstance(self.optim, BlockOptimizer):
             if self.optim.schedule.is_switch(self.optim.num_steps):
                 self._agree(self.optim)
-            if self.optim.switch_if_due():
-                self._bind()
+            self.optim.switch_if_due()
 
     def get_grad_norm(self, norm_type: float = 2, **kwargs: Any) -> float | None:
         """Euclidean norm of the gradients of the last step, before clipping, without the loss scale."""
+        if norm_type != 2:
+            raise ValueError(f"get_grad_norm: got norm_type={norm_type}, expected 2, the norm that clipping uses")
         return None if self._current_grad_norm is None else self._current_grad_norm.item()
+
+    def clip_grad_by_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: gradients are sharded and averaged here, and clipped in `step` by the plugin's `max_norm`."""
+        raise ValueError(
+            "clip_grad_by_norm: gradients are clipped within step(). Give the plugin max_norm=... instead."
+        )
+
+    def clip_grad_by_value(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: see `clip_grad_by_norm`."""
+        raise ValueError(
+            "clip_grad_by_value: not supported on sharded gradients. Give the plugin max_norm=... instead."
+        )
 
     def update_master_params(self, model: Any) -> None:
         """Take the masters from the working parameters again, after weights were loaded."""
         self.masters.refresh()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        require_plain(self.optim)
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        require_plain(self.optim)
+        super().load_state_dict(*args, **kwargs)
 
     def get_working_grads_by_group_id(self, group_id: int) -> list[Tensor]:
         grads = self._reducer.grads
@@ -250,7 +234,8 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
     def _base(self) -> Any:
         return self.optim.base_optimizer if isinstance(self.optim, BlockOptimizer) else self.optim
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
+        """Tell the optimizer which parts its tensors are, once its groups hold what `activate` returned."""
         if isinstance(self._base, ShardedOptimizer):
             layouts = {master: self.masters.layout(param) for param, master in self.masters.of.items()}
             keys = {master: self._keys[id(param)] for param, master in self.masters.of.items()}
@@ -329,8 +314,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             grads.append(master.grad)
             if param not in self._tied_elsewhere:
                 layout = self.masters.layout(param)
-                data = master.grad.view(-1)[: layout.num_local]
-                requests.append(Sum(torch.dot(data, data), layout.axes))
+                requests.append(Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes))
         squares = resolve(requests, self._mesh)
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
         (total,) = resolve([Sum(total, ("pp",))], self._mesh)

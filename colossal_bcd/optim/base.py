@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from colossal_bcd.optim.quantized import StorageHyper, dequantize, quantize_into, require_library
+from colossal_bcd.optim.quantized import StorageHyper, dequantize, quantize_into, require_library, require_stored
 from colossal_bcd.optim.rounding import LOW_PRECISION, is_stochastic, round_into, stream
 from colossal_bcd.optim.spec import StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
@@ -105,6 +105,10 @@ class ShardedOptimizer(Optimizer):
         self._mesh = mesh
         for param in [param for param in self.state if param not in self._layouts]:
             del self.state[param]
+
+    def unbind(self) -> None:
+        """Forget every tensor; their state goes with the next `bind`, before which a step raises."""
+        self._layouts, self._keys = {}, {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -225,6 +229,9 @@ class ShardedOptimizer(Optimizer):
             state["step"] = 0
             for name, spec in specs.items():
                 state.update({part: stored.allocate(param) for part, stored in spec.stored(name).items()})
+        for name, spec in specs.items():
+            if spec.kind == "elementwise":
+                require_stored(name, state[name], spec.bits)
         state["step"] += 1
         local = param.detach().contiguous()
         stochastic = is_stochastic(hyper, param.dtype)

@@ -47,6 +47,20 @@ def require_library() -> None:
     _codes(torch.device("cpu"))
 
 
+def require_stored(name: str, entry: Tensor, bits: Bits) -> None:
+    """Refuse state that is stored in other bits than the hyper-parameter says.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if (entry.dtype == torch.uint8) != (bits == 8):
+        raise ValueError(
+            f"moment_bits={bits}: got {name} stored as {entry.dtype}, expected "
+            f"{'8-bit codes' if bits == 8 else 'floating-point values'}. Choose moment_bits before the first step and "
+            "keep it; a state that is loaded brings its own."
+        )
+
+
 def dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
     """[n] float32 values in a new tensor.
 

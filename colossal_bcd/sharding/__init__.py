@@ -6,7 +6,7 @@ from colossal_bcd.sharding.matrix import Matrices, Means
 from colossal_bcd.sharding.mesh import Mesh
 from colossal_bcd.sharding.projection import LowRank
 from colossal_bcd.sharding.rounds import WAVE_BYTES, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
-from colossal_bcd.sharding.view import ShardView, wide
+from colossal_bcd.sharding.view import ShardView, square_sum, wide
 
 __all__ = [
     "WAVE_BYTES",
@@ -26,5 +26,6 @@ __all__ = [
     "TensorSplit",
     "resolve",
     "run_rounds",
+    "square_sum",
     "wide",
 ]

@@ -18,6 +18,14 @@ ROW = 4096
 """Values that are added up one after the other; a float32 sum loses digits in proportion to them."""
 
 
+def square_sum(x: Tensor) -> Tensor:
+    """Squared Euclidean norm of a flat tensor, a scalar in float32 or wider that keeps its digits at any length."""
+    x = x.to(wide(x.dtype))
+    whole = x.numel() // ROW * ROW
+    norms = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1)
+    return torch.dot(norms, norms) + torch.dot(x[whole:], x[whole:])
+
+
 class ShardView:
     """The data of one parameter on this rank, flat, and requests for quantities of the whole parameter.
 
@@ -56,7 +64,4 @@ class ShardView:
         Returns:
             Request that resolves to a scalar.
         """
-        x = x.to(wide(x.dtype))
-        whole = x.numel() // ROW * ROW
-        norms = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1)
-        return Sum(torch.dot(norms, norms) + torch.dot(x[whole:], x[whole:]), self.layout.axes)
+        return Sum(square_sum(x), self.layout.axes)

@@ -1,0 +1,81 @@
+"""What every plugin does before and after ColossalAI wraps the model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.registry import cast, parameters_of
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
+    """Cast the optimizer and settle what would fail later, before the first collective."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"boost: got an optimizer of type {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    trained = {id(param) for param in parameters_of(optimizer)}
+    foreign = trained - {id(param) for param in model.parameters()}
+    if foreign:
+        raise ValueError(
+            f"boost: {len(foreign)} of the optimizer's {len(trained)} parameters are not in the model. Construct the "
+            "optimizer from the parameters of the model that is boosted, after the model was changed or copied."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in trained:
+            raise ValueError(f"module {name!r} has sparse gradients, expected dense ones. Build it with sparse=False.")
+    if isinstance(optimizer, BlockOptimizer):
+        _prefer_non_reentrant(model)
+    return cast(optimizer)
+
+
+def _prefer_non_reentrant(model: Any) -> None:
+    """Reentrant checkpointing cuts the graph where a segment's input needs no gradient: above frozen layers."""
+    changed = False
+    module: Any
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant", True):
+            keywords = {**checkpoint.keywords, "use_reentrant": False}
+            module._gradient_checkpointing_func = functools.partial(checkpoint.func, *checkpoint.args, **keywords)
+            changed = True
+    if changed:
+        logger.info(
+            "gradient checkpointing uses use_reentrant=False: the reentrant kind needs gradients below the block"
+        )
+
+
+@contextlib.contextmanager
+def thawed(optimizer: Any) -> Iterator[None]:
+    """Everything that will ever be trained requires grad while ColossalAI wraps the model; attaching freezes again."""
+    params = parameters_of(optimizer) if isinstance(optimizer, BlockOptimizer) else []
+    before = [(param, param.requires_grad) for param in params]
+    for param in params:
+        param.requires_grad_(True)
+    try:
+        yield
+    except BaseException:
+        for param, trained in before:
+            param.requires_grad_(trained)
+        raise
+
+
+@torch.no_grad()
+def same_start(model: nn.Module, group: Any) -> None:
+    """Copy weights and buffers of the group's first rank to the others, as torch's DDP does.
+
+    ZeRO's first gather does so for what is trained; what a block optimizer leaves frozen is never gathered.
+    """
+    if dist.get_world_size(group) > 1:
+        source = dist.get_global_rank(group, 0)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, source, group=group)
