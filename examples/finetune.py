@@ -1,4 +1,4 @@
-"""Train a causal language model with block coordinate descent (or LAMB, AdamW) under a ColossalAI plugin.
+"""Train a causal language model with block coordinate descent, or all of it at once, under a ColossalAI plugin.
 
     colossalai run --nproc_per_node 2 examples/finetune.py            # or: torchrun --nproc_per_node 2 ...
     python examples/finetune.py --reference --ranks 2 --no-save       # the same losses on one process
@@ -22,12 +22,15 @@ from interrupt import stop_request
 from settings import Settings, SettingsError
 
 STARTED = time.monotonic()
-DEFAULT_LR = {"badam": 6e-3, "lamb": 1e-2, "adamw": 2e-3}
+DEFAULT_LR = {"adamw": 2e-3, "lamb": 1e-2, "adafactor": 3e-2, "came": 5e-4}
+BLOCK_LR = {"adamw": 6e-3, "lamb": 2e-2, "adafactor": 6e-2, "came": 1.5e-3}
+"""Of a block's optimizer: blocks take turns, so that each has fewer steps."""
 DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--optimizer", type=click.Choice(["badam", "lamb", "adamw"]), default="badam")
+@click.option("--optimizer", type=click.Choice(["badam", *DEFAULT_LR]), default="badam")
+@click.option("--base", type=click.Choice([*BLOCK_LR]), help="What trains a block (badam).  [default: adamw]")
 @click.option("--plugin", type=click.Choice(["zero", "hybrid", "ddp"]), default="zero")
 @click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks (hybrid).")
 @click.option("--zero-stage", type=click.IntRange(0, 2), help="[default: 2 for zero, 1 for hybrid (0 in fp32)]")
@@ -87,7 +90,7 @@ def settings_of(flags: dict[str, Any], world_size: int) -> Settings:
     elif ranks is not None:
         raise SettingsError("--ranks says what --reference stands for; give both, or start more processes.")
     if flags["optimizer"] != "badam":
-        for name in ("switch_every", "switch_mode", "embeddings"):
+        for name in ("base", "switch_every", "switch_mode", "embeddings"):
             if flags[name] is not None:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} is about blocks, got --optimizer {flags['optimizer']}. Leave it out."
@@ -101,7 +104,9 @@ def settings_of(flags: dict[str, Any], world_size: int) -> Settings:
         flags["embeddings"] = flags["model"] is None
     flags["switch_every"] = flags["switch_every"] or 10
     flags["switch_mode"] = flags["switch_mode"] or "random"
-    flags["lr"] = flags["lr"] or DEFAULT_LR[flags["optimizer"]]
+    blockwise = flags["optimizer"] == "badam"
+    flags["base"] = flags["base"] or ("adamw" if blockwise else flags["optimizer"])
+    flags["lr"] = flags["lr"] or (BLOCK_LR if blockwise else DEFAULT_LR)[flags["base"]]
     return Settings(world_size=world_size, **flags)
 
 

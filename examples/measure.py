@@ -13,6 +13,9 @@ from torch import nn
 
 from colossal_bcd.testing import CollectiveCounter, live_bytes
 
+NUM_MOMENTS = {"adamw": 2, "lamb": 2, "came": 1, "adafactor": 0}
+"""Values that an optimizer keeps for every parameter."""
+
 
 @dataclass
 class Traffic:
@@ -78,13 +81,15 @@ class MemoryProbe:
 
 
 def expected_bytes(settings: Settings, num_parameters: int, num_active: int) -> int:
-    """Weights, plus master, two moments and float32 gradient (16 bytes) of what is active, over the ZeRO ranks.
+    """Weights, plus master, moments and float32 gradient of what is active, over the ZeRO ranks: 16 bytes with AdamW.
 
-    Float32 weights that no rank shares are their own masters: 12 bytes.
+    Float32 weights that no rank shares are their own masters: 4 bytes less.  Rows and columns of factored moments, a
+    hundredth of what they stand for or less, do not count.
     """
     own_master = settings.precision == "fp32" and settings.zero_ranks == 1
     weights = (4 if settings.precision == "fp32" else 2) * num_parameters
-    return weights + (12 if own_master else 16) * num_active // settings.zero_ranks
+    each = 4 * (1 + NUM_MOMENTS[settings.base]) + (0 if own_master else 4)
+    return weights + each * num_active // settings.zero_ranks
 
 
 def peak_bytes() -> int:

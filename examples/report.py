@@ -103,7 +103,8 @@ def print_report(report: Report, console: Console, folder: Path) -> None:
 def _title(settings: Settings) -> str:
     where = f"one process for {settings.world_size} ranks" if settings.reference else f"{settings.world_size} ranks"
     plugin = f"{settings.plugin}, zero stage {settings.zero_stage}, tp {settings.tp}"
-    return f"{settings.optimizer} on {where} ({plugin}, {settings.precision}), {settings.steps} steps"
+    over = f" over {settings.base}" if settings.optimizer == "badam" and settings.base != "adamw" else ""
+    return f"{settings.optimizer}{over} on {where} ({plugin}, {settings.precision}), {settings.steps} steps"
 
 
 def _loss_rows(report: Report) -> list[tuple[str, str]]:

@@ -19,7 +19,9 @@ class Settings:
     """Ranks: processes that run, or with `reference` the ranks that one process stands for."""
     reference: bool
     """Run the ranks' micro-batches one after the other in this process, without ColossalAI."""
-    optimizer: Literal["badam", "lamb", "adamw"]
+    optimizer: Literal["badam", "adamw", "lamb", "adafactor", "came"]
+    base: Literal["adamw", "lamb", "adafactor", "came"]
+    """What makes the steps: of a block, or the optimizer itself."""
     plugin: Literal["zero", "hybrid", "ddp"]
     tp: int
     zero_stage: int

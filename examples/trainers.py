@@ -6,6 +6,7 @@ T: tokens in a sequence.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from colossal_bcd import AdamW, BlockOptimizer, Lamb
+from colossal_bcd import CAME, Adafactor, AdamW, BlockOptimizer, Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 
@@ -84,10 +85,14 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
     """The same call on one process and under every plugin."""
-    if settings.optimizer == "lamb":
-        return Lamb(model.parameters(), lr=settings.lr)
-    base = AdamW(model.parameters(), lr=settings.lr)
-    if settings.optimizer == "adamw":
+    make: dict[str, Any] = {
+        "adamw": AdamW,
+        "lamb": Lamb,
+        "adafactor": partial(Adafactor, relative_step=False),
+        "came": CAME,
+    }
+    base: Optimizer = make[settings.base](model.parameters(), lr=settings.lr)
+    if settings.optimizer != "badam":
         return base
     return BlockOptimizer(
         base,

@@ -47,6 +47,7 @@ def settings(*flags: str, world_size: int = 2) -> Settings:
         ("--batch-size 6 --accumulate 2", "not a multiple of 4"),
         ("--optimizer lamb --switch-every 5", "is about blocks"),
         ("--optimizer adamw --no-embeddings", "is about blocks"),
+        ("--optimizer came --base adafactor", "is about blocks"),
         ("--ranks 2", "give both"),
         ("--reference", "runs on one process"),
         (f"--text {SCRIPT}", "takes a .txt or .jsonl file"),
@@ -187,8 +188,21 @@ def _losses(folder: Path, flags: list[str], *, ranks: int = 2) -> dict[tuple[str
         ([*ONE_BLOCK, "--optimizer", "adamw"], 1e-14),
         # LAMB's norms are sums over the ranks' parts: float32 adds them in another order.
         ([*ONE_BLOCK, "--optimizer", "lamb"], 1e-3),
+        # So are the rows, columns and norms of these.
+        ([*ONE_BLOCK, "--optimizer", "adafactor"], 1e-3),
+        ([*ONE_BLOCK, "--optimizer", "came"], 1e-3),
+        ([*SMALL, "--base", "adafactor"], 1e-3),
     ],
-    ids=["badam-zero2", "badam-zero1-accumulate", "badam-ddp", "adamw-zero2", "lamb-zero2"],
+    ids=[
+        "badam-zero2",
+        "badam-zero1-accumulate",
+        "badam-ddp",
+        "adamw-zero2",
+        "lamb-zero2",
+        "adafactor-zero2",
+        "came-zero2",
+        "badam-adafactor-zero2",
+    ],
 )
 def test_two_ranks_give_the_losses_of_one_process(flags: list[str], bound: float, tmp_path: Path) -> None:
     ranks = _losses(tmp_path / "ranks", [*flags, "--no-save"])
