@@ -28,7 +28,7 @@ from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
-from colossal_bcd.optim import Adafactor, ShardedOptimizer
+from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, Sum, resolve, square_sum
 
 
@@ -245,11 +245,13 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         return self._base._get_lr(*args)
 
     def _drop_gradients(self) -> None:
-        """Free the masters' gradients; zeros without memory stay where transformers' AdafactorSchedule looks."""
-        firsts = [group["params"][:1] for group in self.param_groups] if isinstance(self._base, Adafactor) else []
-        asked = {id(master) for (master,) in filter(None, firsts) if master.grad is not None}
+        """Free the masters' gradients; zeros without memory go on saying which parameters had one.
+
+        torch keeps gradients until `zero_grad`, and transformers' AdafactorSchedule looks for them.
+        """
         for master in self.masters.of.values():
-            master.grad = master.new_zeros(()).expand_as(master) if id(master) in asked else None
+            if master.grad is not None:
+                master.grad = master.new_zeros(()).expand_as(master)
 
     def _agree(self, optimizer: BlockOptimizer) -> None:
         require_agreement("block schedule", optimizer.fingerprint(), self._device)
