@@ -18,6 +18,9 @@ from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.rounding import RoundingHyper
 from colossal_bcd.optim.spec import BLOCK, Bits
 
+SMALL = 2**-10
+"""Values below this part of their scale are settled without the library's CPU kernel, which is coarse there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StorageHyper(RoundingHyper):
@@ -98,6 +101,20 @@ def quantize_into(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
     torch.linalg.vector_norm(body, torch.inf, dim=1, out=absmax[:whole])
     if len(tail):
         absmax[whole] = torch.linalg.vector_norm(tail, torch.inf)
+    if values.device.type == "cpu":
+        _settle_small_values(codes, absmax[: _num_blocks(codes)], values)
+
+
+def _settle_small_values(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
+    """Give small values their nearest codes.
+
+    The library's CPU kernel tells apart no less than 2^-16 of the scale and stores zero as 2.1e-5 of it.  Divided by
+    the root of a second moment that is zero, too, that would move weights that have no gradient.
+    """
+    scale = torch.where(absmax > 0, absmax, 1).view(-1, 1).expand(-1, BLOCK).reshape(-1)[: len(values)]
+    relative = values / scale
+    small = relative.abs() < SMALL
+    codes[small] = torch.bucketize(relative[small], _middles()).to(torch.uint8)
 
 
 def _num_blocks(codes: Tensor) -> int:
@@ -121,3 +138,10 @@ def _codes(device: torch.device) -> Tensor:
     """[256] the signed dynamic map, ascending in [-1, 1]; one copy per device, so that no step sends it."""
     code: Tensor = _functional().create_dynamic_map(signed=True).to(device)
     return code
+
+
+@functools.cache
+def _middles() -> Tensor:
+    """[255] the values that are as near to one code as to the next."""
+    code = _codes(torch.device("cpu"))
+    return (code[1:] + code[:-1]) / 2
