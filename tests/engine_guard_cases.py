@@ -14,7 +14,7 @@ from block_cases import PERIOD
 from colossalai.booster import Booster
 from engine_cases import advance
 
-from colossal_bcd import Lamb
+from colossal_bcd import Adafactor, Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 from colossal_bcd.testing import live_bytes
 
@@ -60,6 +60,14 @@ def optimizer_checkpoints(plugin: str) -> list[str]:
             message(lambda: booster.load_optimizer(engine, path)),
             message(engine.state_dict),
         ]
+
+
+def factored_checkpoint() -> str:
+    model = models.llama()
+    booster = Booster(plugin=LowLevelZeroPlugin(**OPTIONS["zero"]))
+    model, engine, *_ = booster.boost(model, Adafactor(model.parameters()))
+    advance(model, engine, booster, 0)
+    return message(lambda: booster.save_optimizer(engine, "never written"))
 
 
 def plain_optimizer_round_trip(folder: str) -> list[float]:

@@ -24,6 +24,13 @@ def test_engine_refuses_incomplete_checkpoints_on_every_rank(plugin: str) -> Non
     assert all("got a BlockOptimizer" in text for text in outcomes[0])
 
 
+def test_engine_refuses_checkpoints_of_factored_state() -> None:
+    """ColossalAI's io reshapes every state to the parameter's shape, and fails in the middle of the collectives."""
+    outcomes = run_ranks(2, cases.factored_checkpoint)
+    assert outcomes[0] == outcomes[1]
+    assert "got Adafactor, whose state has other shapes" in outcomes[0]
+
+
 def test_engine_state_of_plain_optimizers_loads_with_zero_over_one_rank(tmp_path: Path) -> None:
     """ColossalAI flattens the state that it loads under ZeRO; masters over one rank kept their shape."""
     for straight, reloaded in run_ranks(2, cases.plain_optimizer_round_trip, str(tmp_path)):

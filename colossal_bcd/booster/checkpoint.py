@@ -8,6 +8,7 @@ from typing import Any
 from colossalai.checkpoint_io import CheckpointIO
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.optim import ShardedOptimizer
 
 
 def checkpoint_io(stock: CheckpointIO) -> CheckpointIO:
@@ -42,11 +43,17 @@ def _safe(cls: Any) -> Any:
 
 
 def require_plain(optimizer: Any) -> None:
-    """Refuse a block optimizer.
+    """Refuse an optimizer whose state ColossalAI's format cannot hold.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it is a block optimizer, or has state that is not one value per value of the parameter.
     """
+    if isinstance(optimizer, ShardedOptimizer) and not optimizer.is_elementwise:
+        raise ValueError(
+            f"saving or loading an optimizer under a plugin: got {type(optimizer).__name__}, whose state has other "
+            "shapes than the parameters, which ColossalAI's format cannot hold. Save the model; a run starts with "
+            "fresh state."
+        )
     if isinstance(optimizer, BlockOptimizer):
         raise ValueError(
             "saving or loading an optimizer under a plugin: got a BlockOptimizer, whose block, masters and schedule "

@@ -106,6 +106,16 @@ class ShardedOptimizer(Optimizer):
         for param in [param for param in self.state if param not in self._layouts]:
             del self.state[param]
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether all state has one value per value of its parameter, so that it can be saved like the parameter."""
+        return all(
+            spec.kind == "elementwise" and spec.shape == self._layouts[param].local_shape
+            for group in self.param_groups
+            for param in group["params"]
+            for spec in self.state_spec(self._layouts[param], self._hyper(group)).values()
+        )
+
     def unbind(self) -> None:
         """Forget every tensor; their state goes with the next `bind`, before which a step raises."""
         self._layouts, self._keys = {}, {}
