@@ -123,6 +123,18 @@ def test_result_is_one_of_the_two_neighbours(dtype, values, seed):
     assert torch.equal(rounded[outside].nan_to_num(7), values[outside].to(dtype).nan_to_num(7))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_beyond_the_largest_number_overflow_as_to_converts_them(dtype):
+    """Less than half a step beyond is the largest number, never infinity by chance; more is infinity."""
+    largest, eps = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    for part, expected in ((0.2, largest), (0.4, largest), (0.9, torch.inf)):
+        # Halved for the last binade: its step is eps / 2 relative to its upper end.
+        values = torch.full((1000,), largest * (1 + part * eps / 2), dtype=torch.float32)
+        for sign in (1, -1):
+            rounded = stochastic_round(sign * values, random_words(1000), dtype)
+            assert bool((rounded == sign * expected).all())
+
+
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [
