@@ -14,7 +14,8 @@ from block_cases import PERIOD
 from colossalai.booster import Booster
 from engine_cases import advance
 
-from colossal_bcd import Adafactor, Lamb
+import colossal_bcd
+from colossal_bcd import Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 from colossal_bcd.testing import live_bytes
 
@@ -62,10 +63,12 @@ def optimizer_checkpoints(plugin: str) -> list[str]:
         ]
 
 
-def factored_checkpoint() -> str:
+def checkpoint_of_other_shapes(optimizer: str) -> str:
     model = models.llama()
     booster = Booster(plugin=LowLevelZeroPlugin(**OPTIONS["zero"]))
-    model, engine, *_ = booster.boost(model, Adafactor(model.parameters()))
+    eight_bit = {"moment_bits": 8} if optimizer == "AdamW" else {}
+    made = getattr(colossal_bcd, optimizer)(model.parameters(), **eight_bit)
+    model, engine, *_ = booster.boost(model, made)
     advance(model, engine, booster, 0)
     return message(lambda: booster.save_optimizer(engine, "never written"))
 

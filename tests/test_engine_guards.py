@@ -24,11 +24,12 @@ def test_engine_refuses_incomplete_checkpoints_on_every_rank(plugin: str) -> Non
     assert all("got a BlockOptimizer" in text for text in outcomes[0])
 
 
-def test_engine_refuses_checkpoints_of_factored_state() -> None:
+@pytest.mark.parametrize("optimizer", ["Adafactor", "AdamW"])
+def test_engine_refuses_checkpoints_of_factored_and_8_bit_state(optimizer: str) -> None:
     """ColossalAI's io reshapes every state to the parameter's shape, and fails in the middle of the collectives."""
-    outcomes = run_ranks(2, cases.factored_checkpoint)
+    outcomes = run_ranks(2, cases.checkpoint_of_other_shapes, optimizer)
     assert outcomes[0] == outcomes[1]
-    assert "got Adafactor, whose state has other shapes" in outcomes[0]
+    assert f"got {optimizer}, whose state has other shapes" in outcomes[0]
 
 
 def test_engine_state_of_plain_optimizers_loads_with_zero_over_one_rank(tmp_path: Path) -> None:

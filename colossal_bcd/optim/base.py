@@ -110,7 +110,7 @@ class ShardedOptimizer(Optimizer):
     def is_elementwise(self) -> bool:
         """Whether all state has one value per value of its parameter, so that it can be saved like the parameter."""
         return all(
-            spec.kind == "elementwise" and spec.shape == self._layouts[param].local_shape
+            spec.kind == "elementwise" and spec.bits == 32
             for group in self.param_groups
             for param in group["params"]
             for spec in self.state_spec(self._layouts[param], self._hyper(group)).values()
