@@ -1,0 +1,9 @@
+"""Names and signatures of the packages that this one replaces: change the import line, keep the call.
+
+One file per predecessor.
+"""
+
+from colossal_bcd.compat.badam import BlockOptimizer, badam_partition
+from colossal_bcd.compat.distributed import DistributedAdaFactor, DistributedCAME, DistributedLamb
+
+__all__ = ["BlockOptimizer", "DistributedAdaFactor", "DistributedCAME", "DistributedLamb", "badam_partition"]

@@ -1,0 +1,116 @@
+"""ColossalAI's distributed optimizers: its names and calls, our rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from colossal_bcd.optim import CAME, Adafactor, Lamb
+from colossal_bcd.optim.base import Params
+
+
+class DistributedLamb(Lamb):
+    """LAMB by the formula of ColossalAI's class of that name: the bias correction multiplies the step size.
+
+    It runs under the plugins of `colossal_bcd.booster`, under ColossalAI's own after `colossal_bcd.booster.install()`,
+    and on one process.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr, betas, eps, weight_decay: as of `colossal_bcd.Lamb`.
+        bias_correction: multiply `lr` by sqrt(1 - beta2^t) / (1 - beta1^t) after the trust ratio.
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, bias_correction)
+
+    def _hyper(self, group: Mapping[str, Any]) -> Any:
+        """The groups hold ColossalAI's values, so that groups and checkpoints of its class mean the same here."""
+        correction = group["bias_correction"]
+        return super()._hyper({**group, "bias_correction": "step_size" if correction is True else correction})
+
+
+class DistributedAdaFactor(Adafactor):
+    """`colossal_bcd.Adafactor` with the call of ColossalAI's class of that name.
+
+    It differs from ColossalAI's where that one differs from the paper and from transformers.Adafactor: `lr` is used,
+    and `scale_parameter` multiplies by the root mean square of the weight, which theirs takes for 0.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr: step size without `relative_step`; None where every group has its own.
+        eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init: as of
+            `colossal_bcd.Adafactor`.
+    Raises:
+        ValueError: a hyper-parameter is out of range, `lr` is given together with `relative_step`, or a group has
+            neither.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+    ) -> None:
+        groups: list[Any] = list(params)
+        super().__init__(
+            groups,
+            0.0 if lr is None and not relative_step and _bring_lr(groups) else lr,
+            eps,
+            clip_threshold,
+            decay_rate,
+            beta1,
+            weight_decay,
+            scale_parameter,
+            relative_step,
+            warmup_init,
+        )
+        self.defaults["lr"] = lr
+
+
+class DistributedCAME(CAME):
+    """`colossal_bcd.CAME` with the call of ColossalAI's class of that name, which is wrong from its second step on.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr: step size; None where every group has its own.
+        eps, clip_threshold, betas, weight_decay: as of `colossal_bcd.CAME`.
+    Raises:
+        ValueError: a hyper-parameter is out of range, or a group has no `lr`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-16),
+        clip_threshold: float = 1.0,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        weight_decay: float = 0.0,
+    ) -> None:
+        groups: list[Any] = list(params)
+        if lr is None and not _bring_lr(groups):
+            raise ValueError("DistributedCAME: got lr=None, expected a number, or one in every param group")
+        super().__init__(groups, 0.0 if lr is None else lr, eps, clip_threshold, betas, weight_decay)
+        self.defaults["lr"] = lr
+
+
+def _bring_lr(groups: Sequence[Any]) -> bool:
+    return bool(groups) and all(isinstance(group, Mapping) and group.get("lr") is not None for group in groups)
