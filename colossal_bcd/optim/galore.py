@@ -8,22 +8,20 @@ back.
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.functional import require, require_adam, update_moments_
-from colossal_bcd.optim.projection import Bases, Method, random_bases, singular_bases, subspace_bases
+from colossal_bcd.optim.projection import Method
+from colossal_bcd.optim.refresh import rank_of, refresh
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Collect, Layout, LowRank, Mesh, Rounds, ShardView, Sum
+from colossal_bcd.sharding import WAVE_BYTES, Layout, LowRank, Mesh, Rounds, ShardView
 from colossal_bcd.sharding.projection import cost_of_basis, side_of
 
-BASES = ("left", "right")
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
 
 
@@ -75,7 +73,7 @@ def galore_adamw(view: ShardView, state: State, hyper: GaLoreHyper, owner: int) 
     grad = view.grad
     if projected:
         side = side_of(view.layout.as_matrix().shape, hyper.proj_type)
-        low_rank = LowRank(view.layout.as_matrix(), side, _rank(hyper))
+        low_rank = LowRank(view.layout.as_matrix(), side, rank_of(hyper))
         if (step - 1) % hyper.update_proj_gap == 0:
             yield from refresh(view, state, hyper, side, owner)
         left, right = state.get("left"), state.get("right")
@@ -91,66 +89,9 @@ def galore_adamw(view: ShardView, state: State, hyper: GaLoreHyper, owner: int) 
     view.param.mul_(1 - hyper.lr * hyper.weight_decay)
 
 
-def refresh(
-    view: ShardView, state: State, hyper: GaLoreHyper, side: str, owner: int
-) -> Generator[tuple[Collect | Sum, ...], tuple[Any, ...], None]:
-    """New bases, in place, and the first moment carried over to them if asked for.
-
-    Random bases are drawn by every rank.  Singular vectors are computed by the owner from the whole gradient; where
-    that is not finite, or the decomposition fails, the bases stay as they are (random ones at the first refresh).
-    """
-    layout, rank = view.layout.as_matrix(), _rank(hyper)
-    number = (state["step"] - 1) // hyper.update_proj_gap
-    seed = zlib.crc32(repr((hyper.seed, view.key, number)).encode()) * 4
-    late = hyper.random_from_step is not None and state["step"] - 1 >= hyper.random_from_step
-    old: dict[str, Tensor] = {name: state[name].clone() for name in BASES if name in state}
-    if late or hyper.svd_method == "random":
-        bases = random_bases(layout.shape, rank, side, seed, view.param)
-        new = {name: basis for name, basis in zip(BASES, bases, strict=True) if basis is not None}
-    else:
-        (whole,) = yield (Collect(view.grad, layout, owner),)
-        new = {name: torch.zeros_like(basis) for name, basis in old.items()}
-        if whole is not None:
-            new = bases_of(whole, rank, side, hyper.svd_method, old if number else None, seed)
-        totals = yield tuple(Sum(new[name], layout.axes) for name in old)
-        new = dict(zip(old, totals, strict=True))
-    for name, basis in new.items():
-        state[name].copy_(basis)
-    if hyper.reproject_momentum and number:
-        moment = state["exp_avg"]
-        if "left" in new:
-            moment.copy_(new["left"].T @ old["left"] @ moment)
-        if "right" in new:
-            moment.copy_(moment @ (old["right"].T @ new["right"]))
-
-
-def bases_of(
-    matrix: Tensor, rank: int, side: str, method: str, old: Mapping[str, Tensor] | None, seed: int
-) -> dict[str, Tensor]:
-    """Bases from a whole gradient [R, C], by name, with the fallback that `refresh` states."""
-    last: Bases = (None, None) if old is None else (old.get("left"), old.get("right"))
-    bases: Bases | None = None
-    if bool(matrix.isfinite().all()):
-        try:
-            if method == "exact":
-                bases = singular_bases(matrix, rank, side)
-            else:
-                bases = subspace_bases(matrix, rank, side, last, seed)
-        except torch.linalg.LinAlgError:
-            bases = None
-    if bases is None:
-        bases = random_bases((matrix.shape[0], matrix.shape[1]), rank, side, seed, matrix) if old is None else last
-    return {name: basis for name, basis in zip(BASES, bases, strict=True) if basis is not None}
-
-
 def is_projected(layout: Layout, hyper: GaLoreHyper) -> bool:
     """Whether a parameter of this layout is projected."""
     return hyper.rank is not None and len(layout.shape) >= 2
-
-
-def _rank(hyper: GaLoreHyper) -> int:
-    assert hyper.rank is not None
-    return hyper.rank
 
 
 class GaLoreAdamW(ShardedOptimizer):
@@ -220,7 +161,7 @@ class GaLoreAdamW(ShardedOptimizer):
         if not is_projected(layout, hyper):
             moment = StateSpec(kind="elementwise", shape=layout.local_shape)
             return {"exp_avg": moment, "exp_avg_sq": moment}
-        matrix, rank = layout.as_matrix(), _rank(hyper)
+        matrix, rank = layout.as_matrix(), rank_of(hyper)
         if rank > min(matrix.shape):
             raise ValueError(
                 f"rank={rank} for a parameter of shape {layout.shape}, expected at most {min(matrix.shape)}. "
