@@ -40,6 +40,8 @@ class _Bucket:
     """Parameters that travel together."""
 
     params: list[Parameter]
+    partition: bool
+    """Each rank receives its row only."""
     ready: set[Parameter] = field(default_factory=set)
     had_grad: list[bool] = field(default_factory=list)
     buffer: Tensor | None = None
@@ -105,13 +107,18 @@ class GradientReducer:
         buckets: list[_Bucket] = []
         filled = 0
         for param in reversed(params):
-            fits = buckets and buckets[-1].params[0].dtype == param.dtype
+            partition = self._is_partitioned(param)
+            fits = buckets and buckets[-1].params[0].dtype == param.dtype and buckets[-1].partition == partition
             if not fits or filled + param.numel() > self.config.bucket_size:
-                buckets.append(_Bucket([]))
+                buckets.append(_Bucket([], partition))
                 filled = 0
             buckets[-1].params.append(param)
             filled += param.numel()
         return buckets
+
+    def _is_partitioned(self, param: Parameter) -> bool:
+        """Whether this rank needs its row of the gradient only; parameters of both kinds share no bucket."""
+        return self.config.partition
 
     def _on_grad(self, param: Parameter) -> None:
         if not self.enabled:
@@ -147,7 +154,7 @@ class GradientReducer:
             # Work of one collective may overlap backward; the next one of a product of groups needs its result.
             overlapped = index == last
             bucket.sent = buffer
-            if self.config.partition:
+            if bucket.partition:
                 received = torch.empty_like(buffer.view(size, -1)[0])
                 bucket.handle = dist.reduce_scatter_tensor(received, buffer.view(-1), group=group, async_op=overlapped)
                 buffer = received
@@ -200,7 +207,7 @@ class GradientReducer:
             offset += length
             if present:
                 flat = part.reshape(-1)
-                if not self.config.partition:
+                if not bucket.partition:
                     flat = flat[: param.numel()]
                 shared = flat.untyped_storage().data_ptr() == bucket.buffer.untyped_storage().data_ptr()
                 self._add(param, flat.to(param.dtype, copy=shared))
