@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_bcd.sharding import FlatSlice, Layout, ShardView, TensorSplit
+from colossal_bcd.sharding import FlatSlice, Layout, ShardView, TensorSplit, slice_length
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Division:
     padded: int | None = None
     slack: int = 0
     """Values by which every slice is longer than it has to be."""
+    whole_rows: bool = False
 
     def layout(self, tp_rank, zero_rank):
         split = None
@@ -33,7 +34,7 @@ class Division:
         layout = Layout(shape=self.shape, split=split)
         if self.zero is None:
             return layout
-        length = layout.sliced("zero", zero_rank, self.zero).slice.length + self.slack
+        length = layout.sliced("zero", zero_rank, self.zero, whole_rows=self.whole_rows).slice.length + self.slack
         piece = FlatSlice(axis="zero", rank=zero_rank, size=self.zero, length=length)
         return Layout(shape=self.shape, split=split, slice=piece)
 
@@ -57,7 +58,7 @@ def divisions(draw):
         sections = tuple(parts) if kind == "fused" else None
     if kind == "padded":
         dim, padded = 0, tp * draw(st.integers(-(-shape[0] // tp), 8))
-    return Division(tuple(shape), tp, zero, dim, sections, padded, slack)
+    return Division(tuple(shape), tp, zero, dim, sections, padded, slack, draw(st.booleans()))
 
 
 def full_tensor(shape):
@@ -157,6 +158,40 @@ def test_layout_of_ragged_and_empty_slices():
     assert [layout.span for layout in layouts] == [(0, 2), (2, 4), (4, 6), (6, 7), (7, 7)]
     assert [layout.num_local for layout in layouts] == [2, 2, 2, 1, 0]
     assert [layout.local_shape for layout in layouts] == [(2,)] * 5
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=3), st.integers(1, 9))
+@settings(max_examples=500, deadline=None)
+def test_slices_of_whole_rows_pad_less_than_a_hundredth(shape, size):
+    """The largest row that pads so little is the unit; where none does, slices are as long as they must be."""
+    numel = math.prod(shape)
+    even, aligned = slice_length(shape, size), slice_length(shape, size, whole_rows=True)
+    assert even * size - numel < size
+    assert slice_length(shape, size, whole_rows=True) * size >= numel
+    rows = [math.prod(shape[dim:]) for dim in range(1, len(shape))]
+    fitting = [row for row in rows if 100 * (-(-numel // (row * size)) * row * size - numel) < numel]
+    if fitting:
+        assert aligned == -(-numel // (fitting[0] * size)) * fitting[0]
+        assert 100 * (aligned * size - numel) < numel
+    else:
+        assert aligned == even
+
+
+@pytest.mark.parametrize(("shape", "size", "length"), [
+    ((4096, 11008), 7, 586 * 11008),
+    ((4096, 11008), 8, 512 * 11008),
+    ((10, 7), 3, 24),
+    ((199, 5), 2, 500),
+    ((101, 5), 2, 255),
+    ((100, 5), 3, 167),
+    ((6, 50, 3), 4, 225),
+    ((7,), 2, 4),
+    ((), 2, 1),
+    ((0, 5), 2, 0),
+])  # fmt: skip
+def test_slices_of_whole_rows_by_example(shape, size, length):
+    assert slice_length(shape, size, whole_rows=True) == length
+    assert Layout.whole(shape).sliced("zero", 0, size, whole_rows=True).local_shape == (length,)
 
 
 def test_layout_of_a_vocabulary_ends_the_data_where_the_padding_begins():

@@ -22,9 +22,10 @@ class ShardedMasters:
         groups: the process groups whose product is the W ranks; empty for none.
         low_precision: masters have the weights' own dtype instead of float32.
         offload: masters live on the CPU.
+        whole_rows: see `slice_length`.
 
     Attributes:
-        of: working parameter -> master; a flat part [ceil(n / W)], or the shard in its shape if there are no groups.
+        of: working parameter -> master; a flat part [slice_length], or the shard in its shape if there are no groups.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class ShardedMasters:
         *,
         low_precision: bool = False,
         offload: bool = False,
+        whole_rows: bool = False,
     ) -> None:
-        self._layouts, self.groups = layouts, tuple(groups)
+        self._layouts, self.groups, self._whole_rows = layouts, tuple(groups), whole_rows
         self._low_precision, self._offload = low_precision, offload
         self.of: dict[Parameter, Tensor] = {}
         self.num_shards = math.prod(dist.get_world_size(group) for group in groups)
@@ -46,7 +48,9 @@ class ShardedMasters:
     def layout(self, param: Parameter) -> Layout:
         """Layout of the parameter's master."""
         layout = self._layouts[param]
-        return layout.sliced("zero", self.shard, self.num_shards) if self.groups else layout
+        if not self.groups:
+            return layout
+        return layout.sliced("zero", self.shard, self.num_shards, whole_rows=self._whole_rows)
 
     @torch.no_grad()
     def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:
@@ -65,7 +69,7 @@ class ShardedMasters:
         """Move averaged gradients to the masters, in their dtype, freeing each low-precision one as it is cast.
 
         Args:
-            grads: flat gradients by parameter, emptied: parts [ceil(n / W)] if `partitioned`, else whole [n].
+            grads: flat gradients by parameter, emptied: parts [slice_length] if `partitioned`, else whole [n].
             partitioned: see `grads`.
         """
         for param, master in self.of.items():

@@ -159,6 +159,10 @@ class ShardedOptimizer(Optimizer):
         self.__dict__.setdefault("_mesh", Mesh())
         self.__dict__.setdefault("_warned", False)
 
+    def has_image(self, key: int) -> bool:
+        """Whether an engine has handed over an image of the gradient of this parameter (see `ImageOptimizer`)."""
+        return False
+
     def _closure_loss(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         if closure is None:
             return None
@@ -246,7 +250,8 @@ class ShardedOptimizer(Optimizer):
         local = param.detach().contiguous()
         stochastic = is_stochastic(hyper, param.dtype)
         values = local.to(wide(local.dtype)) if stochastic else local
-        view = ShardView(layout, values, param.grad.contiguous(), self._keys[param])
+        grad = None if self.has_image(self._keys[param]) else param.grad.contiguous()
+        view = ShardView(layout, values, grad, self._keys[param])
         seen: State = {"step": state["step"]}
         for name, spec in specs.items():
             seen[name] = view.flat(state[name]) if spec.kind == "elementwise" else state[name]

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from colossal_bcd.optim.base import Params, ShardedOptimizer, State
+from colossal_bcd.optim.base import Params, State
 from colossal_bcd.optim.functional import require, require_adam, update_moments_
+from colossal_bcd.optim.images import ImageOptimizer, image_of
 from colossal_bcd.optim.projection import Method
-from colossal_bcd.optim.refresh import rank_of, refresh
+from colossal_bcd.optim.refresh import BASES, rank_of, refresh, refresh_due
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, LowRank, Mesh, Rounds, ShardView
+from colossal_bcd.sharding import WAVE_BYTES, Image, Layout, LowRank, Mesh, Rounds, ShardView
 from colossal_bcd.sharding.projection import cost_of_basis, side_of
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
@@ -67,17 +68,26 @@ class GaLoreHyper:
         require(start is None or start >= 0, "random_from_step", start, "None or a step, 0 or more")
 
 
-def galore_adamw(view: ShardView, state: State, hyper: GaLoreHyper, owner: int) -> Rounds:
-    """One update; `owner` is the rank that computes the bases at a refresh."""
+def galore_adamw(view: ShardView, state: State, hyper: GaLoreHyper, owner: int, image: Tensor | None = None) -> Rounds:
+    """One update.
+
+    Args:
+        view: of the parameter.
+        state: of the parameter.
+        hyper: of its group.
+        owner: rank that computes the bases at a refresh.
+        image: of the gradient, where an engine has projected it already (see `ImageOptimizer`).
+    """
     step, projected = state["step"], is_projected(view.layout, hyper)
-    grad = view.grad
     if projected:
         side = side_of(view.layout.as_matrix().shape, hyper.proj_type)
         low_rank = LowRank(view.layout.as_matrix(), side, rank_of(hyper))
-        if (step - 1) % hyper.update_proj_gap == 0:
+        if refresh_due(state, hyper, view.key):
             yield from refresh(view, state, hyper, side, owner)
         left, right = state.get("left"), state.get("right")
-        (grad,) = yield (low_rank.project(grad, left, right),)
+        (grad,) = yield (image_of(view, image, low_rank, left, right),)
+    else:
+        grad = view.grad
     update_moments_(state["exp_avg"], state["exp_avg_sq"], grad, hyper.betas)
     direction = state["exp_avg_sq"].sqrt().add_(hyper.eps).reciprocal_().mul_(state["exp_avg"])
     lr = hyper.lr * (1 - hyper.betas[1] ** step) ** 0.5 / (1 - hyper.betas[0] ** step)
@@ -94,7 +104,7 @@ def is_projected(layout: Layout, hyper: GaLoreHyper) -> bool:
     return hyper.rank is not None and len(layout.shape) >= 2
 
 
-class GaLoreAdamW(ShardedOptimizer):
+class GaLoreAdamW(ImageOptimizer):
     """AdamW on low-rank projections of the gradients, on any mesh.
 
     The global matrix is projected, whatever part of it a rank holds.  Right projections keep the moments of the rows
@@ -177,7 +187,14 @@ class GaLoreAdamW(ShardedOptimizer):
         return spec
 
     def update(self, view: ShardView, state: State, hyper: GaLoreHyper) -> Rounds:
-        return galore_adamw(view, state, hyper, self._owners.get(view.key, 0))
+        return galore_adamw(view, state, hyper, self._owners.get(view.key, 0), self.take_image(view.key))
+
+    def image_wanted(self, layout: Layout, state: State, hyper: GaLoreHyper, key: int) -> Image | None:
+        if not is_projected(layout, hyper) or refresh_due(state, hyper, key):
+            return None
+        matrix = layout.as_matrix()
+        side, (left, right) = side_of(matrix.shape, hyper.proj_type), (state.get(name) for name in BASES)
+        return Image(layout=matrix, side=side, rank=rank_of(hyper), left=left, right=right)
 
     def _assign_owners(self) -> dict[int, int]:
         """Which rank computes the bases of which parameter: the largest first, each to the rank with least to do."""

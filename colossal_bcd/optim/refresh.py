@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 BASES = ("left", "right")
 
 
+def refresh_due(state: State, hyper: GaLoreHyper, key: int) -> bool:
+    """Whether the update numbered `state["step"]` refreshes the bases.
+
+    Engines ask before the gradient is there, so the answer follows from what all ranks hold alike: plain numbers of the
+    state, hyper-parameters, and the parameter's number.
+
+    Args:
+        state: of the parameter, with the number of the update in question, from 1.
+        hyper: of its group.
+        key: the parameter's number.
+    """
+    return bool((state["step"] - 1) % hyper.update_proj_gap == 0)
+
+
 def refresh(
     view: ShardView, state: State, hyper: GaLoreHyper, side: str, owner: int
 ) -> Generator[tuple[Collect | Sum, ...], tuple[Any, ...], None]:

@@ -1,7 +1,8 @@
 """Layouts, statistics of sharded tensors, and the only collectives of an optimizer step."""
 
 from colossal_bcd.sharding.collect import Collect
-from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit
+from colossal_bcd.sharding.image import Image
+from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit, slice_length
 from colossal_bcd.sharding.matrix import Matrices, Means
 from colossal_bcd.sharding.mesh import Mesh
 from colossal_bcd.sharding.projection import LowRank
@@ -13,6 +14,7 @@ __all__ = [
     "FlatSlice",
     "Collect",
     "Combined",
+    "Image",
     "Layout",
     "LowRank",
     "Matrices",
@@ -26,6 +28,7 @@ __all__ = [
     "TensorSplit",
     "resolve",
     "run_rounds",
+    "slice_length",
     "square_sum",
     "wide",
 ]

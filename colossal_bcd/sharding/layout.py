@@ -15,6 +15,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_PADDING = 100
+"""Slices are made of whole rows where that pads less than one value in so many."""
+
+
+def slice_length(shape: Sequence[int], size: int, *, whole_rows: bool = False) -> int:
+    """Values of each slice of a flattened shard; every part of the package that divides shards asks here.
+
+    Args:
+        shape: of the shard, padding included.
+        size: number of slices.
+        whole_rows: slices begin with a row of the first dim by the rest, or else of the last dim, where less than 1 %
+            of padding does that; right projections and row statistics then need no other rank.
+    """
+    numel = math.prod(shape)
+    for dim in range(1, len(shape)) if whole_rows else ():
+        row = math.prod(shape[dim:])
+        length = -(-numel // (row * size)) * row if row else 0
+        if (length * size - numel) * MAX_PADDING < numel:
+            return length
+    return -(-numel // size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSplit:
@@ -103,9 +124,9 @@ class Layout:
         """The layout of a tensor that this rank holds entirely."""
         return cls(shape=tuple(shape))
 
-    def sliced(self, axis: str, rank: int, size: int) -> Layout:
-        """This layout with its shard flattened and divided evenly over `axis`."""
-        length = -(-math.prod(self.shard_shape) // size)
+    def sliced(self, axis: str, rank: int, size: int, *, whole_rows: bool = False) -> Layout:
+        """This layout with its shard flattened and divided over `axis` into slices of `slice_length`."""
+        length = slice_length(self.shard_shape, size, whole_rows=whole_rows)
         return Layout(
             shape=self.shape, split=self.split, slice=FlatSlice(axis=axis, rank=rank, size=size, length=length)
         )

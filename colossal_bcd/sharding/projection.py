@@ -15,8 +15,11 @@ from torch import Tensor
 from colossal_bcd.sharding.layout import Layout
 from colossal_bcd.sharding.matrix import Matrices
 from colossal_bcd.sharding.rounds import Combined, Sum
+from colossal_bcd.sharding.view import square_sum
 
 Side = Literal["left", "right", "full"]
+CAST_VALUES = 2**22
+"""Low-precision values that are cast at once to be projected."""
 
 
 class LowRank:
@@ -52,33 +55,87 @@ class LowRank:
             return self._rank, self._columns.stop - self._columns.start
         return self._rank, self._rank
 
-    def project(self, x: Tensor, left: Tensor | None, right: Tensor | None) -> Combined:
-        """Request the image of the whole matrix.
+    @property
+    def columns(self) -> slice:
+        """Columns of the shard whose image this rank holds; for "left"."""
+        return self._columns
+
+    @property
+    def rows(self) -> slice:
+        """Rows of the shard whose image this rank holds; for "right"."""
+        first = self._matrices.rows.first
+        return slice(first, first + self._matrices.rows.count)
+
+    def partial(self, x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """What this rank's values contribute to the image, in the dtype of the bases.
 
         Args:
-            x: [n] values on this rank.
+            x: [n] values on this rank, of the bases' dtype or a lower precision.
             left: [R, q] basis of the rows, for "left" and "full".
             right: [C, q] basis of the columns, for "right" and "full".
         Returns:
-            Request that resolves to what this rank holds of the image, of `shape`.
+            [k, q] for "right", [q, c] for "left", [q, q] for "full".
         """
         matrices = self._matrices
         if self._side == "right":
             v = self._local(right, dim=1)
-            partial = torch.cat(
-                [x.new_zeros(0, self._rank), *(block @ v[columns] for block, _, columns in self._blocks(x))]
-            )
-            return matrices.rows.complete(partial, matrices.row_axes, matrices.zero_axes)
+            parts = [block.to(v.dtype) @ v[columns] for block, _, columns in self._chunks(x, v.dtype)]
+            return parts[0] if len(parts) == 1 else torch.cat([v.new_zeros(0, self._rank), *parts])
         u = self._local(left, dim=0)
-        partial = x.new_zeros(self._rank, matrices.c)
-        for block, rows, columns in self._blocks(x):
-            partial[:, columns] += u[rows].T @ block
+        partial = u.new_zeros(self._rank, matrices.c)
+        for block, rows, columns in self._chunks(x, u.dtype):
+            partial[:, columns] += u[rows].T @ block.to(u.dtype)
+        return partial if self._side == "left" else partial @ self._local(right, dim=1)
+
+    def project(self, x: Tensor, left: Tensor | None, right: Tensor | None) -> Combined:
+        """Request the image of the whole matrix.
+
+        Args:
+            x: see `partial`.
+            left: see `partial`.
+            right: see `partial`.
+        Returns:
+            Request that resolves to what this rank holds of the image, of `shape`.
+        """
+        matrices, partial = self._matrices, self.partial(x, left, right)
+        if self._side == "right":
+            return matrices.rows.complete(partial, matrices.row_axes, matrices.zero_axes)
         if self._side == "left":
             return Combined(
                 (Sum(partial, matrices.zero_axes + matrices.col_axes),),
                 lambda total: total[:, self._columns].contiguous(),
             )
-        return Combined((Sum(partial @ self._local(right, dim=1), self._layout.axes),), lambda total: total)
+        return Combined((Sum(partial, self._layout.axes),), lambda total: total)
+
+    def complete(self, held: Tensor) -> Sum:
+        """Request the image of the whole matrix, from that of each shard, already added up over the slices.
+
+        Args:
+            held: of `shape`.
+        Returns:
+            Request that resolves to a tensor of `shape`.
+        """
+        matrices = self._matrices
+        over_columns = matrices.row_axes if self._side != "left" else ()
+        over_rows = matrices.col_axes if self._side != "right" else ()
+        return Sum(held, over_columns + over_rows)
+
+    def square_sum(self, held: Tensor) -> Sum:
+        """Request the squared Euclidean norm of the whole image; what several ranks hold counts once.
+
+        Args:
+            held: of `shape`, complete.
+        Returns:
+            Request that resolves to a scalar.
+        """
+        matrices = self._matrices
+        if self._side == "right":
+            # A row that lies on two ranks counts on the first of them.
+            start, stop = self._layout.span
+            first = 0 if start % matrices.c == 0 or stop == start else 1
+            return Sum(square_sum(held[first:].reshape(-1)), matrices.zero_axes + matrices.col_axes)
+        axes = matrices.zero_axes + matrices.row_axes if self._side == "left" else ()
+        return Sum(square_sum(held.reshape(-1)), axes)
 
     def whole(self, held: Tensor) -> Combined:
         """Request what this rank needs of an image to project it back, from what each rank holds of it.
@@ -119,6 +176,17 @@ class LowRank:
                 assert u is not None
                 assert v is not None
                 block.sub_((u[rows] @ image @ v[columns].T) * scale)
+
+    def _chunks(self, x: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, slice, slice]]:
+        """`_blocks`, cut into runs of rows where they have to be cast, so that no whole copy in `dtype` exists."""
+        if x.dtype == dtype:
+            return self._blocks(x)
+        chunks = []
+        for block, rows, columns in self._blocks(x):
+            length = max(CAST_VALUES // max(block.shape[1], 1), 1)
+            for at, part in zip(range(rows.start, rows.stop, length), block.split(length), strict=True):
+                chunks.append((part, slice(at, at + len(part)), columns))
+        return chunks
 
     def _held(self, rows: slice) -> slice:
         first = self._matrices.rows.first

@@ -34,18 +34,27 @@ class ShardView:
         key: number of the parameter, the same on every rank and mesh; seeds of randomness contain it.
     """
 
-    def __init__(self, layout: Layout, param: Tensor, grad: Tensor, key: int = 0) -> None:
+    def __init__(self, layout: Layout, param: Tensor, grad: Tensor | None, key: int = 0) -> None:
         self.layout = layout
         self.key = key
         self.param = self.flat(param)
-        self._grad = self.flat(grad)
+        self._grad = None if grad is None else self.flat(grad)
 
     @property
     def grad(self) -> Tensor:
         """[n] gradient, in float32 or wider; not to be written.
 
         Of a low-precision gradient every read is a new copy, so that none is kept alive between rounds.
+
+        Raises:
+            RuntimeError: an engine has reduced an image of it only.
         """
+        if self._grad is None:
+            raise RuntimeError(
+                f"the gradient of the parameter of shape {self.layout.shape} was reduced as a low-rank image, but the "
+                "step needs all of it. A hyper-parameter (update_proj_gap) was changed between backward and step: "
+                "change it after the step."
+            )
         return self._grad.to(wide(self.param.dtype))
 
     def squared_grad(self, eps: float) -> Tensor:

@@ -1,0 +1,78 @@
+"""Optimizers that take a low-rank image instead of a gradient.
+
+An engine asks for `wanted_images` before backward, reduces what it is told, and hands the images over with
+`give_images` before the step; the parameter's `grad` then only says that there is one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from colossal_bcd.optim.base import Hyper, Params, ShardedOptimizer, State
+from colossal_bcd.sharding import WAVE_BYTES, Image, Layout, LowRank, Request, ShardView, Sum
+
+
+class ImageOptimizer(ShardedOptimizer):
+    """Base of optimizers whose rule needs an image of the gradient at most steps."""
+
+    def __init__(self, params: Params, hyper: Hyper, wave_bytes: int = WAVE_BYTES) -> None:
+        self._images: dict[int, Tensor] = {}
+        super().__init__(params, hyper, wave_bytes)
+
+    @abstractmethod
+    def image_wanted(self, layout: Layout, state: State, hyper: Hyper, key: int) -> Image | None:
+        """What an update wants of a parameter's gradient: an image of it, or None for all of it.
+
+        Args:
+            layout: of the parameter.
+            state: before the update, with `step` already the update's number.
+            hyper: of its group.
+            key: the parameter's number.
+        """
+
+    def wanted_images(self) -> dict[Tensor, Image]:
+        """The parameters of whose gradient the next step wants an image only.
+
+        The same on every rank, and until the next step: it follows from numbers and bases that all ranks hold alike.
+        """
+        wanted = {}
+        for group in self.param_groups:
+            hyper = self._hyper(group)
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state:
+                    upcoming = {**state, "step": state["step"] + 1}
+                    image = self.image_wanted(self._layouts[param], upcoming, hyper, self._keys[param])
+                    if image is not None:
+                        wanted[param] = image
+        return wanted
+
+    def give_images(self, images: Mapping[Tensor, Tensor]) -> None:
+        """Hand over what `wanted_images` asked for; the next step takes it.
+
+        Args:
+            images: parameter -> complete image, as much of it as this rank holds (see `LowRank.shape`).
+        """
+        self._images = {self._keys[param]: image for param, image in images.items()}
+
+    def has_image(self, key: int) -> bool:
+        return key in self._images
+
+    def take_image(self, key: int) -> Tensor | None:
+        """The image that was handed over for the parameter of this number, once; None: its gradient is whole."""
+        return self._images.pop(key, None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_images", {})
+
+
+def image_of(
+    view: ShardView, image: Tensor | None, low_rank: LowRank, left: Tensor | None, right: Tensor | None
+) -> Request:
+    """Request the image of a parameter's gradient, which resolves at once where an engine has reduced it already."""
+    return low_rank.project(view.grad, left, right) if image is None else Sum(image, ())
