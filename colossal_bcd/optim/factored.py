@@ -21,7 +21,7 @@ def factored_spec(layout: Layout, name: str) -> dict[str, StateSpec]:
     """State of one factored average: `<name>_row`, `<name>_col`, and `<name>_total` where the rank needs it."""
     matrices = Matrices(layout)
     spec = {
-        f"{name}_row": StateSpec(kind="row", shape=(matrices.rows.count,)),
+        f"{name}_row": StateSpec(kind="row", shape=(matrices.rows.count,), total=f"{name}_total"),
         f"{name}_col": StateSpec(kind="column", shape=(matrices.matrices.count, matrices.c)),
     }
     if matrices.needs_total:

@@ -178,7 +178,7 @@ class GaLoreAdamW(ImageOptimizer):
                 "Give that parameter a group of its own with a smaller rank."
             )
         side = side_of(matrix.shape, hyper.proj_type)
-        moment = StateSpec(kind="low_rank", shape=LowRank(matrix, side, rank).shape)
+        moment = StateSpec(kind="low_rank", shape=LowRank(matrix, side, rank).shape, side=side)
         spec = {"exp_avg": moment, "exp_avg_sq": moment}
         if side != "right":
             spec["left"] = StateSpec(kind="replicated", shape=(matrix.shape[0], rank))

@@ -8,7 +8,19 @@ from typing import Literal
 
 import torch
 
-from colossal_bcd.sharding import wide
+from colossal_bcd.sharding import Layout, wide
+from colossal_bcd.sharding.canonical import (
+    Cut,
+    columns,
+    elements,
+    image,
+    image_columns,
+    image_rows,
+    rows,
+    totals,
+    whole,
+)
+from colossal_bcd.sharding.projection import Side
 
 Kind = Literal["elementwise", "row", "column", "low_rank", "replicated", "scalar", "block"]
 Bits = Literal[32, 8]
@@ -31,8 +43,33 @@ class StateSpec:
     bits: Bits = 32
     """8: an elementwise entry that rules see as `dtype` and that is kept as `stored` says."""
 
+    side: Side | None = None
+    """The entry belongs to a low-rank image that was projected on this side; None: to the parameter itself."""
+    total: str | None = None
+    """Of rows: the entry which on some meshes keeps their mean over each matrix, and which files always have."""
+
     def __post_init__(self) -> None:
         assert self.bits == 32 or self.kind == "elementwise"
+        assert (self.kind == "low_rank") <= (self.side is not None)
+
+    def cut(self, layout: Layout) -> Cut:
+        """Which part of the whole entry this rank holds.
+
+        Args:
+            layout: of the parameter.
+        """
+        if self.kind == "elementwise":
+            return elements(layout)
+        if self.kind in ("replicated", "scalar"):
+            return whole(self.shape)
+        assert self.kind != "block", "the scales of 8-bit storage are in no file"
+        if self.side is not None:
+            cut = {"low_rank": image, "row": image_rows, "column": image_columns}[self.kind]
+            held_rank = {"left": 0, "right": -1, "full": 0}[self.side]
+            return cut(layout.as_matrix(), self.side, self.shape[held_rank])
+        if self.kind == "row":
+            return rows(layout)
+        return columns(layout) if len(self.shape) == 2 else totals(layout)
 
     def stored(self, name: str) -> dict[str, StateSpec]:
         """What is kept in the optimizer's state for the entry `name`: itself, or 8-bit codes and scales of blocks."""

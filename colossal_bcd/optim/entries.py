@@ -1,0 +1,148 @@
+"""An optimizer's state as files have it: named tensors whose shapes and dtypes do not depend on the mesh, and numbers.
+
+Moments that are stored in 8 bits are float32 in a file: blocks of values that share a scale begin where a rank's slice
+begins.  What was stored comes back bit for bit where the blocks are the same (see `restore_into`), else within the
+quantisation error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from colossal_bcd.optim.base import ShardedOptimizer
+from colossal_bcd.optim.quantized import dequantize
+from colossal_bcd.optim.restore import restore_into
+from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.sharding import Layout, wide
+from colossal_bcd.sharding.canonical import Cut, elements, totals, whole
+
+Number = int | float | bool | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of the state of one parameter."""
+
+    name: str
+    cut: Cut
+    dtype: torch.dtype
+    """In a file."""
+    kind: Literal["elementwise", "whole", "declared"]
+    """How a reader that knows no declaration cuts it: like the parameter, not at all; `declared`: it cannot."""
+    spec: StateSpec | None = None
+    """The declaration, if there is one."""
+    mean_of: str | None = None
+    """The entry of which this one is the mean over the last dim, for meshes and files that do not have it."""
+    held: bool = True
+    """Whether ranks of this mesh keep it."""
+
+
+def entries_of(optimizer: Optimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> list[Entry]:
+    """What a file has of one parameter's state.
+
+    Args:
+        optimizer: a ShardedOptimizer declares its state; of others, the state that is there is taken.
+        param: the tensor in the param groups, or one like it.
+        layout: its layout.
+        group: its param group.
+    Raises:
+        ValueError: undeclared state that is neither like the parameter nor a single value.
+    """
+    if isinstance(optimizer, ShardedOptimizer):
+        return _declared(optimizer, param, layout, group)
+    state = optimizer.state.get(param, {})
+    return [
+        _observed(type(optimizer).__name__, name, tensor, layout)
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    ]
+
+
+def numbers_of(optimizer: Optimizer, param: Tensor) -> dict[str, Number]:
+    """The numbers in one parameter's state.
+
+    Raises:
+        ValueError: something is neither a tensor nor a number.
+    """
+    numbers: dict[str, Number] = {}
+    for name, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, Tensor):
+            continue
+        if value is not None and not isinstance(value, (int, float, bool, str)):
+            raise ValueError(
+                f"state {name!r} of {type(optimizer).__name__}: got a {type(value).__name__}, expected tensors and "
+                "plain numbers. Files hold nothing else."
+            )
+        numbers[name] = value
+    return numbers
+
+
+def read(entry: Entry, state: Mapping[str, Any]) -> Tensor:
+    """[n] the data of an entry that this rank keeps, in the dtype of files."""
+    held = state[entry.name]
+    if _is_quantized(entry):
+        held = dequantize(held.view(-1), state[f"{entry.name}_absmax"]).view(held.shape)
+    return entry.cut.values(held).to(entry.dtype)
+
+
+def write(entry: Entry, state: Mapping[str, Any], values: Tensor) -> None:
+    """Put the data of an entry into allocated state, in place; values: [n] of any dtype."""
+    held = state[entry.name]
+    if not _is_quantized(entry):
+        entry.cut.write(held, values)
+        return
+    # Blocks follow the order in memory.
+    whole = torch.zeros(held.shape, device=held.device)
+    entry.cut.write(whole, values)
+    restore_into(held.view(-1)[: len(values)], state[f"{entry.name}_absmax"], whole.view(-1)[: len(values)])
+
+
+def _is_quantized(entry: Entry) -> bool:
+    return entry.spec is not None and entry.spec.bits == 8
+
+
+def allocate(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> None:
+    """Give a parameter the state that its first step would, unless it has state."""
+    state = optimizer.state[param]
+    if state:
+        return
+    state["step"] = 0
+    for name, spec in optimizer.state_spec(layout, optimizer._hyper(group)).items():
+        state.update({part: stored.allocate(param) for part, stored in spec.stored(name).items()})
+
+
+def _declared(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> list[Entry]:
+    specs = optimizer.state_spec(layout, optimizer._hyper(group))
+    entries = []
+    for name, spec in specs.items():
+        if spec.kind == "scalar":
+            continue
+        dtype = torch.float32 if spec.bits == 8 else spec.dtype or wide(param.dtype)
+        known: Literal["elementwise", "whole", "declared"] = "declared"
+        if spec.kind in ("elementwise", "replicated"):
+            known = "elementwise" if spec.kind == "elementwise" else "whole"
+        mean_of = next((row for row, other in specs.items() if other.total == name), None)
+        entries.append(Entry(name=name, cut=spec.cut(layout), dtype=dtype, kind=known, spec=spec, mean_of=mean_of))
+        if spec.total is not None and spec.total not in specs:
+            entries.append(
+                Entry(name=spec.total, cut=totals(layout), dtype=dtype, kind=known, mean_of=name, held=False)
+            )
+    return entries
+
+
+def _observed(optimizer: str, name: str, tensor: Tensor, layout: Layout) -> Entry:
+    if name != "step" and tuple(tensor.shape) == layout.local_shape:
+        return Entry(name=name, cut=elements(layout), dtype=tensor.dtype, kind="elementwise")
+    if tensor.numel() == 1:
+        return Entry(name=name, cut=whole(tuple(tensor.shape)), dtype=tensor.dtype, kind="whole")
+    raise ValueError(
+        f"state {name!r} of {optimizer}: got a tensor of {tuple(tensor.shape)} for a parameter of {layout.local_shape} "
+        "on this rank, expected one value for each of its values, or one in all. Other shapes need a declaration: see "
+        "docs/add_an_optimizer.md."
+    )

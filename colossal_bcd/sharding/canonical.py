@@ -1,0 +1,197 @@
+"""Which part of a whole tensor a rank's tensor is, for files that do not depend on the mesh: pure values.
+
+R, C, r, c, k, m as in `sharding.matrix`; q: rank of a low-rank image; n: values of data in a rank's tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from colossal_bcd.sharding.layout import Layout, TensorSplit
+from colossal_bcd.sharding.matrix import Matrices
+from colossal_bcd.sharding.projection import LowRank, Side
+
+CHUNK = 2**22
+"""Values that are placed at once: their int64 places do not grow with the tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A range of the flattened data of one shard of a tensor.
+
+    A rank's tensor holds the n = stop - start values of the range first; what follows is padding.
+    """
+
+    layout: Layout
+    """Of the whole tensor, without a slice: its split is this rank's."""
+    start: int
+    stop: int
+    transposed: bool = False
+    """Files have, and ranks hold, the transpose of the matrix that `layout` describes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor in a file."""
+        return self.layout.shape[::-1] if self.transposed else self.layout.shape
+
+    @property
+    def region(self) -> tuple[int, int, int, int]:
+        """What tells cuts of one whole tensor apart: rank and number of shards, start, stop."""
+        split = self.layout.split
+        return (0, 1, self.start, self.stop) if split is None else (split.rank, split.size, self.start, self.stop)
+
+    def values(self, held: Tensor) -> Tensor:
+        """[n] the data of a rank's tensor; a view if possible."""
+        flat = held.T.reshape(-1) if self.transposed else held.reshape(-1)
+        return flat[: self.stop - self.start]
+
+    def write(self, held: Tensor, values: Tensor) -> None:
+        """Write the data of a rank's tensor, in place; padding becomes zero.
+
+        Args:
+            held: the rank's tensor.
+            values: [n] of any dtype, on any device.
+        """
+        if self.transposed:
+            held.T.copy_(values.view(held.T.shape))
+            return
+        if len(values) < held.numel():
+            held.zero_()
+        if held.is_contiguous():
+            held.view(-1)[: len(values)].copy_(values)
+        else:
+            held.copy_(values.view(held.shape))
+
+    def place(self, whole: Tensor, values: Tensor) -> None:
+        """Write the values where they belong in the whole tensor, of `layout.shape`, in place."""
+        self._check(whole)
+        flat = whole.view(-1)
+        if self._is_range:
+            flat[self.start : self.stop].copy_(values)
+            return
+        for first in range(self.start, self.stop, CHUNK):
+            last = min(first + CHUNK, self.stop)
+            part = values[first - self.start : last - self.start].to(flat.device, flat.dtype)
+            flat[self.layout.positions(first, last, flat.device)] = part
+
+    def pick(self, whole: Tensor) -> Tensor:
+        """[n] the values of this part of a whole tensor, as a file has it."""
+        whole = whole.T.contiguous() if self.transposed else whole.contiguous()
+        self._check(whole)
+        flat = whole.view(-1)
+        if self._is_range:
+            return flat[self.start : self.stop]
+        values = flat.new_empty(self.stop - self.start)
+        for first in range(self.start, self.stop, CHUNK):
+            last = min(first + CHUNK, self.stop)
+            values[first - self.start : last - self.start] = flat[self.layout.positions(first, last, flat.device)]
+        return values
+
+    def as_filed(self, whole: Tensor) -> Tensor:
+        """A whole tensor of `layout.shape` as files have it, contiguous."""
+        return whole.T.contiguous() if self.transposed else whole
+
+    @property
+    def _is_range(self) -> bool:
+        return self.layout.split is None or self.layout.split.size == 1
+
+    def _check(self, whole: Tensor) -> None:
+        if tuple(whole.shape) != self.layout.shape:
+            raise ValueError(f"part of a tensor of {self.layout.shape}: got a whole one of {tuple(whole.shape)}")
+
+
+def covers(cuts: Sequence[Cut]) -> bool:
+    """Whether parts of one tensor make up the whole."""
+    first = cuts[0].layout
+    num_shards = first.split.size if first.split is not None else 1
+    for shard in range(num_shards):
+        mine = sorted(((cut.start, cut.stop) for cut in cuts if cut.region[0] == shard), key=lambda range_: range_[0])
+        layout = first
+        if first.split is not None:
+            layout = dataclasses.replace(first, split=dataclasses.replace(first.split, rank=shard))
+        reached = 0
+        for start, stop in mine:
+            if start > reached:
+                return False
+            reached = max(reached, stop)
+        if reached < layout.shard_data:
+            return False
+    return True
+
+
+def whole(shape: tuple[int, ...]) -> Cut:
+    """All of a tensor that every rank holds."""
+    return Cut(layout=Layout.whole(shape), start=0, stop=math.prod(shape))
+
+
+def elements(layout: Layout) -> Cut:
+    """One value for each value of the parameter's data."""
+    start, stop = layout.span
+    return Cut(layout=dataclasses.replace(layout, slice=None), start=start, stop=stop)
+
+
+def rows(layout: Layout) -> Cut:
+    """[k] one value for each row that the rank touches; whole: the shape without its last dim."""
+    segments = Matrices(layout).rows
+    return _runs(_without(layout, (len(layout.shape) - 1,)), segments.first, segments.count)
+
+
+def columns(layout: Layout) -> Cut:
+    """[m, c] one value for each column of the matrices that the rank touches; whole: the shape without its rows."""
+    matrices = Matrices(layout)
+    segments = matrices.matrices
+    return _runs(_without(layout, (len(layout.shape) - 2,)), segments.first, segments.count, matrices.c)
+
+
+def totals(layout: Layout) -> Cut:
+    """[m] one value for each matrix that the rank touches; whole: the shape without its last two dims."""
+    segments = Matrices(layout).matrices
+    last = len(layout.shape) - 1
+    return _runs(_without(layout, (last - 1, last)), segments.first, segments.count)
+
+
+def image(layout: Layout, side: Side, rank: int) -> Cut:
+    """A low-rank image of the matrix, as `LowRank` holds it; whole: [R, q], [q, C] or [q, q]."""
+    if side == "full":
+        return whole((rank, rank))
+    return _times(image_rows(layout, side, rank) if side == "right" else image_columns(layout, side, rank), rank, side)
+
+
+def image_rows(layout: Layout, side: Side, rank: int) -> Cut:
+    """One value for each row of a low-rank image."""
+    return rows(layout) if side == "right" else whole((rank,))
+
+
+def image_columns(layout: Layout, side: Side, rank: int) -> Cut:
+    """One value for each column of a low-rank image."""
+    if side != "left":
+        return whole((rank,))
+    held = LowRank(layout, side, rank).columns
+    return Cut(layout=_without(layout, (0,)), start=held.start, stop=held.stop)
+
+
+def _times(cut: Cut, rank: int, side: Side) -> Cut:
+    """A cut of vectors with `rank` values for each value of a cut."""
+    layout = dataclasses.replace(cut.layout, shape=(*cut.layout.shape, rank))
+    return Cut(layout=layout, start=cut.start * rank, stop=cut.stop * rank, transposed=side == "left")
+
+
+def _without(layout: Layout, dims: tuple[int, ...]) -> Layout:
+    """The layout of a tensor that has one value where the parameter has all those along `dims`."""
+    shape = tuple(length for dim, length in enumerate(layout.shape) if dim not in dims)
+    split: TensorSplit | None = layout.split
+    if split is not None:
+        kept = None if split.dim in dims else split.dim - sum(dim < split.dim for dim in dims)
+        split = None if kept is None else dataclasses.replace(split, dim=kept)
+    return Layout(shape=shape, split=split)
+
+
+def _runs(layout: Layout, first: int, count: int, length: int = 1) -> Cut:
+    # A rank may count matrices that are padding only.
+    start = min(first * length, layout.shard_data)
+    return Cut(layout=layout, start=start, stop=min((first + count) * length, layout.shard_data))
