@@ -26,6 +26,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "booster": {"torch", "colossalai", "transformers", "peft", "bitsandbytes"},
     "cli": {"click", "rich"},
+    "compat": {"torch", "transformers"},
 }
 """Libraries beside Python's own that a part may import; torch for the others."""
 

@@ -23,6 +23,7 @@ from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.checkpoint import checkpoint_io
 from colossal_bcd.booster.config import EngineConfig
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
+from colossal_bcd.booster.factors import holds_factors, refuse_factors
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, stage_ranges, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
@@ -71,7 +72,7 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
                 model, None, criterion, dataloader, lr_scheduler
             )
         if fresh:
-            if isinstance(optimizer, BlockOptimizer):
+            if isinstance(optimizer, BlockOptimizer) or holds_factors(model):
                 same_start(model, dist.group.WORLD)
             layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1)
             optimizer = ZeroOptimizer(optimizer, model, layouts, self._config())
@@ -135,6 +136,7 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
+        refuse_factors(model)
         if fresh:
             optimizer = prepare(model, optimizer)
         shapes = shapes_of(optimizer) if fresh else {}

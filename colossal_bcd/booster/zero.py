@@ -25,6 +25,7 @@ from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.agreement import require_agreement
 from colossal_bcd.booster.checkpoint import require_plain
 from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler
+from colossal_bcd.booster.factors import EngineFactors
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
@@ -226,6 +227,10 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             id(param): master.numel() * self.masters.num_shards - param.numel() for param, master in of.items()
         }
 
+    def factor_site(self) -> EngineFactors:
+        """What `ReLoRaModel.merge_and_reinit` needs of this engine, between backward and `step`."""
+        return EngineFactors(self, self._mesh)
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.optim.state
@@ -259,6 +264,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
     def _make_mesh(self) -> Mesh:
         whole_world = len(self.config.zero_groups) > 1 and self.masters.num_shards == dist.get_world_size()
         groups: dict[str, Any] = {"zero": dist.group.WORLD if whole_world else self.config.zero_groups}
+        groups["data"] = self.config.data_groups
         for axis, group in (("tp", self.tp_pg), ("pp", self.pp_pg)):
             groups[axis] = () if group is None else (group,)
         return Mesh(groups, self._device)

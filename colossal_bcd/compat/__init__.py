@@ -5,5 +5,14 @@ One file per predecessor.
 
 from colossal_bcd.compat.badam import BlockOptimizer, badam_partition
 from colossal_bcd.compat.distributed import DistributedAdaFactor, DistributedCAME, DistributedLamb
+from colossal_bcd.compat.golore import ReLoRaLinear, ReLoRaModel
 
-__all__ = ["BlockOptimizer", "DistributedAdaFactor", "DistributedCAME", "DistributedLamb", "badam_partition"]
+__all__ = [
+    "BlockOptimizer",
+    "DistributedAdaFactor",
+    "DistributedCAME",
+    "DistributedLamb",
+    "ReLoRaLinear",
+    "ReLoRaModel",
+    "badam_partition",
+]

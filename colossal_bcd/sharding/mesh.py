@@ -46,6 +46,19 @@ class Mesh:
         """Number of ranks on `axis`."""
         return math.prod(dist.get_world_size(group) for group in self._members(axis))
 
+    def rank(self, axis: str) -> int:
+        """This rank's number on `axis`, from 0; of several groups, the last one counts fastest."""
+        place = 0
+        for group in self._members(axis):
+            place = place * dist.get_world_size(group) + dist.get_rank(group)
+        return place
+
+    @classmethod
+    def world(cls, axis: str) -> Mesh:
+        """All processes on one axis; this one alone where no process group was made."""
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return cls({axis: () if group is None else group})
+
     def all_to_all(self, tensor: Tensor, sent: list[int], received: list[int], axis: str) -> Tensor:
         """Send consecutive runs of a flat tensor to the ranks of `axis`, and return theirs in order.
 
