@@ -106,7 +106,7 @@ def test_galore_keeps_its_bases_where_the_gradient_is_no_number(step_of_nan: int
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
-        ({"rank": 9}, "rank=9 for a parameter of shape \\(8, 12\\), expected at most 8"),
+        ({"rank": 9}, "rank=9 for parameter number 0 of shape \\(8, 12\\), expected at most 8"),
         ({"rank": 0}, "rank"),
         ({"rank": 2, "update_proj_gap": 0}, "update_proj_gap"),
         ({"rank": 2, "proj_type": "diagonal"}, "proj_type"),

@@ -244,7 +244,7 @@ class ShardedOptimizer(Optimizer):
             for name, spec in specs.items():
                 state.update({part: stored.allocate(param) for part, stored in spec.stored(name).items()})
         for name, spec in specs.items():
-            if spec.kind == "elementwise":
+            if spec.kind in ("elementwise", "low_rank"):
                 require_stored(name, state[name], spec.bits)
         state["step"] += 1
         local = param.detach().contiguous()
@@ -256,11 +256,12 @@ class ShardedOptimizer(Optimizer):
         for name, spec in specs.items():
             seen[name] = view.flat(state[name]) if spec.kind == "elementwise" else state[name]
             if spec.bits == 8:
-                seen[name] = dequantize(seen[name], state[f"{name}_absmax"]).to(wide(param.dtype))
+                seen[name] = dequantize(seen[name], state[f"{name}_absmax"], spec.signed).to(wide(param.dtype))
         yield from self.update(view, seen, hyper)
         for name, spec in specs.items():
             if spec.bits == 8:
-                quantize_into(view.flat(state[name]), state[f"{name}_absmax"], seen[name])
+                codes = view.flat(state[name]) if spec.kind == "elementwise" else state[name]
+                quantize_into(codes, state[f"{name}_absmax"], seen[name], spec.signed)
         if stochastic:
             round_into(view.flat(local), view.param, layout, stream(hyper.seed, view.key, num_steps))
         if not param.is_contiguous():

@@ -86,25 +86,22 @@ def numbers_of(optimizer: Optimizer, param: Tensor) -> dict[str, Number]:
 def read(entry: Entry, state: Mapping[str, Any]) -> Tensor:
     """[n] the data of an entry that this rank keeps, in the dtype of files."""
     held = state[entry.name]
-    if _is_quantized(entry):
-        held = dequantize(held.view(-1), state[f"{entry.name}_absmax"]).view(held.shape)
+    if entry.spec is not None and entry.spec.bits == 8:
+        held = dequantize(held, state[f"{entry.name}_absmax"], entry.spec.signed)
     return entry.cut.values(held).to(entry.dtype)
 
 
 def write(entry: Entry, state: Mapping[str, Any], values: Tensor) -> None:
     """Put the data of an entry into allocated state, in place; values: [n] of any dtype."""
     held = state[entry.name]
-    if not _is_quantized(entry):
+    if entry.spec is None or entry.spec.bits != 8:
         entry.cut.write(held, values)
         return
     # Blocks follow the order in memory.
     whole = torch.zeros(held.shape, device=held.device)
     entry.cut.write(whole, values)
-    restore_into(held.view(-1)[: len(values)], state[f"{entry.name}_absmax"], whole.view(-1)[: len(values)])
-
-
-def _is_quantized(entry: Entry) -> bool:
-    return entry.spec is not None and entry.spec.bits == 8
+    codes, absmax = held.view(-1)[: len(values)], state[f"{entry.name}_absmax"]
+    restore_into(codes, absmax, whole.view(-1)[: len(values)], entry.spec.signed)
 
 
 def allocate(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> None:

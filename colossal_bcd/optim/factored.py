@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colossal_bcd.optim.base import State
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import Layout, Matrices, Means
+from colossal_bcd.sharding import ImageMatrix, Layout, Matrices, Means
 
 
 def is_factored(layout: Layout, min_dim_size: int) -> bool:
@@ -33,12 +33,12 @@ class FactoredAverage:
     """The exponential average of a non-negative quantity, as rows, columns and their normaliser.
 
     Args:
-        matrices: of the parameter's layout.
+        matrices: of the parameter's layout, or a low-rank image of it.
         state: holds the entries that `factored_spec` declares under `name`.
         name: see `state`.
     """
 
-    def __init__(self, matrices: Matrices, state: State, name: str) -> None:
+    def __init__(self, matrices: Matrices | ImageMatrix, state: State, name: str) -> None:
         self._matrices = matrices
         self._row, self._col = state[f"{name}_row"], state[f"{name}_col"]
         self._total = state.get(f"{name}_total")

@@ -1,43 +1,42 @@
-"""GaLore (Zhao et al., arXiv 2403.03507) and GoLore (He et al., arXiv 2410.11289) with AdamW as inner rule.
+"""GaLore (Zhao et al., arXiv 2403.03507) and GoLore (He et al., arXiv 2410.11289) around an inner rule.
 
-Rounds between refreshes: one that completes boundary rows (right), or sums a strip (left) and one that spreads the
-direction; none where rows and columns are whole on the rank.  A refresh adds two: the gradient to its owner, the bases
-back.
+Rounds between refreshes, besides the inner rule's own: one that completes boundary rows (right), or sums a strip (left)
+and one that spreads the update; none where rows and columns are whole on the rank.  A refresh adds two: the gradient to
+its owner, the bases back.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
-from colossal_bcd.optim.base import Params, State
-from colossal_bcd.optim.functional import require, require_adam, update_moments_
+from colossal_bcd.optim.base import ShardedOptimizer, State
+from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.images import ImageOptimizer, image_of
 from colossal_bcd.optim.projection import Method
 from colossal_bcd.optim.refresh import BASES, rank_of, refresh, refresh_due
+from colossal_bcd.optim.rounding import RoundingHyper
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Image, Layout, LowRank, Mesh, Rounds, ShardView
-from colossal_bcd.sharding.projection import cost_of_basis, side_of
+from colossal_bcd.sharding import Image, ImageMatrix, Layout, LowRank, Mesh, Request, Rounds, ShardView
+from colossal_bcd.sharding.projection import Side, cost_of_basis, side_of
+
+logger = logging.getLogger(__name__)
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
+Spec: TypeAlias = dict[str, StateSpec]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaLoreHyper:
-    """Hyper-parameters of one param group."""
+class GaLoreHyper(RoundingHyper):
+    """Hyper-parameters of the projection in one param group."""
 
-    lr: float = 1e-3
-    """Step size."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
-    eps: float = 1e-6
-    """Added to the root of the second moment, before it is debiased."""
-    weight_decay: float = 0.0
-    """Decoupled: after the update the weight shrinks by lr * weight_decay."""
     rank: int | None = None
     """Rank of the projection of tensors of two or more dims (the first dim by the rest); None projects nothing."""
     update_proj_gap: int = 200
@@ -52,12 +51,15 @@ class GaLoreHyper:
     """Refreshes from this step on (counted from 0) draw random bases (GoLore); None: never."""
     reproject_momentum: bool = False
     """Carry the first moment over to the new bases at a refresh (GoLore) instead of leaving it as it is (GaLore)."""
+    clamp: bool = False
+    """Project a matrix with a side below `rank` with that side as its rank, instead of refusing it."""
     seed: int = 0
-    """Of random bases, with the parameter's number and the number of the refresh."""
+    """Of random bases, with the parameter's number and the number of the refresh; and of stochastic rounding."""
 
     def __post_init__(self) -> None:
-        require_adam(self.lr, self.betas, self.eps, self.weight_decay)
-        require(self.rank is None or self.rank >= 1, "rank", self.rank, "None or a positive integer")
+        super().__post_init__()
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        require(self.rank is None or (whole and self.rank >= 1), "rank", self.rank, "None or a positive integer")
         require(self.update_proj_gap >= 1, "update_proj_gap", self.update_proj_gap, "a positive number of steps")
         require(self.scale >= 0, "scale", self.scale, "a non-negative number")
         names = ("std", "reverse_std", "left", "right", "full")
@@ -68,35 +70,35 @@ class GaLoreHyper:
         require(start is None or start >= 0, "random_from_step", start, "None or a step, 0 or more")
 
 
-def galore_adamw(view: ShardView, state: State, hyper: GaLoreHyper, owner: int, image: Tensor | None = None) -> Rounds:
-    """One update.
+@dataclass(frozen=True)
+class Update:
+    """What an inner rule makes of a gradient, or of a low-rank image of it."""
+
+    step: Tensor
+    """To subtract, in the gradient's shape."""
+    decay: float | Tensor = 0.0
+    """Part of the weight that vanishes."""
+    decays_first: bool = False
+    """Whether it vanishes before the step is subtracted."""
+
+
+Inner: TypeAlias = Generator[tuple[Request, ...], tuple[Any, ...], Update]
+
+
+def apply(weight: Tensor, update: Update, subtract: Callable[[], Any]) -> None:
+    """Decay and step in the inner rule's order.
 
     Args:
-        view: of the parameter.
-        state: of the parameter.
-        hyper: of its group.
-        owner: rank that computes the bases at a refresh.
-        image: of the gradient, where an engine has projected it already (see `ImageOptimizer`).
+        weight: [n], written.
+        update: see `Update`.
+        subtract: subtracts the step.
     """
-    step, projected = state["step"], is_projected(view.layout, hyper)
-    if projected:
-        side = side_of(view.layout.as_matrix().shape, hyper.proj_type)
-        low_rank = LowRank(view.layout.as_matrix(), side, rank_of(hyper))
-        if refresh_due(state, hyper, view.key):
-            yield from refresh(view, state, hyper, side, owner)
-        left, right = state.get("left"), state.get("right")
-        (grad,) = yield (image_of(view, image, low_rank, left, right),)
-    else:
-        grad = view.grad
-    update_moments_(state["exp_avg"], state["exp_avg_sq"], grad, hyper.betas)
-    direction = state["exp_avg_sq"].sqrt().add_(hyper.eps).reciprocal_().mul_(state["exp_avg"])
-    lr = hyper.lr * (1 - hyper.betas[1] ** step) ** 0.5 / (1 - hyper.betas[0] ** step)
-    if projected:
-        (direction,) = yield (low_rank.whole(direction),)
-        low_rank.subtract_(view.param, direction, left, right, lr * hyper.scale)
-    else:
-        view.param.add_(direction, alpha=-lr)
-    view.param.mul_(1 - hyper.lr * hyper.weight_decay)
+    keep = None if isinstance(update.decay, float) and update.decay == 0 else 1 - update.decay
+    if keep is not None and update.decays_first:
+        weight.mul_(keep)
+    subtract()
+    if keep is not None and not update.decays_first:
+        weight.mul_(keep)
 
 
 def is_projected(layout: Layout, hyper: GaLoreHyper) -> bool:
@@ -104,97 +106,116 @@ def is_projected(layout: Layout, hyper: GaLoreHyper) -> bool:
     return hyper.rank is not None and len(layout.shape) >= 2
 
 
-class GaLoreAdamW(ImageOptimizer):
-    """AdamW on low-rank projections of the gradients, on any mesh.
+def plan_of(layout: Layout, hyper: GaLoreHyper) -> tuple[Layout, Side, int]:
+    """The matrix that a projected parameter is, its side and its rank."""
+    matrix = layout.as_matrix()
+    return matrix, side_of(matrix.shape, hyper.proj_type), rank_of(layout, hyper)
 
-    The global matrix is projected, whatever part of it a rank holds.  Right projections keep the moments of the rows
-    that the rank's slice touches, left ones of the rank's share of the columns; the bases are whole on every rank.
 
-    Args:
-        params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
-        lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, svd_method, random_from_step,
-            reproject_momentum, seed: see `GaLoreHyper`.
-        wave_bytes: see `ShardedOptimizer`.
-    Raises:
-        ValueError: a hyper-parameter is out of range, or larger than a dim of a parameter.
+class GaLore(ImageOptimizer):
+    """Base of the optimizers that apply an inner rule to low-rank projections of the gradients, on any mesh.
+
+    The global matrix is projected, whatever part of it a rank holds.  Right projections keep the inner rule's state of
+    the rows that the rank's slice touches, left ones of the rank's share of the columns; the bases are whole on every
+    rank.  Tensors of fewer than two dims are not projected: the inner rule sees them as they are.
     """
 
-    hyper_type = GaLoreHyper
+    hyper_type: ClassVar[Any] = GaLoreHyper
     temporary_bytes = 4
+    momentum_entry: ClassVar[str] = "exp_avg"
+    """State entry that `reproject_momentum` carries over."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: Projection = "std",
-        svd_method: Method = "exact",
-        random_from_step: int | None = None,
-        reproject_momentum: bool = False,
-        seed: int = 0,
-        wave_bytes: int = WAVE_BYTES,
-    ) -> None:
-        hyper = GaLoreHyper(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            svd_method=svd_method,
-            random_from_step=random_from_step,
-            reproject_momentum=reproject_momentum,
-            seed=seed,
-        )
-        super().__init__(params, hyper, wave_bytes)
+    def _construct(self, given: Mapping[str, Any], **fixed: Any) -> None:
+        """Construct from the arguments of a subclass' constructor, by name.
+
+        Args:
+            given: the arguments, with `params` and `wave_bytes`, and one for every hyper-parameter that is not fixed.
+            fixed: hyper-parameters that are no arguments.
+        """
+        fields = (field.name for field in dataclasses.fields(self.hyper_type))
+        hyper = self.hyper_type(**{name: given[name] for name in fields if name not in fixed}, **fixed)
+        # By name: the next class may be the inner rule's own, whose constructor takes other arguments.
+        self._images = {}
+        ShardedOptimizer.__init__(self, given["params"], hyper, given["wave_bytes"])
         self._owners = self._assign_owners()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        hyper = self._hyper(self.param_groups[-1])
-        for param in self.param_groups[-1]["params"]:
-            self.state_spec(self._layouts[param], hyper)
+    @abstractmethod
+    def inner(self, view: ShardView, grad: Tensor, state: State, hyper: Any, image: ImageMatrix | None) -> Inner:
+        """The inner rule: one update from the gradient, or from its low-rank image."""
 
-    def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
-        super().bind(layouts, mesh, keys)
-        self._owners = self._assign_owners()
+    @abstractmethod
+    def inner_spec(self, entry: StateSpec, hyper: Any, image: ImageMatrix | None) -> Spec:
+        """State of the inner rule; `entry` has one value per value of the gradient or of the image."""
 
-    def state_spec(self, layout: Layout, hyper: GaLoreHyper) -> dict[str, StateSpec]:
+    def plain(self, view: ShardView, state: State, hyper: Any) -> Rounds:
+        """The update of a parameter that is not projected."""
+        update = yield from self.inner(view, view.grad, state, hyper, None)
+        apply(view.param, update, lambda: view.param.sub_(update.step))
+
+    def plain_spec(self, layout: Layout, hyper: Any) -> Spec:
+        """State of a parameter that is not projected."""
+        return self.inner_spec(StateSpec(kind="elementwise", shape=layout.local_shape), hyper, None)
+
+    def projected(self, view: ShardView, state: State, hyper: Any) -> Rounds:
+        """The update of a projected parameter (arXiv 2403.03507, algorithm 2)."""
+        matrix, side, rank = plan_of(view.layout, hyper)
+        low_rank, image = LowRank(matrix, side, rank), ImageMatrix(matrix, side, rank)
+        if refresh_due(state, hyper, view.key):
+            yield from refresh(view, state, hyper, side, self._owners.get(view.key, 0), self.momentum_entry)
+        left, right = state.get("left"), state.get("right")
+        (grad,) = yield (image_of(view, self.take_image(view.key), low_rank, left, right),)
+        update = yield from self.inner(view, grad, state, hyper, image)
+        (step,) = yield (low_rank.whole(update.step),)
+        apply(view.param, update, lambda: low_rank.subtract_(view.param, step, left, right, hyper.scale))
+
+    def update(self, view: ShardView, state: State, hyper: Any) -> Rounds:
+        rule = self.projected if is_projected(view.layout, hyper) else self.plain
+        return rule(view, state, hyper)
+
+    def state_spec(self, layout: Layout, hyper: Any) -> Spec:
         if not is_projected(layout, hyper):
-            moment = StateSpec(kind="elementwise", shape=layout.local_shape)
-            return {"exp_avg": moment, "exp_avg_sq": moment}
-        matrix, rank = layout.as_matrix(), rank_of(hyper)
-        if rank > min(matrix.shape):
-            raise ValueError(
-                f"rank={rank} for a parameter of shape {layout.shape}, expected at most {min(matrix.shape)}. "
-                "Give that parameter a group of its own with a smaller rank."
-            )
-        side = side_of(matrix.shape, hyper.proj_type)
-        moment = StateSpec(kind="low_rank", shape=LowRank(matrix, side, rank).shape, side=side)
-        spec = {"exp_avg": moment, "exp_avg_sq": moment}
+            return self.plain_spec(layout, hyper)
+        matrix, side, rank = plan_of(layout, hyper)
+        image = ImageMatrix(matrix, side, rank)
+        spec = self.inner_spec(StateSpec(kind="low_rank", shape=image.held, side=side), hyper, image)
         if side != "right":
             spec["left"] = StateSpec(kind="replicated", shape=(matrix.shape[0], rank))
         if side != "left":
             spec["right"] = StateSpec(kind="replicated", shape=(matrix.shape[1], rank))
         return spec
 
-    def update(self, view: ShardView, state: State, hyper: GaLoreHyper) -> Rounds:
-        return galore_adamw(view, state, hyper, self._owners.get(view.key, 0), self.take_image(view.key))
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        hyper, names, params = self._hyper(group), group.get("param_names", ()), group["params"]
+        for index, param in enumerate(params):
+            if is_projected(self._layouts[param], hyper):
+                rank_of(self._layouts[param], hyper, names[index] if len(names) == len(params) else f"number {index}")
+        vectors = sum(param.dim() < 2 for param in params)
+        if hyper.rank is not None and vectors:
+            logger.info(
+                "%s: %d of the %d parameters of a group with rank=%d have fewer than two dims and are not projected",
+                type(self).__name__,
+                vectors,
+                len(params),
+                hyper.rank,
+            )
 
-    def image_wanted(self, layout: Layout, state: State, hyper: GaLoreHyper, key: int) -> Image | None:
+    def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
+        super().bind(layouts, mesh, keys)
+        self._owners = self._assign_owners()
+
+    def image_wanted(self, layout: Layout, state: State, hyper: Any, key: int) -> Image | None:
         if not is_projected(layout, hyper) or refresh_due(state, hyper, key):
             return None
-        matrix = layout.as_matrix()
-        side, (left, right) = side_of(matrix.shape, hyper.proj_type), (state.get(name) for name in BASES)
-        return Image(layout=matrix, side=side, rank=rank_of(hyper), left=left, right=right)
+        matrix, side, rank = plan_of(layout, hyper)
+        left, right = (state.get(name) for name in BASES)
+        return Image(layout=matrix, side=side, rank=rank, left=left, right=right)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy has no mesh, where every basis has one owner; `bind` assigns them anew.
+        self.__dict__.setdefault("_owners", {})
 
     def _assign_owners(self) -> dict[int, int]:
         """Which rank computes the bases of which parameter: the largest first, each to the rank with least to do."""
@@ -213,60 +234,24 @@ class GaLoreAdamW(ImageOptimizer):
         return owners
 
 
-class GoLoreAdamW(GaLoreAdamW):
-    """GaLoreAdamW with GoLore's late random bases, and its first moment carried over at every refresh.
+def first_random_step(name: str, rand_ratio: float, total_steps: int | None, random_from_step: int | None) -> int:
+    """The step, counted from 0, from which GoLore's bases are random.
 
     Args:
-        params, lr, betas, eps, weight_decay, rank, update_proj_gap, scale, proj_type, svd_method, seed, wave_bytes: see
-            `GaLoreAdamW`.
-        rand_ratio: fraction of `total_steps` after which bases are random.
-        total_steps: length of the run in steps; needed unless `random_from_step` says when.
-        random_from_step: first step, counted from 0, whose refresh is random; instead of the two above.
+        name: of the optimizer.
+        rand_ratio: fraction of `total_steps` before it.
+        total_steps: length of the run; None where `random_from_step` is given.
+        random_from_step: the step itself; None where `total_steps` is given.
     Raises:
-        ValueError: a hyper-parameter is out of range, or the begin of random bases is given twice or not at all.
+        ValueError: both are given or none, or the fraction is none.
     """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: Projection = "std",
-        svd_method: Method = "exact",
-        rand_ratio: float = 0.8,
-        total_steps: int | None = None,
-        random_from_step: int | None = None,
-        seed: int = 0,
-        wave_bytes: int = WAVE_BYTES,
-    ) -> None:
-        require(0 <= rand_ratio <= 1, "rand_ratio", rand_ratio, "a fraction in [0, 1]")
-        if (total_steps is None) == (random_from_step is None):
-            raise ValueError(
-                f"GoLoreAdamW: got total_steps={total_steps} and random_from_step={random_from_step}, expected exactly "
-                "one. Give total_steps with rand_ratio, or the step itself."
-            )
-        if total_steps is not None:
-            # The update numbered u, from 0, is random once u / total_steps >= rand_ratio.
-            random_from_step = math.ceil(rand_ratio * total_steps)
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            svd_method=svd_method,
-            random_from_step=random_from_step,
-            reproject_momentum=True,
-            seed=seed,
-            wave_bytes=wave_bytes,
+    require(0 <= rand_ratio <= 1, "rand_ratio", rand_ratio, "a fraction in [0, 1]")
+    if random_from_step is not None and total_steps is None:
+        return random_from_step
+    if total_steps is None or random_from_step is not None:
+        raise ValueError(
+            f"{name}: got total_steps={total_steps} and random_from_step={random_from_step}, expected exactly "
+            "one. Give total_steps with rand_ratio, or the step itself."
         )
+    # The update numbered u, from 0, is random once u / total_steps >= rand_ratio.
+    return math.ceil(rand_ratio * total_steps)

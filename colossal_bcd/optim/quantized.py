@@ -1,8 +1,9 @@
-"""8-bit storage of first moments (Dettmers et al., arXiv 2110.02861, section 2): a matter of storage, not of math.
+"""8-bit storage of moments (Dettmers et al., arXiv 2110.02861, section 2): a matter of storage, not of math.
 
 Blocks of 256 values of this rank's data share a float32 scale, their largest magnitude; a value is kept as the number
-of the nearest one of 256 codes of bitsandbytes' signed dynamic map.  Blocks begin where the rank's slice begins, so
-runs on different meshes differ within the quantisation error.  n: values of data on this rank.
+of the nearest one of 256 codes of bitsandbytes' dynamic map, signed or, for second moments, unsigned.  Blocks begin
+where the rank's slice begins, so runs on different meshes differ within the quantisation error.  n: values of data on
+this rank.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def require_library() -> None:
     Raises:
         ImportError: bitsandbytes is missing.
     """
-    _codes(torch.device("cpu"))
+    _codes(torch.device("cpu"), True)
 
 
 def require_stored(name: str, entry: Tensor, bits: Bits) -> None:
@@ -64,36 +65,38 @@ def require_stored(name: str, entry: Tensor, bits: Bits) -> None:
         )
 
 
-def dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
-    """[n] float32 values in a new tensor.
+def dequantize(codes: Tensor, absmax: Tensor, signed: bool = True) -> Tensor:
+    """Float32 values in a new tensor of the codes' shape.
 
     Args:
-        codes: [n] uint8.
+        codes: uint8, n values.
         absmax: [at least ceil(n / 256)] float32 scales.
+        signed: which of the two maps.
     """
-    if not len(codes):
-        return codes.new_empty(0, dtype=torch.float32)
-    code = _codes(codes.device)
+    if not codes.numel():
+        return torch.empty_like(codes, dtype=torch.float32)
     values: Tensor = _functional().dequantize_blockwise(
-        codes, absmax=absmax[: _num_blocks(codes)], code=code, blocksize=BLOCK
+        codes.view(-1), absmax=absmax[: _num_blocks(codes)], code=_codes(codes.device, signed), blocksize=BLOCK
     )
-    return values
+    return values.view(codes.shape)
 
 
-def quantize_into(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
+def quantize_into(codes: Tensor, absmax: Tensor, values: Tensor, signed: bool = True) -> None:
     """Store values, in place.
 
-    A value that is not finite makes its whole block not finite: none disappears.
+    A value that is not finite makes its whole block not finite: none disappears.  Of an unsigned entry, a value that is
+    not zero is not stored as zero: what divides would not be bounded then.
 
     Args:
-        codes: [n] uint8, written.
+        codes: uint8, written.
         absmax: [at least ceil(n / 256)] float32, written.
-        values: [n] of any floating dtype.
+        values: of any floating dtype, in the shape of the codes; none is negative unless `signed`.
+        signed: which of the two maps.
     """
-    if not len(values):
+    if not values.numel():
         return
-    values = values.to(torch.float32)
-    quantized, _ = _functional().quantize_blockwise(values, code=_codes(values.device), blocksize=BLOCK)
+    codes, values = codes.view(-1), values.to(torch.float32).reshape(-1)
+    quantized, _ = _functional().quantize_blockwise(values, code=_codes(values.device, signed), blocksize=BLOCK)
     codes.copy_(quantized)
     # The library's own scales pass over NaN, which it then stores as a number.
     whole = len(values) // BLOCK
@@ -102,10 +105,12 @@ def quantize_into(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
     if len(tail):
         absmax[whole] = torch.linalg.vector_norm(tail, torch.inf)
     if values.device.type == "cpu":
-        _settle_small_values(codes, absmax[: _num_blocks(codes)], values)
+        _settle_small_values(codes, absmax[: _num_blocks(codes)], values, signed)
+    if not signed:
+        codes.masked_fill_((codes == 0) & (values > 0), 1)
 
 
-def _settle_small_values(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
+def _settle_small_values(codes: Tensor, absmax: Tensor, values: Tensor, signed: bool) -> None:
     """Give small values their nearest codes.
 
     The library's CPU kernel tells apart no less than 2^-16 of the scale and stores zero as 2.1e-5 of it.  Divided by
@@ -114,11 +119,11 @@ def _settle_small_values(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
     scale = torch.where(absmax > 0, absmax, 1).view(-1, 1).expand(-1, BLOCK).reshape(-1)[: len(values)]
     relative = values / scale
     small = relative.abs() < SMALL
-    codes[small] = torch.bucketize(relative[small], _middles()).to(torch.uint8)
+    codes[small] = torch.bucketize(relative[small], _middles(signed)).to(torch.uint8)
 
 
 def _num_blocks(codes: Tensor) -> int:
-    return -(-len(codes) // BLOCK)
+    return -(-codes.numel() // BLOCK)
 
 
 @functools.cache
@@ -134,14 +139,14 @@ def _functional() -> Any:
 
 
 @functools.cache
-def _codes(device: torch.device) -> Tensor:
-    """[256] the signed dynamic map, ascending in [-1, 1]; one copy per device, so that no step sends it."""
-    code: Tensor = _functional().create_dynamic_map(signed=True).to(device)
+def _codes(device: torch.device, signed: bool) -> Tensor:
+    """[256] the dynamic map, ascending in [-1, 1] or [0, 1]; one copy per device, so that no step sends it."""
+    code: Tensor = _functional().create_dynamic_map(signed=signed).to(device)
     return code
 
 
 @functools.cache
-def _middles() -> Tensor:
+def _middles(signed: bool) -> Tensor:
     """[255] the values that are as near to one code as to the next."""
-    code = _codes(torch.device("cpu"))
+    code = _codes(torch.device("cpu"), signed)
     return (code[1:] + code[:-1]) / 2

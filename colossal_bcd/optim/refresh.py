@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.projection import Bases, random_bases, singular_bases, subspace_bases
-from colossal_bcd.sharding import Collect, ShardView, Sum
+from colossal_bcd.sharding import Collect, Layout, ShardView, Sum
 
 if TYPE_CHECKING:
     from colossal_bcd.optim.base import State
@@ -34,14 +34,15 @@ def refresh_due(state: State, hyper: GaLoreHyper, key: int) -> bool:
 
 
 def refresh(
-    view: ShardView, state: State, hyper: GaLoreHyper, side: str, owner: int
+    view: ShardView, state: State, hyper: GaLoreHyper, side: str, owner: int, momentum: str = "exp_avg"
 ) -> Generator[tuple[Collect | Sum, ...], tuple[Any, ...], None]:
     """New bases, in place, and the first moment carried over to them if asked for.
 
     Random bases are drawn by every rank.  Singular vectors are computed by the owner from the whole gradient; where
     that is not finite, or the decomposition fails, the bases stay as they are (random ones at the first refresh).
+    The entry `momentum` of the state is the first moment, if the inner rule has one.
     """
-    layout, rank = view.layout.as_matrix(), rank_of(hyper)
+    layout, rank = view.layout.as_matrix(), rank_of(view.layout, hyper)
     number = (state["step"] - 1) // hyper.update_proj_gap
     seed = zlib.crc32(repr((hyper.seed, view.key, number)).encode()) * 4
     late = hyper.random_from_step is not None and state["step"] - 1 >= hyper.random_from_step
@@ -58,8 +59,8 @@ def refresh(
         new = dict(zip(old, totals, strict=True))
     for name, basis in new.items():
         state[name].copy_(basis)
-    if hyper.reproject_momentum and number:
-        moment = state["exp_avg"]
+    if hyper.reproject_momentum and number and momentum in state:
+        moment = state[momentum]
         if "left" in new:
             moment.copy_(new["left"].T @ old["left"] @ moment)
         if "right" in new:
@@ -85,7 +86,17 @@ def bases_of(
     return {name: basis for name, basis in zip(BASES, bases, strict=True) if basis is not None}
 
 
-def rank_of(hyper: GaLoreHyper) -> int:
-    """The rank of a projected parameter."""
+def rank_of(layout: Layout, hyper: GaLoreHyper, name: str = "") -> int:
+    """The rank of a projected parameter.
+
+    Raises:
+        ValueError: a side of its matrix is shorter, and `clamp` is off.
+    """
     assert hyper.rank is not None
-    return hyper.rank
+    shape = layout.as_matrix().shape
+    if hyper.rank > min(shape) and not hyper.clamp:
+        raise ValueError(
+            f"rank={hyper.rank} for parameter {name}{' ' * bool(name)}of shape {layout.shape}, expected at most "
+            f"{min(shape)}. Give it a group with a smaller rank or none, or pass clamp=True."
+        )
+    return min(hyper.rank, *shape)

@@ -11,7 +11,7 @@ from colossal_bcd.optim.spec import BLOCK
 ULPS = (0, 1, -1, 2, -2)
 
 
-def restore_into(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
+def restore_into(codes: Tensor, absmax: Tensor, values: Tensor, signed: bool = True) -> None:
     """Store values, in place, so that what was stored in the same blocks before is stored again bit for bit.
 
     The largest magnitude of a block is its scale where it is positive.  Else it is the scale times the lowest code,
@@ -22,10 +22,13 @@ def restore_into(codes: Tensor, absmax: Tensor, values: Tensor) -> None:
         codes: [n] uint8, written.
         absmax: [at least ceil(n / 256)] float32, written.
         values: [n] float32.
+        signed: which of the two maps; the largest value of an unsigned block is always its scale.
     """
     if not len(values):
         return
-    quantize_into(codes, absmax, values)
+    quantize_into(codes, absmax, values, signed)
+    if not signed:
+        return
     lowest = dequantize(codes.new_zeros(1), absmax.new_ones(1)).abs()
     num_blocks = -(-len(values) // BLOCK)
     usual = absmax[:num_blocks].clone()

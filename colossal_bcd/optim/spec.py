@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,15 +41,16 @@ class StateSpec:
     dtype: torch.dtype | None = None
     """None is the dtype in which the parameter's values are computed (`wide`)."""
     bits: Bits = 32
-    """8: an elementwise entry that rules see as `dtype` and that is kept as `stored` says."""
-
+    """8: an entry that rules see as `dtype` and that is kept as `stored` says."""
+    signed: bool = True
+    """With 8 bits: whether values may be negative."""
     side: Side | None = None
     """The entry belongs to a low-rank image that was projected on this side; None: to the parameter itself."""
     total: str | None = None
     """Of rows: the entry which on some meshes keeps their mean over each matrix, and which files always have."""
 
     def __post_init__(self) -> None:
-        assert self.bits == 32 or self.kind == "elementwise"
+        assert self.bits == 32 or self.kind in ("elementwise", "low_rank")
         assert (self.kind == "low_rank") <= (self.side is not None)
 
     def cut(self, layout: Layout) -> Cut:
@@ -76,7 +77,7 @@ class StateSpec:
         if self.bits == 32:
             return {name: self}
         return {
-            name: StateSpec(kind="elementwise", shape=self.shape, dtype=torch.uint8),
+            name: replace(self, dtype=torch.uint8, bits=32),
             f"{name}_absmax": StateSpec(kind="block", shape=(-(-math.prod(self.shape) // BLOCK),), dtype=torch.float32),
         }
 

@@ -7,6 +7,7 @@ from colossal_bcd.sharding.matrix import Matrices, Means
 from colossal_bcd.sharding.mesh import Mesh
 from colossal_bcd.sharding.projection import LowRank
 from colossal_bcd.sharding.rounds import WAVE_BYTES, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
+from colossal_bcd.sharding.statistics import ImageMatrix
 from colossal_bcd.sharding.view import ShardView, square_sum, wide
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Collect",
     "Combined",
     "Image",
+    "ImageMatrix",
     "Layout",
     "LowRank",
     "Matrices",

@@ -281,13 +281,16 @@ class Layout:
         """The layout of the same values with all dims but the first flattened into one.
 
         Raises:
-            ValueError: fewer than two dims, or one of the flattened dims is divided.
+            ValueError: fewer than two dims.
         """
         if len(self.shape) == 2:
             return self
-        if len(self.shape) < 2 or (self.split is not None and self.split.size > 1 and self.split.dim > 0):
-            raise ValueError(
-                f"layout of {self.shape} with split {self.split} is no matrix of its first dim by the rest"
-            )
-        split = self.split if self.split is not None and self.split.dim == 0 else None
+        if len(self.shape) < 2:
+            raise ValueError(f"layout of {self.shape}: got {len(self.shape)} dims, expected two or more for a matrix")
+        split = self.split
+        if split is not None and split.dim > 0:
+            # Every index of the dims between the first and the divided one begins a run that is divided on its own.
+            outer, inner = math.prod(self.shape[1 : split.dim]), math.prod(self.shape[split.dim + 1 :])
+            sections = tuple(section * inner for section in self._sections) * outer
+            split = dataclasses.replace(split, dim=1, sections=sections)
         return Layout(shape=(self.shape[0], math.prod(self.shape[1:])), split=split, slice=self.slice)
