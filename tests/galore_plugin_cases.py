@@ -70,10 +70,10 @@ def injected(plugin: str, plugin_options: dict[str, Any], options: dict[str, Any
     return {"error": worst, "replicas": equal, "held": held}
 
 
-def inside_blocks(world: int) -> list[float]:
+def inside_blocks(world: int, options: dict[str, Any] | None = None) -> list[float]:
     """Losses of block coordinate descent with GaLore as base; a period spans a refresh."""
     model = models.llama(layers=2)
-    base = GaLoreAdamW(groups(model, svd_method="random"), lr=1e-2)
+    base = GaLoreAdamW(groups(model, **(options or {"svd_method": "random"})), lr=1e-2)
     wrapped = BlockOptimizer(base, model.named_parameters(), switch_block_every=8, switch_mode="ascending", verbose=0)
     booster, engine = None, wrapped
     if world > 1:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer, State
 from colossal_bcd.optim.functional import require
-from colossal_bcd.optim.images import ImageOptimizer, image_of
-from colossal_bcd.optim.projection import Method
-from colossal_bcd.optim.refresh import BASES, rank_of, refresh, refresh_due
-from colossal_bcd.optim.rounding import RoundingHyper
+from colossal_bcd.optim.images import image_of
+from colossal_bcd.optim.refresh import BASES, rank_of, refresh_if_due
+from colossal_bcd.optim.refresh_plan import RefreshHyper, lazy_spec
+from colossal_bcd.optim.refreshing import RefreshingOptimizer, is_projected
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import Image, ImageMatrix, Layout, LowRank, Mesh, Request, Rounds, ShardView
-from colossal_bcd.sharding.projection import Side, cost_of_basis, side_of
+from colossal_bcd.sharding import Image, ImageMatrix, Layout, LowRank, Request, Rounds, ShardView
+from colossal_bcd.sharding.projection import Side, side_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,40 +34,19 @@ Spec: TypeAlias = dict[str, StateSpec]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaLoreHyper(RoundingHyper):
+class GaLoreHyper(RefreshHyper):
     """Hyper-parameters of the projection in one param group."""
 
-    rank: int | None = None
-    """Rank of the projection of tensors of two or more dims (the first dim by the rest); None projects nothing."""
-    update_proj_gap: int = 200
-    """Steps between refreshes of the bases; the first step is one."""
     scale: float = 0.25
     """Factor of the projected update."""
     proj_type: Projection = "std"
     """Which dim is projected: "std" the shorter one of the global matrix, "reverse_std" the longer one, or as said."""
-    svd_method: Method = "exact"
-    """"exact" singular vectors, "subspace" iteration from the last bases, or "random" bases."""
-    random_from_step: int | None = None
-    """Refreshes from this step on (counted from 0) draw random bases (GoLore); None: never."""
-    reproject_momentum: bool = False
-    """Carry the first moment over to the new bases at a refresh (GoLore) instead of leaving it as it is (GaLore)."""
-    clamp: bool = False
-    """Project a matrix with a side below `rank` with that side as its rank, instead of refusing it."""
-    seed: int = 0
-    """Of random bases, with the parameter's number and the number of the refresh; and of stochastic rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        require(self.rank is None or (whole and self.rank >= 1), "rank", self.rank, "None or a positive integer")
-        require(self.update_proj_gap >= 1, "update_proj_gap", self.update_proj_gap, "a positive number of steps")
         require(self.scale >= 0, "scale", self.scale, "a non-negative number")
         names = ("std", "reverse_std", "left", "right", "full")
         require(self.proj_type in names, "proj_type", self.proj_type, f"one of {', '.join(names)}")
-        methods = ("exact", "subspace", "random")
-        require(self.svd_method in methods, "svd_method", self.svd_method, f"one of {', '.join(methods)}")
-        start = self.random_from_step
-        require(start is None or start >= 0, "random_from_step", start, "None or a step, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -101,18 +80,13 @@ def apply(weight: Tensor, update: Update, subtract: Callable[[], Any]) -> None:
         weight.mul_(keep)
 
 
-def is_projected(layout: Layout, hyper: GaLoreHyper) -> bool:
-    """Whether a parameter of this layout is projected."""
-    return hyper.rank is not None and len(layout.shape) >= 2
-
-
 def plan_of(layout: Layout, hyper: GaLoreHyper) -> tuple[Layout, Side, int]:
     """The matrix that a projected parameter is, its side and its rank."""
     matrix = layout.as_matrix()
     return matrix, side_of(matrix.shape, hyper.proj_type), rank_of(layout, hyper)
 
 
-class GaLore(ImageOptimizer):
+class GaLore(RefreshingOptimizer):
     """Base of the optimizers that apply an inner rule to low-rank projections of the gradients, on any mesh.
 
     The global matrix is projected, whatever part of it a rank holds.  Right projections keep the inner rule's state of
@@ -135,9 +109,8 @@ class GaLore(ImageOptimizer):
         fields = (field.name for field in dataclasses.fields(self.hyper_type))
         hyper = self.hyper_type(**{name: given[name] for name in fields if name not in fixed}, **fixed)
         # By name: the next class may be the inner rule's own, whose constructor takes other arguments.
-        self._images = {}
+        self._prepare()
         ShardedOptimizer.__init__(self, given["params"], hyper, given["wave_bytes"])
-        self._owners = self._assign_owners()
 
     @abstractmethod
     def inner(self, view: ShardView, grad: Tensor, state: State, hyper: Any, image: ImageMatrix | None) -> Inner:
@@ -160,8 +133,7 @@ class GaLore(ImageOptimizer):
         """The update of a projected parameter (arXiv 2403.03507, algorithm 2)."""
         matrix, side, rank = plan_of(view.layout, hyper)
         low_rank, image = LowRank(matrix, side, rank), ImageMatrix(matrix, side, rank)
-        if refresh_due(state, hyper, view.key):
-            yield from refresh(view, state, hyper, side, self._owners.get(view.key, 0), self.momentum_entry)
+        yield from refresh_if_due(view, state, hyper, side, self.place(view.key), self.momentum_entry)
         left, right = state.get("left"), state.get("right")
         (grad,) = yield (image_of(view, self.take_image(view.key), low_rank, left, right),)
         update = yield from self.inner(view, grad, state, hyper, image)
@@ -177,7 +149,10 @@ class GaLore(ImageOptimizer):
             return self.plain_spec(layout, hyper)
         matrix, side, rank = plan_of(layout, hyper)
         image = ImageMatrix(matrix, side, rank)
-        spec = self.inner_spec(StateSpec(kind="low_rank", shape=image.held, side=side), hyper, image)
+        spec = {
+            **self.inner_spec(StateSpec(kind="low_rank", shape=image.held, side=side), hyper, image),
+            **lazy_spec(hyper),
+        }
         if side != "right":
             spec["left"] = StateSpec(kind="replicated", shape=(matrix.shape[0], rank))
         if side != "left":
@@ -201,37 +176,12 @@ class GaLore(ImageOptimizer):
                 hyper.rank,
             )
 
-    def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
-        super().bind(layouts, mesh, keys)
-        self._owners = self._assign_owners()
-
     def image_wanted(self, layout: Layout, state: State, hyper: Any, key: int) -> Image | None:
-        if not is_projected(layout, hyper) or refresh_due(state, hyper, key):
+        if not is_projected(layout, hyper) or self.refresh_due(state, hyper, key):
             return None
         matrix, side, rank = plan_of(layout, hyper)
         left, right = (state.get(name) for name in BASES)
         return Image(layout=matrix, side=side, rank=rank, left=left, right=right)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # A copy has no mesh, where every basis has one owner; `bind` assigns them anew.
-        self.__dict__.setdefault("_owners", {})
-
-    def _assign_owners(self) -> dict[int, int]:
-        """Which rank computes the bases of which parameter: the largest first, each to the rank with least to do."""
-        matrices = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                layout = self._layouts[param]
-                if is_projected(layout, self._hyper(group)):
-                    matrices.append((cost_of_basis(layout.as_matrix().shape), self._keys[param], layout))
-        loads: dict[int, int] = {}
-        owners = {}
-        for cost, key, layout in sorted(matrices, key=lambda item: (-item[0], item[1])):
-            ranks = math.prod(axis.size for axis in (layout.slice, layout.split) if axis is not None)
-            owners[key] = min(range(ranks), key=lambda rank: (loads.get(rank, 0), rank))
-            loads[owners[key]] = loads.get(owners[key], 0) + cost
-        return owners
 
 
 def first_random_step(name: str, rand_ratio: float, total_steps: int | None, random_from_step: int | None) -> int:

@@ -64,8 +64,8 @@ class GaLoreAdamW8bit(GaLore):
     Args:
         params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
         lr, betas, eps, weight_decay, min_8bit_size, state_bits: see `GaLoreAdamW8bitHyper`.
-        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, clamp: see
-            `GaLoreHyper`.
+        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, stagger,
+            lazy_threshold, lazy_patience, clamp: see `GaLoreHyper`.
         rounding, seed: see `GaLoreAdamW8bitHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
@@ -91,6 +91,9 @@ class GaLoreAdamW8bit(GaLore):
         svd_method: Method = "exact",
         random_from_step: int | None = None,
         reproject_momentum: bool = False,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         min_8bit_size: int = 4096,
         state_bits: Bits = 8,
@@ -123,7 +126,8 @@ class GoLoreAdamW8bit(GaLoreAdamW8bit):
 
     Args:
         params, lr, betas, eps, weight_decay, min_8bit_size, state_bits, rank, update_proj_gap,
-            scale, proj_type, svd_method, clamp, rounding, seed, wave_bytes: see `GaLoreAdamW8bit`.
+            scale, proj_type, svd_method, stagger, lazy_threshold, lazy_patience, clamp,
+            rounding, seed, wave_bytes: see `GaLoreAdamW8bit`.
         rand_ratio: fraction of `total_steps` after which bases are random.
         total_steps: length of the run in steps; needed unless `random_from_step` says when.
         random_from_step: first step, counted from 0, whose refresh is random; instead of the two above.
@@ -147,6 +151,9 @@ class GoLoreAdamW8bit(GaLoreAdamW8bit):
         rand_ratio: float = 0.8,
         total_steps: int | None = None,
         random_from_step: int | None = None,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         min_8bit_size: int = 4096,
         state_bits: Bits = 8,

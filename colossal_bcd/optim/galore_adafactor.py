@@ -51,8 +51,8 @@ class GaLoreAdafactor(GaLore, Adafactor):
         params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
         lr, eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step,
             warmup_init, min_dim_size_to_factor: see `GaLoreAdafactorHyper`.
-        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, clamp: see
-            `GaLoreHyper`.
+        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, stagger,
+            lazy_threshold, lazy_patience, clamp: see `GaLoreHyper`.
         rounding, seed, moment_bits: see `GaLoreAdafactorHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
@@ -81,6 +81,9 @@ class GaLoreAdafactor(GaLore, Adafactor):
         svd_method: Method = "exact",
         random_from_step: int | None = None,
         reproject_momentum: bool = False,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         min_dim_size_to_factor: int = 0,
         rounding: Rounding = "nearest",
@@ -123,7 +126,8 @@ class GoLoreAdafactor(GaLoreAdafactor):
     Args:
         params, lr, eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step,
             warmup_init, min_dim_size_to_factor, rank, update_proj_gap,
-            scale, proj_type, svd_method, clamp, rounding, seed, moment_bits, wave_bytes: see `GaLoreAdafactor`.
+            scale, proj_type, svd_method, stagger, lazy_threshold, lazy_patience, clamp,
+            rounding, seed, moment_bits, wave_bytes: see `GaLoreAdafactor`.
         rand_ratio: fraction of `total_steps` after which bases are random.
         total_steps: length of the run in steps; needed unless `random_from_step` says when.
         random_from_step: first step, counted from 0, whose refresh is random; instead of the two above.
@@ -152,6 +156,9 @@ class GoLoreAdafactor(GaLoreAdafactor):
         rand_ratio: float = 0.8,
         total_steps: int | None = None,
         random_from_step: int | None = None,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         min_dim_size_to_factor: int = 0,
         rounding: Rounding = "nearest",

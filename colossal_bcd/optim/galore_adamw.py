@@ -54,8 +54,8 @@ class GaLoreAdamW(GaLore):
     Args:
         params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
         lr, betas, eps, weight_decay, correct_bias: see `GaLoreAdamWHyper`.
-        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, clamp: see
-            `GaLoreHyper`.
+        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, stagger,
+            lazy_threshold, lazy_patience, clamp: see `GaLoreHyper`.
         rounding, seed, moment_bits: see `GaLoreAdamWHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
@@ -79,6 +79,9 @@ class GaLoreAdamW(GaLore):
         svd_method: Method = "exact",
         random_from_step: int | None = None,
         reproject_momentum: bool = False,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         correct_bias: bool = True,
         rounding: Rounding = "nearest",
@@ -102,7 +105,8 @@ class GoLoreAdamW(GaLoreAdamW):
 
     Args:
         params, lr, betas, eps, weight_decay, correct_bias, rank, update_proj_gap,
-            scale, proj_type, svd_method, clamp, rounding, seed, moment_bits, wave_bytes: see `GaLoreAdamW`.
+            scale, proj_type, svd_method, stagger, lazy_threshold, lazy_patience, clamp,
+            rounding, seed, moment_bits, wave_bytes: see `GaLoreAdamW`.
         rand_ratio: fraction of `total_steps` after which bases are random.
         total_steps: length of the run in steps; needed unless `random_from_step` says when.
         random_from_step: first step, counted from 0, whose refresh is random; instead of the two above.
@@ -126,6 +130,9 @@ class GoLoreAdamW(GaLoreAdamW):
         rand_ratio: float = 0.8,
         total_steps: int | None = None,
         random_from_step: int | None = None,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         correct_bias: bool = True,
         rounding: Rounding = "nearest",

@@ -66,8 +66,8 @@ class GaLoreSGD(GaLore):
     Args:
         params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
         lr, momentum, dampening, weight_decay, nesterov: see `GaLoreSGDHyper`.
-        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, clamp: see
-            `GaLoreHyper`.
+        rank, update_proj_gap, scale, proj_type, svd_method, random_from_step, reproject_momentum, stagger,
+            lazy_threshold, lazy_patience, clamp: see `GaLoreHyper`.
         rounding, seed, moment_bits: see `GaLoreSGDHyper`.
         wave_bytes: see `ShardedOptimizer`.
     Raises:
@@ -93,6 +93,9 @@ class GaLoreSGD(GaLore):
         svd_method: Method = "exact",
         random_from_step: int | None = None,
         reproject_momentum: bool = False,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         rounding: Rounding = "nearest",
         seed: int = 0,
@@ -115,7 +118,8 @@ class GoLoreSGD(GaLoreSGD):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, rank, update_proj_gap,
-            scale, proj_type, svd_method, clamp, rounding, seed, moment_bits, wave_bytes: see `GaLoreSGD`.
+            scale, proj_type, svd_method, stagger, lazy_threshold, lazy_patience, clamp,
+            rounding, seed, moment_bits, wave_bytes: see `GaLoreSGD`.
         rand_ratio: fraction of `total_steps` after which bases are random.
         total_steps: length of the run in steps; needed unless `random_from_step` says when.
         random_from_step: first step, counted from 0, whose refresh is random; instead of the two above.
@@ -140,6 +144,9 @@ class GoLoreSGD(GaLoreSGD):
         rand_ratio: float = 0.8,
         total_steps: int | None = None,
         random_from_step: int | None = None,
+        stagger: int = 1,
+        lazy_threshold: float | None = None,
+        lazy_patience: int = 5,
         clamp: bool = False,
         rounding: Rounding = "nearest",
         seed: int = 0,

@@ -87,3 +87,26 @@ def captured_energy(matrix: Tensor, bases: Bases) -> Tensor:
     image = matrix if bases[0] is None else bases[0].T @ matrix
     image = image if bases[1] is None else image @ bases[1]
     return image.square().sum() / matrix.square().sum()
+
+
+def random_energy(shape: tuple[int, ...], rank: int, side: str) -> float:
+    """Mean energy of any matrix [R, C] that `random_bases` capture: E[Q Q^T] = (q / n) I on every projected side."""
+    left = rank / shape[0] if side != "right" else 1.0
+    right = rank / shape[1] if side != "left" else 1.0
+    return left * right
+
+
+def similarity(old: Bases, new: Bases) -> Tensor:
+    """How much of the old subspace is in the new one, a scalar: 1 for the same subspace, 0 on average for random ones.
+
+    The mean squared cosine of the principal angles, |old^T new|^2 / q, less what two random subspaces have, q / n,
+    and divided by what remains to 1.  Signs and rotations of the vectors do not count.  Of two sides the lower one.
+    """
+    values = []
+    for before, after in zip(old, new, strict=True):
+        if before is None or after is None:
+            continue
+        size, rank = before.shape
+        overlap = (before.T @ after).square().sum() / rank
+        values.append((overlap - rank / size) / (1 - rank / size) if rank < size else torch.ones_like(overlap))
+    return torch.stack(values).min()

@@ -30,6 +30,11 @@ class Mesh:
             members = group if isinstance(group, tuple) else (group,)
             self._groups[axis] = tuple(member for member in members if dist.get_world_size(member) > 1)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that logs for all: rank 0 of the job."""
+        return not dist.is_initialized() or dist.get_rank() == 0
+
     def communicates(self, axes: tuple[str, ...]) -> bool:
         """Whether a sum over these axes needs another rank."""
         return any(self._members(axis) for axis in axes)
