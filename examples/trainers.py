@@ -121,7 +121,7 @@ def build_plugin(settings: Settings) -> Any:
     """The plugins take the arguments of ColossalAI's plugins of the same names."""
     if settings.plugin == "ddp":
         return TorchDDPPlugin()
-    common = {"precision": settings.precision, "max_norm": settings.clip, "initial_scale": 2.0**16}
+    common: dict[str, Any] = {"precision": settings.precision, "max_norm": settings.clip, "initial_scale": 2.0**16}
     if settings.plugin == "zero":
         return LowLevelZeroPlugin(stage=settings.zero_stage, **common)
     return HybridParallelPlugin(tp_size=settings.tp, pp_size=1, zero_stage=settings.zero_stage, **common)

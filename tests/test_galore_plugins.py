@@ -6,6 +6,7 @@ from typing import Any
 
 import galore_plugin_cases
 import pytest
+import torch
 
 from colossal_bcd.testing import run_ranks
 
@@ -25,6 +26,8 @@ def test_galore_plugin_step_equals_one_process(case: str) -> None:
     products of rank 4 and Adam's ten operations, over sums of up to 96 values.
     """
     num_ranks, plugin, options = CASES[case]
+    # Averages of these gradients are exact in bf16, those of their images are not.
+    options = {**options, "communication_dtype": torch.float32}
     reports = run_ranks(num_ranks, galore_plugin_cases.injected, plugin, options, {"svd_method": "random"})
     bound = 20 * 2**-24 * (4 + 64 * 0.02 * 96**0.5)
     assert all(report["error"] <= bound for report in reports)

@@ -2,7 +2,16 @@
 
 from colossal_bcd.booster.explain import explain
 from colossal_bcd.booster.install import install
+from colossal_bcd.booster.low_rank import LowRankOptions
 from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.registry import cast
 
-__all__ = ["HybridParallelPlugin", "LowLevelZeroPlugin", "TorchDDPPlugin", "cast", "explain", "install"]
+__all__ = [
+    "HybridParallelPlugin",
+    "LowLevelZeroPlugin",
+    "LowRankOptions",
+    "TorchDDPPlugin",
+    "cast",
+    "explain",
+    "install",
+]

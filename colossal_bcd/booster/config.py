@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from torch import Tensor
+
+from colossal_bcd.booster.low_rank import LowRankOptions
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -34,6 +36,8 @@ class EngineConfig:
     master_weights: bool = True
     max_norm: float = 0.0
     """Clip the global norm of the gradients of what is active; 0 does not."""
+    low_rank: LowRankOptions = field(default_factory=LowRankOptions)
+    """How gradients of projected parameters travel."""
     fp16: Mapping[str, float] | None = None
     """Arguments of the loss scaler; None is no loss scaling."""
 

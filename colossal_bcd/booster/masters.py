@@ -37,7 +37,7 @@ class ShardedMasters:
         offload: bool = False,
         whole_rows: bool = False,
     ) -> None:
-        self._layouts, self.groups, self._whole_rows = layouts, tuple(groups), whole_rows
+        self._layouts, self.groups, self.whole_rows = layouts, tuple(groups), whole_rows
         self._low_precision, self._offload = low_precision, offload
         self.of: dict[Parameter, Tensor] = {}
         self.num_shards = math.prod(dist.get_world_size(group) for group in groups)
@@ -50,7 +50,7 @@ class ShardedMasters:
         layout = self._layouts[param]
         if not self.groups:
             return layout
-        return layout.sliced("zero", self.shard, self.num_shards, whole_rows=self._whole_rows)
+        return layout.sliced("zero", self.shard, self.num_shards, whole_rows=self.whole_rows)
 
     @torch.no_grad()
     def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:

@@ -25,6 +25,7 @@ from colossal_bcd.booster.config import EngineConfig
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.factors import holds_factors, refuse_factors
 from colossal_bcd.booster.layouts import shard_layouts
+from colossal_bcd.booster.low_rank import LowRankOptions
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, stage_ranges, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
 from colossal_bcd.booster.registry import shapes_of
@@ -41,11 +42,14 @@ SCALER_ARGUMENTS = (
 class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
     """ZeRO stage 1 and 2.  Takes the arguments of colossalai.booster.plugin.LowLevelZeroPlugin.
 
+    Args:
+        low_rank: how gradients of projected parameters travel; see `LowRankOptions`.
     Raises:
         ValueError: fp8_communication is asked for.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, low_rank: LowRankOptions | None = None, **kwargs: Any) -> None:
+        self.low_rank = low_rank or LowRankOptions()
         _refuse_fp8(_arguments(StockLowLevelZeroPlugin, args, kwargs))
         install_cpu_accelerator()
         super().__init__(*args, **kwargs)
@@ -95,6 +99,7 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
             zero_groups=groups,
             max_norm=options["clip_grad_norm"],
             master_weights=options["master_weights"],
+            low_rank=self.low_rank,
             fp16={key: options[key] for key in SCALER_ARGUMENTS} if self.precision == "fp16" else None,
             **_shared_options(options),
         )
@@ -106,12 +111,15 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
     Takes the arguments of colossalai.booster.plugin.HybridParallelPlugin.  Kernels that a machine without an
     accelerator lacks are switched off with one warning.
 
+    Args:
+        low_rank: how gradients of projected parameters travel; see `LowRankOptions`.
     Raises:
         ValueError: fp8_communication is asked for, or overlap_allgather together with tensor parallelism, where
             ColossalAI multiplies gradients.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, low_rank: LowRankOptions | None = None, **kwargs: Any) -> None:
+        self.low_rank = low_rank or LowRankOptions()
         arguments = _arguments(StockHybridParallelPlugin, args, kwargs)
         _refuse_fp8(arguments)
         if arguments["overlap_allgather"] and arguments["tp_size"] > 1:
@@ -202,6 +210,7 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
             tp_group=self.tp_group if self.tp_size > 1 else None,
             pp_group=self.pp_group if self.pp_size > 1 else None,
             max_norm=self.max_norm,
+            low_rank=self.low_rank,
             fp16={key: self.amp_config[key] for key in SCALER_ARGUMENTS} if self.precision == "fp16" else None,
             **_shared_options(self.zero_config),
         )
@@ -232,9 +241,13 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
     With a BlockOptimizer the gradients of the active block are averaged by this package's hooks instead of torch's
     DDP: parameters may always be unused, buffers are copied once, at boosting, and what else configures torch's reducer
     is refused.
+
+    Args:
+        low_rank: how gradients of projected parameters travel with a BlockOptimizer; see `LowRankOptions`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, low_rank: LowRankOptions | None = None, **kwargs: Any) -> None:
+        self.low_rank = low_rank
         self._asked = _arguments(StockTorchDDPPlugin, args, kwargs)
         install_cpu_accelerator()
         super().__init__(*args, **kwargs)
@@ -253,6 +266,11 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
         if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
             optimizer = prepare(model, optimizer)
         if not isinstance(optimizer, BlockOptimizer):
+            if self.low_rank is not None:
+                raise ValueError(
+                    f"TorchDDPPlugin(low_rank={self.low_rank}) without a BlockOptimizer: torch's DDP reduces whole "
+                    "gradients. Use LowLevelZeroPlugin, or HybridParallelPlugin(zero_stage=0)."
+                )
             return super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
         for name in ("static_graph", "check_reduction", "gradient_as_bucket_view", "fp8_communication"):
             if self._asked[name]:
@@ -268,6 +286,7 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
         config = EngineConfig(
             data_groups=(world,),
             zero_groups=(),
+            low_rank=self.low_rank or LowRankOptions(),
             reduce_bucket_size=self._asked["bucket_cap_mb"] * 2**18,
         )
         engine = ZeroOptimizer(optimizer, model, shard_layouts(model.unwrap(False), shapes, 0, 1), config)

@@ -1,18 +1,21 @@
 """Averages gradients over the data-parallel ranks, in buckets fixed by layout, while backward produces them.
 
-W: data-parallel ranks; a parameter of n values counts as W rows of ceil(n / W) values, the last ones padded with zeros.
+W: data-parallel ranks; a parameter counts as W rows of `slice_length` values, the last ones padded with zeros.  So does
+the low-rank image that an optimizer wants instead of a gradient: it is made in the hook, where the gradient ends.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+
+from colossal_bcd.sharding import Image, slice_length, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,9 @@ class ReducerConfig:
     overlap: bool
     """Start a bucket's collective as soon as backward has filled it."""
     communication_dtype: torch.dtype | None = None
-    """Dtype on the wire; None is the gradient's."""
+    """Dtype on the wire, of images, too; None is the gradient's."""
+    whole_rows: bool = False
+    """See `slice_length`; the same as the masters'."""
 
     @property
     def sizes(self) -> list[int]:
@@ -58,20 +63,41 @@ class GradientReducer:
     zeros; a flag per parameter travels behind the values, so that one that has no gradient on any rank is left alone.
 
     Attributes:
-        grads: averaged gradients since the last `clear`, flat: this rank's row [ceil(n / W)] with `partition`, else
-            all [n]; a parameter that had no gradient on any rank is absent.
+        grads: averaged gradients since the last `clear`, flat: this rank's row with `partition`, else all [n]; a
+            parameter that had no gradient on any rank is absent.  Of a parameter in `images` its image, in float32 or
+            wider: this rank's row of `Image.rows`, or the shard's image.
+        images: what was given to `expect`.
     """
 
     def __init__(self, params: Sequence[Parameter], config: ReducerConfig) -> None:
         self.config = config
         self.enabled = True
         self.grads: dict[Parameter, Tensor] = {}
+        self.images: dict[Parameter, Image] = {}
+        self._local: dict[Parameter, Tensor] = {}
+        """Images of this rank's gradients that are not reduced yet, flat."""
+        self._params = tuple(params)
         self._world = math.prod(config.sizes)
-        self._buckets = self._plan(params)
-        self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.params}
+        self._arrange()
         self._next = 0
-        hooked = config.overlap or config.partition
-        self._handles = [param.register_post_accumulate_grad_hook(self._on_grad) for param in params if hooked]
+        self._handles = [param.register_post_accumulate_grad_hook(self._on_grad) for param in params]
+
+    @property
+    def pristine(self) -> bool:
+        """Whether nothing has been reduced or projected since the last step."""
+        return not self.grads and not self._local and self._next == 0
+
+    def expect(self, images: Mapping[Parameter, Image]) -> None:
+        """From now on reduce images of these parameters' gradients, the same on all ranks, and whole ones of others."""
+        assert self.pristine
+        again = images.keys() != self.images.keys()
+        self.images = dict(images)
+        if again:
+            self._arrange()
+
+    def _arrange(self) -> None:
+        self._buckets = self._plan(self._params)
+        self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.params}
 
     def detach(self) -> None:
         """Remove the hooks and forget everything."""
@@ -87,7 +113,7 @@ class GradientReducer:
     @property
     def unfinished(self) -> bool:
         """Whether gradients wait to be averaged: backward ran under `no_sync` or not through the engine."""
-        return self._next > 0 or any(param.grad is not None for param in self._bucket_of)
+        return self._next > 0 or bool(self._local) or any(param.grad is not None for param in self._bucket_of)
 
     def finish(self) -> None:
         """End of a backward pass: reduce what is left, wait, and add the averages to `grads`."""
@@ -99,6 +125,7 @@ class GradientReducer:
 
     def _reset(self) -> None:
         self._next = 0
+        self._local.clear()
         for bucket in self._buckets:
             bucket.ready.clear()
             bucket.had_grad, bucket.buffer, bucket.sent, bucket.handle = [], None, None, None
@@ -109,19 +136,20 @@ class GradientReducer:
         for param in reversed(params):
             partition = self._is_partitioned(param)
             fits = buckets and buckets[-1].params[0].dtype == param.dtype and buckets[-1].partition == partition
-            if not fits or filled + param.numel() > self.config.bucket_size:
+            if not fits or filled + self._numel(param) > self.config.bucket_size:
                 buckets.append(_Bucket([], partition))
                 filled = 0
             buckets[-1].params.append(param)
-            filled += param.numel()
+            filled += self._numel(param)
         return buckets
 
     def _is_partitioned(self, param: Parameter) -> bool:
         """Whether this rank needs its row of the gradient only; parameters of both kinds share no bucket."""
-        return self.config.partition
+        return self.config.partition and (param not in self.images or self.images[param].divided)
 
     def _on_grad(self, param: Parameter) -> None:
-        if not self.enabled:
+        self._project(param)
+        if not self.enabled or not (self.config.overlap or self.config.partition):
             return
         bucket = self._bucket_of[param]
         if bucket.had_grad and self._world > 1:
@@ -136,14 +164,50 @@ class GradientReducer:
         ):
             self._launch()
 
+    def _project(self, param: Parameter) -> None:
+        """Turn the gradient into its image, where that is expected, and drop it."""
+        image = self.images.get(param)
+        if image is None or param.grad is None:
+            return
+        _refuse_sparse(param)
+        flat = image.of(param.grad)
+        param.grad = None
+        if param in self._local:
+            self._local[param].add_(flat)
+        else:
+            self._local[param] = flat
+
+    def _numel(self, param: Parameter) -> int:
+        return self.images[param].numel if param in self.images else param.numel()
+
     def _length(self, param: Parameter) -> int:
-        return -(-param.numel() // self._world)
+        if param not in self.images:
+            return slice_length(param.shape, self._world, whole_rows=self.config.whole_rows)
+        image = self.images[param]
+        return image.part_numel if self._is_partitioned(param) else slice_length((image.numel,), self._world)
+
+    def _rows(self, param: Parameter) -> Tensor | None:
+        """[W, length] what this rank has of the parameter's gradient or image, which it gives up."""
+        length = self._length(param)
+        flat = self._local.pop(param, None)
+        if flat is not None and self._is_partitioned(param):
+            return self.images[param].rows(flat)
+        if flat is None and param.grad is not None:
+            _refuse_sparse(param)
+            flat, param.grad = param.grad.reshape(-1), None
+        if flat is None:
+            return None
+        if flat.numel() < self._world * length:
+            flat = torch.nn.functional.pad(flat, (0, self._world * length - flat.numel()))
+        return flat.view(self._world, length)
 
     def _launch(self) -> None:
         """Pack the next bucket, free its gradients and start its collective."""
         bucket = self._buckets[self._next]
         self._next += 1
-        bucket.had_grad = [param.grad is not None for param in bucket.params]
+        for param in bucket.params:
+            self._project(param)
+        bucket.had_grad = [param.grad is not None or param in self._local for param in bucket.params]
         if self._world == 1:
             return
         buffer = self._pack(bucket)
@@ -167,20 +231,14 @@ class GradientReducer:
         lengths = [self._length(param) for param in bucket.params]
         first = bucket.params[0]
         shape = self._world, sum(lengths) + len(lengths)
-        buffer = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        # What is sent in a wider dtype must not be rounded to the gradients' first: images are float32.
+        dtype = torch.promote_types(first.dtype, self.config.communication_dtype or first.dtype)
+        buffer = torch.zeros(shape, dtype=dtype, device=first.device)
         offset = 0
         for param, length in zip(bucket.params, lengths, strict=True):
-            if param.grad is not None:
-                if param.grad.is_sparse:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(param.shape)} has a sparse gradient, expected a dense one. "
-                        "Build its embedding with sparse=False."
-                    )
-                flat = param.grad.reshape(-1)
-                if flat.numel() < self._world * length:
-                    flat = torch.nn.functional.pad(flat, (0, self._world * length - flat.numel()))
-                buffer[:, offset : offset + length] = flat.view(self._world, length)
-                param.grad = None
+            rows = self._rows(param)
+            if rows is not None:
+                buffer[:, offset : offset + length] = rows
             offset += length
         buffer[:, offset:] = torch.tensor(bucket.had_grad, dtype=buffer.dtype, device=buffer.device)
         return buffer.div_(self._world)
@@ -189,9 +247,9 @@ class GradientReducer:
         """Wait for a bucket, copy its parts into `grads` and free it."""
         if self._world == 1:
             for param in bucket.params:
-                if param.grad is not None:
-                    self._add(param, param.grad.reshape(-1))
-                    param.grad = None
+                rows = self._rows(param)
+                if rows is not None:
+                    self._add(param, rows.view(-1)[: self._numel(param)])
             return
         assert bucket.buffer is not None
         if bucket.handle is not None:
@@ -208,9 +266,10 @@ class GradientReducer:
             if present:
                 flat = part.reshape(-1)
                 if not bucket.partition:
-                    flat = flat[: param.numel()]
+                    flat = flat[: self._numel(param)]
                 shared = flat.untyped_storage().data_ptr() == bucket.buffer.untyped_storage().data_ptr()
-                self._add(param, flat.to(param.dtype, copy=shared))
+                dtype = wide(param.dtype) if param in self.images else param.dtype
+                self._add(param, flat.to(dtype, copy=shared))
         bucket.buffer, bucket.handle = None, None
 
     def _add(self, param: Parameter, grad: Tensor) -> None:
@@ -219,3 +278,12 @@ class GradientReducer:
             self.grads[param].add_(grad)
         else:
             self.grads[param] = grad
+
+
+def _refuse_sparse(param: Parameter) -> None:
+    assert param.grad is not None
+    if param.grad.is_sparse:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has a sparse gradient, expected a dense one. "
+            "Build its embedding with sparse=False."
+        )

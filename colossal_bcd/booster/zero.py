@@ -24,13 +24,15 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.agreement import require_agreement
 from colossal_bcd.booster.checkpoint import require_plain
+from colossal_bcd.booster.clipping import scale_gradients
 from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler
 from colossal_bcd.booster.factors import EngineFactors
+from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.sharding import Layout, Mesh, Sum, resolve, square_sum
+from colossal_bcd.sharding import Layout, Mesh, Request, Sum, square_sum
 
 
 class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
@@ -71,9 +73,14 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._partition_grads = config.partition_grad
         self._current_grad_norm: Tensor | None = None
         self.masters = ShardedMasters(
-            layouts, config.zero_groups, low_precision=not config.master_weights, offload=config.cpu_offload
+            layouts,
+            config.zero_groups,
+            low_precision=not config.master_weights,
+            offload=config.cpu_offload,
+            whole_rows=prefers_whole_rows(self._base),
         )
         self._mesh = self._make_mesh()
+        self._low_rank = LowRankGradients(self._base, config.low_rank, config.max_norm, self.shared_params)
         self._reducer = GradientReducer([], self._reducer_config())
         self.mixed_precision_mixin = None
         if config.fp16 is not None:
@@ -110,7 +117,9 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
     def load_gradients(self) -> None:
         """Move the averaged gradients to the masters."""
+        images = self._low_rank.take(self._reducer)
         self.masters.load_gradients(self._reducer.grads, partitioned=self.config.partition_grad)
+        self._low_rank.hand_over(images, self.masters, self._mesh)
 
     def write_back(self) -> None:
         """Write the masters into the working parameters of every rank."""
@@ -139,6 +148,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
     def sync_dp_grads(self) -> None:
         """Average what backward passes under `no_sync` have left; called by ColossalAI after a pipeline's passes."""
+        self._low_rank.expect(self._reducer, self.masters.of)
         self._reducer.finish()
 
     @contextlib.contextmanager
@@ -160,7 +170,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         if not self.require_grad_sync:
             return
         if self._reducer.unfinished:
-            self._reducer.finish()
+            self.sync_dp_grads()
         scaler = self.mixed_precision_mixin
         if scaler is not None and scaler.should_skip_step():
             self.zero_grad()
@@ -177,7 +187,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             self.optim.switch_if_due()
 
     def get_grad_norm(self, norm_type: float = 2, **kwargs: Any) -> float | None:
-        """Euclidean norm of the gradients of the last step, before clipping, without the loss scale."""
+        """Euclidean norm of the last step's gradients (and images), before clipping, without the loss scale."""
         if norm_type != 2:
             raise ValueError(f"get_grad_norm: got norm_type={norm_type}, expected 2, the norm that clipping uses")
         return None if self._current_grad_norm is None else self._current_grad_norm.item()
@@ -254,6 +264,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
         torch keeps gradients until `zero_grad`, and transformers' AdafactorSchedule looks for them.
         """
+        self._low_rank.held.clear()
         for master in self.masters.of.values():
             if master.grad is not None:
                 master.grad = master.new_zeros(()).expand_as(master)
@@ -280,6 +291,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             bucket_size=self.config.reduce_bucket_size,
             overlap=self.config.overlap_communication,
             communication_dtype=self.config.communication_dtype,
+            whole_rows=self.masters.whole_rows,
         )
 
     def _before_backward(self, loss: Any = None) -> None:
@@ -293,6 +305,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
                 "checkpointing, pass use_reentrant=False: the reentrant kind cuts the graph above frozen layers."
             )
         self._reducer.enabled = self.require_grad_sync
+        self._low_rank.expect(self._reducer, self.masters.of)
 
     def _after_backward(self) -> None:
         if self.require_grad_sync:
@@ -312,28 +325,23 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             if partial:
                 SeqParallelUtils.allreduce_partial_data_grad(process_group=self.tp_pg, grads=partial)
 
-    @torch.no_grad()
     def _scale_gradients(self, loss_scale: float) -> None:
-        """Undo the loss scale and clip by the global norm of what is active: one packed sum per axis."""
-        requests, grads = [], []
+        """Undo the loss scale and clip by the global norm of what is active."""
+        squares: list[Request] = []
+        grads = []
         for param, master in self.masters.of.items():
             if master.grad is None:
                 continue
-            grads.append(master.grad)
-            if param not in self._tied_elsewhere:
+            image = self._low_rank.held.get(param)
+            grads.append(master.grad if image is None else image)
+            if image is not None:
+                squares.append(self._low_rank.square_sum(param))
+            elif param not in self._tied_elsewhere:
                 layout = self.masters.layout(param)
-                requests.append(Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes))
-        squares = resolve(requests, self._mesh)
-        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
-        (total,) = resolve([Sum(total, ("pp",))], self._mesh)
-        self._current_grad_norm = total.sqrt() / loss_scale
-        if not grads:
-            return
-        if self.config.max_norm > 0:
-            factor = (self.config.max_norm / (self._current_grad_norm + 1e-6)).clamp(max=1.0) / loss_scale
-            torch._foreach_mul_(grads, factor)
-        elif loss_scale != 1:
-            torch._foreach_mul_(grads, 1 / loss_scale)
+                squares.append(Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes))
+        self._current_grad_norm = scale_gradients(
+            grads, squares, self._mesh, self._device, self.config.max_norm, loss_scale
+        )
 
     def _force_wait_all_gather(self) -> None:
         for param in self.masters.of:

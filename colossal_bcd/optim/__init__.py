@@ -8,6 +8,7 @@ from colossal_bcd.optim.galore_8bit import GaLoreAdamW8bit, GoLoreAdamW8bit
 from colossal_bcd.optim.galore_adafactor import GaLoreAdafactor, GoLoreAdafactor
 from colossal_bcd.optim.galore_adamw import GaLoreAdamW, GoLoreAdamW
 from colossal_bcd.optim.galore_sgd import GaLoreSGD, GoLoreSGD
+from colossal_bcd.optim.images import ImageOptimizer
 from colossal_bcd.optim.lamb import Lamb
 from colossal_bcd.optim.spec import StateSpec
 
@@ -23,6 +24,7 @@ __all__ = [
     "GoLoreAdamW",
     "GoLoreAdamW8bit",
     "GoLoreSGD",
+    "ImageOptimizer",
     "Lamb",
     "ShardedOptimizer",
     "StateSpec",

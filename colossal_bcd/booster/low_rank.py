@@ -1,0 +1,115 @@
+"""Low-rank gradient reduction: what an engine does for optimizers that want images of gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from colossalai.shardformer.layer.utils import SeqParallelUtils
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from colossal_bcd.booster.masters import ShardedMasters
+from colossal_bcd.booster.reducer import GradientReducer
+from colossal_bcd.optim import ImageOptimizer, ShardedOptimizer
+from colossal_bcd.sharding import Image, Mesh, Sum, resolve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions:
+    """How gradients of projected parameters (GaLore, GoLore) travel; other optimizers are not concerned."""
+
+    reduce: bool = True
+    """Between refreshes project a gradient in its backward hook, drop it, and reduce the image.  Exact, and so done,
+    without clipping; with `max_norm` only if `clip_by_image` is on, too, and else whole gradients are reduced."""
+    clip_by_image: bool = False
+    """Clip by a norm in which projected parameters count with the norm of their image, which is what trains them,
+    instead of that of the whole gradient.  At a refresh the whole gradient counts."""
+
+
+class LowRankGradients:
+    """Images on their way from backward to the step.
+
+    Args:
+        optimizer: that makes the steps; anything but an `ImageOptimizer` wants no images.
+        options: see `LowRankOptions`.
+        max_norm: of clipping; 0 does not clip.
+        tied: parameters by pipeline stage, to whose gradients other stages add between backward and reduction.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        options: LowRankOptions,
+        max_norm: float,
+        tied: Sequence[Mapping[int, Parameter]],
+    ) -> None:
+        exact = max_norm == 0 or options.clip_by_image
+        self._optimizer = optimizer if isinstance(optimizer, ImageOptimizer) and options.reduce and exact else None
+        if isinstance(optimizer, ImageOptimizer) and options.reduce and not exact and dist.get_rank() == 0:
+            logger.warning(
+                "whole gradients are reduced, because max_norm=%s clips by their norm. Low-rank images travel with "
+                "max_norm=0 or low_rank=LowRankOptions(clip_by_image=True).",
+                max_norm,
+            )
+        self._excluded = {param for stages in tied for param in stages.values()}
+        self._images: dict[Parameter, Image] = {}
+        self.held: dict[Parameter, Tensor] = {}
+        """Complete images of the coming step, as much of them as this rank holds; to be scaled in place."""
+
+    def expect(self, reducer: GradientReducer, masters: Mapping[Parameter, Tensor]) -> None:
+        """Tell the reducer what the next step wants, unless gradients of that step are under way already."""
+        if self._optimizer is None or not reducer.pristine:
+            return
+        wanted = self._optimizer.wanted_images()
+        reducer.expect(
+            {
+                param: wanted[master]
+                for param, master in masters.items()
+                if master in wanted
+                and param not in self._excluded
+                and not SeqParallelUtils.is_sp_partial_derived_param(param)
+            }
+        )
+
+    def take(self, reducer: GradientReducer) -> dict[Parameter, Tensor]:
+        """This rank's part of the reduced images, which the reducer gives up."""
+        self._images = {param: image for param, image in reducer.images.items() if param in reducer.grads}
+        return {
+            param: image.held(reducer.grads.pop(param), partitioned=reducer.config.partition and image.divided)
+            for param, image in self._images.items()
+        }
+
+    def hand_over(self, parts: Mapping[Parameter, Tensor], masters: ShardedMasters, mesh: Mesh) -> None:
+        """Add up images over shards and hand them to the optimizer.
+
+        Args:
+            parts: what `take` returned.
+            masters: get a gradient of zeros without memory, which says that there is one.
+            mesh: of the optimizer.
+        """
+        requests = []
+        for param, part in parts.items():
+            master = masters.of[param]
+            master.grad = master.new_zeros(()).expand_as(master)
+            requests.append(self._images[param].complete(part.to(master.device)))
+        self.held = dict(zip(parts, resolve(requests, mesh), strict=True))
+        if self._optimizer is not None:
+            self._optimizer.give_images({masters.of[param]: image for param, image in self.held.items()})
+
+    def square_sum(self, param: Parameter) -> Sum:
+        """Request the squared norm of a held image."""
+        return self._images[param].square_sum(self.held[param])
+
+
+def prefers_whole_rows(optimizer: Optimizer) -> bool:
+    """Whether the optimizer gains from slices that begin with a row: it has state of rows, columns or projections.
+
+    State that has one value per value of the parameter gains nothing, and ColossalAI's checkpoints cut it evenly.
+    """
+    return isinstance(optimizer, ShardedOptimizer) and not optimizer.is_elementwise
