@@ -19,6 +19,7 @@ _HOMES = {
     "GoLoreSGD": "colossal_bcd.optim",
     "Lamb": "colossal_bcd.optim",
     "BlockOptimizer": "colossal_bcd.block",
+    "param_groups": "colossal_bcd.groups",
 }
 
 __all__ = list(_HOMES)

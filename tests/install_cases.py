@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
+import galore_references
+import galore_torch
 import models
 import plugin_cases
 import references
@@ -23,13 +26,21 @@ from colossal_bcd import Adafactor as OurAdafactor
 from colossal_bcd.booster import LowLevelZeroPlugin as OurLowLevelZeroPlugin
 from colossal_bcd.booster import install
 from colossal_bcd.booster.cpu_accelerator import HostAccelerator
-from colossal_bcd.booster.install import distributed_class
+from colossal_bcd.booster.install import GALORE, distributed_class
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.sharding import Layout
 from colossal_bcd.testing import CollectiveCounter
 
 STEPS = plugin_cases.STEPS
 GIVEN_LR = {"relative_step": False}
+PROJECTION = {"rank": 3, "update_proj_gap": 2, "scale": 0.5, "svd_method": "random"}
+
+
+def projected(groups: list[dict[str, Any]], **options: Any) -> Any:
+    """galore_torch's Adafactor on projections; the keys of a group that it does not know it leaves to the cast."""
+    return galore_torch.GaLoreAdafactor([{**group, **PROJECTION, "proj_type": "std"} for group in groups], **options)
+
+
 OPTIMIZERS: dict[str, Any] = {
     "ours": (Lamb, references.lamb, {}, {}),
     "compat": (compat.DistributedLamb, references.lamb, {}, {"bias_correction": "step_size"}),
@@ -41,6 +52,7 @@ OPTIMIZERS: dict[str, Any] = {
     "transformers-adafactor": (Adafactor, references.adafactor, GIVEN_LR, GIVEN_LR),
     "compat-adafactor": (compat.DistributedAdaFactor, references.adafactor, GIVEN_LR, GIVEN_LR),
     "came": (colossalai_optimizers.CAME, references.came, {"lr": 1.0}, {}),
+    "galore-adafactor": (projected, galore_references.galore_adafactor, GIVEN_LR, {**GIVEN_LR, **PROJECTION}),
     "distributed-came": (colossalai_optimizers.DistributedCAME, references.came, {}, {}),
 }  # fmt: skip
 """Class, the reference, and the hyper-parameters of either."""
@@ -78,7 +90,7 @@ def _injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) ->
     booster = Booster(plugin=plugin)
     model, engine, *_ = booster.boost(model, base)
     layouts = layouts_of(model, order, full, names, plugin)
-    states: dict[str, dict[str, Any]] = {name: {} for name in full}
+    states: dict[str, dict[str, Any]] = {names[id(param)]: {"key": key} for key, param in enumerate(order)}
     largest_step = 0.0
     for step in range(STEPS):
         given = {name: plugin_cases.gradient(name, tuple(weight.shape), step) for name, weight in full.items()}
@@ -223,7 +235,14 @@ def table_entries() -> dict[str, Any]:
             theirs = cls([{"params": [nn.Parameter(torch.ones(2, 3))], "lr": 0.25}], **options)
             ours = table[cls](theirs.param_groups)
             found[cls.__name__] = isinstance(ours, kind), ours.param_groups[0]["lr"], hasattr(ours, "setup_distributed")
-    ours_of = (*sources, Lamb, OurAdafactor, CAME)
+    # Its own call of the table; ColossalAI's classes cannot be constructed with bitsandbytes 0.50.
+    args = SimpleNamespace(optim_bits=8, min_8bit_size=17, percentile_clipping=100, block_wise=True)
+    for cls in (stock.GaLoreAdamW8bit, stock.DistGaloreAwamW):
+        ours = table[cls]([{"params": [nn.Parameter(torch.ones(2, 3))], "lr": 0.25, "rank": 2}], args=args)
+        assert ours.param_groups[0]["min_8bit_size"] == 17
+        kind = isinstance(ours, compat.DistGaloreAwamW)
+        found[cls.__name__] = kind, ours.param_groups[0]["lr"], hasattr(ours, "setup_distributed")
+    ours_of = (*sources, Lamb, OurAdafactor, CAME, compat.DistGaloreAwamW, *GALORE)
     return {**found, "ours": all(table[cls] is distributed_class(cls) for cls in ours_of)}
 
 

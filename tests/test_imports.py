@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "optim": {"sharding"},
     "block": {"optim", "sharding"},
     "booster": {"compat", "block", "optim", "sharding"},
+    "groups": {"block", "optim", "sharding"},
     "memory": {"optim", "sharding"},
     "cli": {"memory"},
     "compat": {"block", "optim", "sharding"},

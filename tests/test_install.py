@@ -28,6 +28,8 @@ CASES = {
     "tp2-adafactor": (2, {**HYBRID, "zero_stage": 0}, "compat-adafactor", "gpt2", 250, 2),
     "tp2-came": (2, {**HYBRID, "zero_stage": 0}, "came", "llama", 1000, 3),
     "zero2-2-came": (2, {"plugin": "zero", "stage": 2}, "distributed-came", "gpt2", 250, 3),
+    "zero2-3-galore": (3, {"plugin": "zero", "stage": 2}, "galore-adafactor", "llama", 250, 4),
+    "tp2-zero2-dp2-galore": (4, {**HYBRID, "zero_stage": 2}, "galore-adafactor", "gpt2", 1000, 7),
     "pp2-zero1-dp2": (
         4,
         {"plugin": "hybrid", "tp_size": 1, "pp_size": 2, "zero_stage": 1, "num_microbatches": 1},
@@ -87,9 +89,8 @@ def test_install_twice_changes_nothing() -> None:
 def test_install_enters_the_table() -> None:
     (found,) = run_ranks(1, install_cases.table_entries)
     assert found.pop("ours")
-    assert found == dict.fromkeys(
-        ("Adafactor", "CAME", "DistributedAdaFactor", "DistributedCAME", "DistributedLamb", "Lamb"), (True, 0.25, True)
-    )
+    names = ("Adafactor", "CAME", "DistributedAdaFactor", "DistributedCAME", "DistributedLamb", "Lamb")
+    assert found == dict.fromkeys((*names, "DistGaloreAwamW", "GaLoreAdamW8bit"), (True, 0.25, True))
 
 
 def test_distributed_class_keeps_the_object_and_its_type() -> None:

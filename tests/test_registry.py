@@ -9,7 +9,6 @@ from typing import Any
 
 import bitsandbytes.optim
 import colossalai.nn.optimizer as theirs
-import galore_torch
 import pytest
 import torch
 from registry_cases import fused_lamb, param_groups, set_gradients, weights
@@ -173,9 +172,6 @@ def instance(cls: Any) -> Any:
 WHOLE = [
     *(getattr(torch.optim, name) for name in ("Adafactor", "LBFGS")),
     *(getattr(theirs, name) for name in sorted(registry.WHOLE_MATRIX["colossalai.nn.optimizer"])),
-    galore_torch.GaLoreAdamW,
-    galore_torch.GaLoreAdamW8bit,
-    galore_torch.GaLoreAdafactor,
     *(getattr(bitsandbytes.optim, name) for name in sorted(registry.WHOLE_MATRIX["bitsandbytes.optim"])),
 ]
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.sharding import Layout, Mesh, ShardView, resolve
+from colossal_bcd.sharding import Collect, Layout, Mesh, ShardView, resolve
 
 
 def explain(optimizer: Any) -> str:
@@ -74,10 +74,10 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
 
 @torch.no_grad()
 def _rounds(base: ShardedOptimizer, layout: Layout, hyper: Any) -> int:
-    """Run the rule itself on tensors without data and count the rounds that need another rank."""
+    """Run the rule itself on tensors without data and count the rounds that need another rank, between refreshes."""
     param = torch.empty(layout.local_shape, device="meta")
     view = ShardView(layout, param, torch.empty_like(param))
-    state: dict[str, Any] = {"step": 1}
+    state: dict[str, Any] = {"step": 2}
     for name, spec in base.state_spec(layout, hyper).items():
         entry: Any = spec.allocate(param)
         state[name] = view.flat(entry) if spec.kind == "elementwise" else entry
@@ -87,8 +87,11 @@ def _rounds(base: ShardedOptimizer, layout: Layout, hyper: Any) -> int:
     with suppress(StopIteration):
         requests = next(rule)
         while True:
-            before, answers = len(sent), tuple(resolve(requests, mesh))
-            rounds += len(sent) > before
+            # The bases that are sought at a refresh would be decomposed by the owner of the whole: here nobody is.
+            sums = [request for request in requests if not isinstance(request, Collect)]
+            before, totals = len(sent), iter(resolve(sums, mesh))
+            answers = tuple(None if isinstance(request, Collect) else next(totals) for request in requests)
+            rounds += len(sent) > before or (len(sums) < len(requests) and mesh.communicates(layout.axes))
             requests = rule.send(answers)
     return rounds
 

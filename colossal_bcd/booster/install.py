@@ -23,8 +23,22 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.registry import cast
-from colossal_bcd.compat import DistributedAdaFactor, DistributedCAME, DistributedLamb
-from colossal_bcd.optim import CAME, Adafactor, AdamW, Lamb, ShardedOptimizer
+from colossal_bcd.compat import DistGaloreAwamW, DistributedAdaFactor, DistributedCAME, DistributedLamb
+from colossal_bcd.optim import (
+    CAME,
+    Adafactor,
+    AdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreSGD,
+    GoLoreAdafactor,
+    GoLoreAdamW,
+    GoLoreAdamW8bit,
+    GoLoreSGD,
+    Lamb,
+    ShardedOptimizer,
+)
 from colossal_bcd.sharding import Layout, Mesh, TensorSplit
 
 CALLERS: tuple[ModuleType, ...] = (
@@ -34,6 +48,17 @@ CALLERS: tuple[ModuleType, ...] = (
     moe_hybrid_parallel_plugin,
 )
 """Modules in which ColossalAI looks its cast function up."""
+
+GALORE = (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreSGD,
+    GoLoreAdafactor,
+    GoLoreAdamW,
+    GoLoreAdamW8bit,
+    GoLoreSGD,
+)
 
 
 def install() -> None:
@@ -54,10 +79,12 @@ def _table() -> dict[Any, Any]:
     """Optimizer -> ours, with the constructor that those who read ColossalAI's table call."""
     stock = colossalai_optimizers
     return {
-        **{cls: cls for cls in (AdamW, Lamb, Adafactor, CAME, DistributedLamb, DistributedAdaFactor, DistributedCAME)},
+        **{cls: cls for cls in (AdamW, Lamb, Adafactor, CAME, *GALORE)},
+        **{cls: cls for cls in (DistributedLamb, DistributedAdaFactor, DistributedCAME, DistGaloreAwamW)},
         **dict.fromkeys((stock.Lamb, stock.DistributedLamb), DistributedLamb),
         **dict.fromkeys((stock.Adafactor, stock.DistributedAdaFactor), DistributedAdaFactor),
         **dict.fromkeys((stock.CAME, stock.DistributedCAME), DistributedCAME),
+        **dict.fromkeys((stock.GaLoreAdamW8bit, stock.DistGaloreAwamW), DistGaloreAwamW),
     }
 
 

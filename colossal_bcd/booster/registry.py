@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster import registry_galore
 from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,7 @@ ELEMENTWISE: dict[str, set[str]] = {
 
 WHOLE_MATRIX: dict[str, set[str]] = {
     "torch.optim": {"Adafactor", "LBFGS", "Muon"},
-    "colossalai.nn.optimizer": {"DistGaloreAwamW", "GaLoreAdamW8bit", "Lars"},
-    # The names of the classes themselves; the package exports them as GaLoreAdamW and so on.
-    "galore_torch": {"AdamW", "AdamW8bit", "Adafactor"},
+    "colossalai.nn.optimizer": {"Lars"},
     "bitsandbytes.optim": {"LAMB8bit", "LARS", "LARS8bit", "LARS32bit", "PytorchLARS"},
 }
 """Package -> optimizers that need more than the value and for which this version has no equal."""
@@ -142,6 +141,7 @@ CASTS: dict[str, tuple[Any, Callable[[Any, Group], dict[str, Any]]]] = {
     "came_pytorch.CAME": (CAME, _required_lr),
     "colossalai.nn.optimizer.CAME": (CAME, _required_lr),
     "colossalai.nn.optimizer.DistributedCAME": (CAME, _required_lr),
+    **registry_galore.CASTS,
 }
 """Qualified name -> our class, and what differs from the keys of a group (or of the defaults)."""
 

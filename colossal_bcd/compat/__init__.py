@@ -5,14 +5,17 @@ One file per predecessor.
 
 from colossal_bcd.compat.badam import BlockOptimizer, badam_partition
 from colossal_bcd.compat.distributed import DistributedAdaFactor, DistributedCAME, DistributedLamb
+from colossal_bcd.compat.galore import DistGaloreAwamW, get_galore_param_groups
 from colossal_bcd.compat.golore import ReLoRaLinear, ReLoRaModel
 
 __all__ = [
     "BlockOptimizer",
+    "DistGaloreAwamW",
     "DistributedAdaFactor",
     "DistributedCAME",
     "DistributedLamb",
     "ReLoRaLinear",
     "ReLoRaModel",
     "badam_partition",
+    "get_galore_param_groups",
 ]
