@@ -20,6 +20,7 @@ _HOMES = {
     "Lamb": "colossal_bcd.optim",
     "BlockOptimizer": "colossal_bcd.block",
     "param_groups": "colossal_bcd.groups",
+    "BlockOptimizerRatio": "colossal_bcd.block",
 }
 
 __all__ = list(_HOMES)

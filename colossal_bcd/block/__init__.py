@@ -3,6 +3,7 @@
 from colossal_bcd.block.masters import LocalMasters, Masters
 from colossal_bcd.block.optimizer import BlockOptimizer
 from colossal_bcd.block.partition import Block, partition
+from colossal_bcd.block.ratio import BlockOptimizerRatio
 from colossal_bcd.block.schedule import Schedule
 
-__all__ = ["Block", "BlockOptimizer", "LocalMasters", "Masters", "Schedule", "partition"]
+__all__ = ["Block", "BlockOptimizer", "BlockOptimizerRatio", "LocalMasters", "Masters", "Schedule", "partition"]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster import registry_galore
+from colossal_bcd.booster.registry_ratio import cast_ratio
 from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,10 @@ def cast(optimizer: Optimizer) -> Optimizer:
         return optimizer
     cls = type(optimizer)
     home, unchanged = _origin(cls)
+    if unchanged and home in ("badam.BlockOptimizerRatio", "block_optim.SparseGradOptimizer"):
+        ours = cast_ratio(optimizer)
+        _share(optimizer, ours)
+        return ours
     if home in CASTS and unchanged:
         return _converted(optimizer, *CASTS[home])
     if home is not None and unchanged:

@@ -22,7 +22,7 @@ from colossal_bcd.sharding.canonical import (
 )
 from colossal_bcd.sharding.projection import Side
 
-Kind = Literal["elementwise", "row", "column", "low_rank", "replicated", "scalar", "block"]
+Kind = Literal["elementwise", "row", "column", "low_rank", "replicated", "scalar", "block", "entries"]
 Bits = Literal[32, 8]
 BLOCK = 256
 """Values that share a scale in 8-bit storage."""
@@ -35,7 +35,8 @@ class StateSpec:
     kind: Kind
     """How the entry relates to the parameter, and so how it is sharded: `elementwise` follows every value, `row` and
     `column` follow the rows and columns of the matrix, `scalar` is a Python integer, `block` has one value for each
-    `BLOCK` values of this rank's data and cannot be cut or joined by other ranks."""
+    `BLOCK` values of this rank's data and cannot be cut or joined by other ranks, `entries` has one for each of some
+    selected values, and a `cut` of its own."""
     shape: tuple[int, ...] = ()
     """Shape stored on this rank, padding included."""
     dtype: torch.dtype | None = None
