@@ -285,3 +285,49 @@ def clipped(options: dict[str, Any], plugin: str, dtype: torch.dtype) -> dict[st
         norms.append(engine.get_grad_norm())
         engine.zero_grad()
     return {"norms": norms, "given": given}
+
+
+def gathered(options: dict[str, Any], hyper: dict[str, Any], steps: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Training with gathered weights against training with gathered images; bytes of the gathers of the last step."""
+    found, counts, equal = [], [], True
+    for gather in (False, True):
+        low_rank = {**options, "master_weights": False, "low_rank": LowRankOptions(gather=gather)}
+        net = dtype == torch.float64
+        model, engine, booster = boosted("zero", low_rank, hyper, dtype=dtype, only=True, net=net)
+        for step in range(steps):
+            backward(model, engine, booster, step)
+            with CollectiveCounter() as counter:
+                engine.step()
+            engine.zero_grad()
+        counts.append(counter.bytes["all_gather_into_tensor"])
+        equal &= replicas(engine, booster)
+        parts = [
+            (engine.masters.of[param], engine.masters._new(param)) for param in engine.layouts if param.requires_grad
+        ]
+        equal &= all(torch.equal(master, part) for master, part in parts)
+        found.append({name: param.detach().clone() for name, param in model.named_parameters()})
+    differences = [(found[0][name].double() - weight.double()).abs() for name, weight in found[1].items()]
+    shapes = [tuple(layout.shape) for param, layout in engine.layouts.items() if param.requires_grad]
+    return {
+        "error": max(difference.max().item() for difference in differences),
+        "mean": torch.cat([difference.view(-1) for difference in differences]).mean().item(),
+        "replicas": equal,
+        "bytes": counts,
+        "shapes": shapes,
+    }
+
+
+def refusals() -> list[str]:
+    """What is said of options that would be ignored."""
+    errors = []
+    for plugin, options, hyper in (
+        ("zero", {"stage": 2, "precision": "bf16"}, {}),
+        ("zero", {"stage": 2, "precision": "bf16", "master_weights": False}, {}),
+        ("hybrid", {"tp_size": 1, "pp_size": 1, "zero_stage": 0, "precision": "bf16"}, {}),
+        ("ddp", {}, {}),
+    ):
+        try:
+            boosted(plugin, {**options, "low_rank": LowRankOptions(gather=True)}, hyper, dtype=torch.bfloat16)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors

@@ -1,8 +1,8 @@
 """The part that knows ColossalAI: plugins, casts, masters and gradients of what is trained."""
 
+from colossal_bcd.booster.config import LowRankOptions
 from colossal_bcd.booster.explain import explain
 from colossal_bcd.booster.install import install
-from colossal_bcd.booster.low_rank import LowRankOptions
 from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.registry import cast
 

@@ -10,9 +10,23 @@ import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from torch import Tensor
 
-from colossal_bcd.booster.low_rank import LowRankOptions
-
 Groups = tuple[dist.ProcessGroup, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions:
+    """How gradients of projected parameters (GaLore, GoLore) travel; other optimizers are not concerned."""
+
+    reduce: bool = True
+    """Between refreshes project a gradient in its backward hook, drop it, and reduce the image.  Exact, and so done,
+    without clipping; with `max_norm` only if `clip_by_image` is on, too, and else whole gradients are reduced."""
+    clip_by_image: bool = False
+    """Clip by a norm in which projected parameters count with the norm of their image, which is what trains them,
+    instead of that of the whole gradient.  At a refresh the whole gradient counts."""
+    gather: bool = False
+    """Gather the images of updates, too, instead of weights, and let every replica apply them, rounding with the same
+    random bits.  Needs ZeRO and `master_weights=False`, and with 16-bit weights `rounding="stochastic"` of the
+    optimizer; their images travel in bfloat16, which rounds an update by up to 2^-9 of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,10 +62,28 @@ def gather_weights(
 def _gather(bucket: list[tuple[Parameter, Tensor]], groups: Sequence[dist.ProcessGroup], defer: bool) -> None:
     params = [param for param, _ in bucket]
     lengths = [part.numel() for _, part in bucket]
+    row = torch.cat([part.to(params[0].device, params[0].dtype) for _, part in bucket])
+    buffer, work = gather_rows(row, groups)
+    pending = PendingGather(params, lengths, row, buffer, work)
+    if not defer:
+        pending.wait()
+        return
+    for param in params:
+        set_all_gather_handle(param, pending)
+
+
+def gather_rows(row: Tensor, groups: Sequence[dist.ProcessGroup]) -> tuple[Tensor, dist.Work | None]:
+    """Begin to collect one row of each rank.
+
+    Args:
+        row: [n], the same length on every rank; must stay alive until the work is done.
+        groups: see `gather_weights`.
+    Returns:
+        [W, n], filled when the work is done, and the work.
+    """
     sizes = [dist.get_world_size(group) for group in groups]
     ranks = [dist.get_rank(group) for group in groups]
-    row = torch.cat([part.to(params[0].device, params[0].dtype) for _, part in bucket])
-    buffer = row.new_empty(math.prod(sizes), sum(lengths))
+    buffer = row.new_empty(math.prod(sizes), len(row))
     work = None
     # The innermost group fills its block of rows first; each outer group then exchanges whole blocks.
     send = row
@@ -75,9 +93,4 @@ def _gather(bucket: list[tuple[Parameter, Tensor]], groups: Sequence[dist.Proces
         receive = buffer[first : first + block].view(-1)
         work = dist.all_gather_into_tensor(receive, send.view(-1), group=groups[level], async_op=level == 0)
         send = receive
-    pending = PendingGather(params, lengths, row, buffer, work)
-    if not defer:
-        pending.wait()
-        return
-    for param in params:
-        set_all_gather_handle(param, pending)
+    return buffer, work

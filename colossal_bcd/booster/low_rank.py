@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch.distributed as dist
 from colossalai.shardformer.layer.utils import SeqParallelUtils
@@ -12,24 +11,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from colossal_bcd.booster.config import EngineConfig
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer
+from colossal_bcd.booster.replicas import replicate
 from colossal_bcd.optim import ImageOptimizer, ShardedOptimizer
+from colossal_bcd.optim.rounding import LOW_PRECISION
 from colossal_bcd.sharding import Image, Mesh, Sum, resolve
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRankOptions:
-    """How gradients of projected parameters (GaLore, GoLore) travel; other optimizers are not concerned."""
-
-    reduce: bool = True
-    """Between refreshes project a gradient in its backward hook, drop it, and reduce the image.  Exact, and so done,
-    without clipping; with `max_norm` only if `clip_by_image` is on, too, and else whole gradients are reduced."""
-    clip_by_image: bool = False
-    """Clip by a norm in which projected parameters count with the norm of their image, which is what trains them,
-    instead of that of the whole gradient.  At a refresh the whole gradient counts."""
 
 
 class LowRankGradients:
@@ -37,18 +27,12 @@ class LowRankGradients:
 
     Args:
         optimizer: that makes the steps; anything but an `ImageOptimizer` wants no images.
-        options: see `LowRankOptions`.
-        max_norm: of clipping; 0 does not clip.
+        config: of the engine.
         tied: parameters by pipeline stage, to whose gradients other stages add between backward and reduction.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        options: LowRankOptions,
-        max_norm: float,
-        tied: Sequence[Mapping[int, Parameter]],
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, config: EngineConfig, tied: Sequence[Mapping[int, Parameter]]) -> None:
+        options, max_norm = config.low_rank, config.max_norm
         exact = max_norm == 0 or options.clip_by_image
         self._optimizer = optimizer if isinstance(optimizer, ImageOptimizer) and options.reduce and exact else None
         if isinstance(optimizer, ImageOptimizer) and options.reduce and not exact and dist.get_rank() == 0:
@@ -57,6 +41,11 @@ class LowRankGradients:
                 "max_norm=0 or low_rank=LowRankOptions(clip_by_image=True).",
                 max_norm,
             )
+        self._replicating: ImageOptimizer | None = None
+        if isinstance(optimizer, ImageOptimizer) and options.gather:
+            _require_replicas(optimizer, config)
+            optimizer.descents = {}
+            self._replicating = optimizer
         self._excluded = {param for stages in tied for param in stages.values()}
         self._images: dict[Parameter, Image] = {}
         self.held: dict[Parameter, Tensor] = {}
@@ -102,9 +91,32 @@ class LowRankGradients:
         if self._optimizer is not None:
             self._optimizer.give_images({masters.of[param]: image for param, image in self.held.items()})
 
+    def replicate(self, masters: ShardedMasters, bucket_size: int) -> set[Parameter]:
+        """Apply low-rank updates on all replicas where that was asked for; the parameters that are done."""
+        if self._replicating is None:
+            return set()
+        return replicate(self._replicating, masters, max(bucket_size // masters.num_shards, 1))
+
     def square_sum(self, param: Parameter) -> Sum:
         """Request the squared norm of a held image."""
         return self._images[param].square_sum(self.held[param])
+
+
+def _require_replicas(optimizer: ImageOptimizer, config: EngineConfig) -> None:
+    """Refuse what would gather weights all the same, or lose small updates."""
+    if not config.zero_groups or config.master_weights or config.cpu_offload:
+        raise ValueError(
+            f"LowRankOptions(gather=True): got {len(config.zero_groups)} ZeRO groups, master_weights="
+            f"{config.master_weights} and cpu_offload={config.cpu_offload}, expected ZeRO without master weights, on "
+            "the device: replicas update their own weights. Use LowLevelZeroPlugin(stage=..., master_weights=False)."
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        low = any(param.dtype in LOW_PRECISION for param in group["params"])
+        if low and group.get("rank") is not None and group.get("rounding", "nearest") != "stochastic":
+            raise ValueError(
+                f"LowRankOptions(gather=True): param group {index} rounds its 16-bit weights to nearest, expected "
+                'rounding="stochastic". Without float32 masters small updates would be lost.'
+            )
 
 
 def prefers_whole_rows(optimizer: Optimizer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -60,10 +60,14 @@ class ShardedMasters:
         self.of = {param: self.of[param] if param in self.of else self._new(param) for param in params}
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take the values of the working parameters again."""
-        for param, master in self.of.items():
-            master.copy_(self._new(param))
+    def refresh(self, params: Iterable[Parameter] | None = None) -> None:
+        """Take the values of these working parameters again; None: of all."""
+        for param in self.of if params is None else params:
+            self.of[param].copy_(self._new(param))
+
+    def shard_layout(self, param: Parameter) -> Layout:
+        """Layout of the working parameter."""
+        return self._layouts[param]
 
     def load_gradients(self, grads: dict[Parameter, Tensor], *, partitioned: bool) -> None:
         """Move averaged gradients to the masters, in their dtype, freeing each low-precision one as it is cast.
@@ -84,10 +88,11 @@ class ShardedMasters:
             del grad
 
     @torch.no_grad()
-    def write_back(self, bucket_size: int, *, defer: bool) -> None:
-        """Write the masters into the working parameters of all W ranks; see `gather_weights`."""
+    def write_back(self, bucket_size: int, *, defer: bool, done: Collection[Parameter] = ()) -> None:
+        """Write the masters into the working parameters of all W ranks, but for those done; see `gather_weights`."""
         if self.num_shards > 1:
-            gather_weights(list(self.of.items()), self.groups, max(bucket_size // self.num_shards, 1), defer=defer)
+            left = [(param, master) for param, master in self.of.items() if param not in done]
+            gather_weights(left, self.groups, max(bucket_size // self.num_shards, 1), defer=defer)
             return
         for param, master in self.of.items():
             if master.data_ptr() != param.data_ptr():

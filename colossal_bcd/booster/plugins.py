@@ -21,11 +21,10 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.checkpoint import checkpoint_io
-from colossal_bcd.booster.config import EngineConfig
+from colossal_bcd.booster.config import EngineConfig, LowRankOptions
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.factors import holds_factors, refuse_factors
 from colossal_bcd.booster.layouts import shard_layouts
-from colossal_bcd.booster.low_rank import LowRankOptions
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, stage_ranges, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
 from colossal_bcd.booster.registry import shapes_of

@@ -80,7 +80,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             whole_rows=prefers_whole_rows(self._base),
         )
         self._mesh = self._make_mesh()
-        self._low_rank = LowRankGradients(self._base, config.low_rank, config.max_norm, self.shared_params)
+        self._low_rank = LowRankGradients(self._base, config, self.shared_params)
         self._reducer = GradientReducer([], self._reducer_config())
         self.mixed_precision_mixin = None
         if config.fp16 is not None:
@@ -123,7 +123,9 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
     def write_back(self) -> None:
         """Write the masters into the working parameters of every rank."""
-        self.masters.write_back(self.config.reduce_bucket_size, defer=self.config.overlap_allgather)
+        size = self.config.reduce_bucket_size
+        done = self._low_rank.replicate(self.masters, size)
+        self.masters.write_back(size, defer=self.config.overlap_allgather, done=done)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients of what is active."""

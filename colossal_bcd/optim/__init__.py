@@ -8,7 +8,7 @@ from colossal_bcd.optim.galore_8bit import GaLoreAdamW8bit, GoLoreAdamW8bit
 from colossal_bcd.optim.galore_adafactor import GaLoreAdafactor, GoLoreAdafactor
 from colossal_bcd.optim.galore_adamw import GaLoreAdamW, GoLoreAdamW
 from colossal_bcd.optim.galore_sgd import GaLoreSGD, GoLoreSGD
-from colossal_bcd.optim.images import ImageOptimizer
+from colossal_bcd.optim.images import Descent, ImageOptimizer
 from colossal_bcd.optim.lamb import Lamb
 from colossal_bcd.optim.spec import StateSpec
 
@@ -16,6 +16,7 @@ __all__ = [
     "CAME",
     "Adafactor",
     "AdamW",
+    "Descent",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer, State
 from colossal_bcd.optim.functional import require
-from colossal_bcd.optim.images import image_of
+from colossal_bcd.optim.images import Descent, image_of
 from colossal_bcd.optim.refresh import BASES, rank_of, refresh_if_due
 from colossal_bcd.optim.refresh_plan import RefreshHyper, lazy_spec
 from colossal_bcd.optim.refreshing import RefreshingOptimizer, is_projected
@@ -137,8 +137,16 @@ class GaLore(RefreshingOptimizer):
         left, right = state.get("left"), state.get("right")
         (grad,) = yield (image_of(view, self.take_image(view.key), low_rank, left, right),)
         update = yield from self.inner(view, grad, state, hyper, image)
+
+        def write(weight: Tensor, low_rank: LowRank, step: Tensor) -> None:
+            apply(weight, update, lambda: low_rank.subtract_(weight, step, left, right, hyper.scale))
+
+        if self.descents is not None:
+            plan = Image(layout=matrix, side=side, rank=rank, left=left, right=right)
+            self.descents[view.key] = Descent(plan, update.step, write)
+            return
         (step,) = yield (low_rank.whole(update.step),)
-        apply(view.param, update, lambda: low_rank.subtract_(view.param, step, left, right, hyper.scale))
+        write(view.param, low_rank, step)
 
     def update(self, view: ShardView, state: State, hyper: Any) -> Rounds:
         rule = self.projected if is_projected(view.layout, hyper) else self.plain

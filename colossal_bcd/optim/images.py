@@ -7,17 +7,44 @@ An engine asks for `wanted_images` before backward, reduces what it is told, and
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from colossal_bcd.optim.base import Hyper, Params, ShardedOptimizer, State
+from colossal_bcd.optim.rounding import is_stochastic, stream
 from colossal_bcd.sharding import WAVE_BYTES, Image, Layout, LowRank, Request, ShardView, Sum
+
+
+@dataclass(frozen=True)
+class Descent:
+    """An update that an engine applies to whole shards, on every replica (see `ImageOptimizer.descents`)."""
+
+    image: Image
+    """Whose bases project the step back."""
+    step: Tensor
+    """What this rank holds of the step's image (see `LowRank.shape`)."""
+    write: Callable[[Tensor, LowRank, Tensor], None]
+    """Updates flat values, given the projection of their layout and the step's image as far as it concerns them."""
+
+    def apply(self, weight: Tensor, step: Tensor) -> None:
+        """Update a shard in place.
+
+        Args:
+            weight: [n] data of the whole shard, in the dtype of its arithmetic.
+            step: whole image of the shard's step, of `image.shape`.
+        """
+        self.write(weight, self.image.of_shard, step)
 
 
 class ImageOptimizer(ShardedOptimizer):
     """Base of optimizers whose rule needs an image of the gradient at most steps."""
+
+    descents: dict[int, Descent] | None = None
+    """Where an engine wants to apply low-rank updates itself it puts a dict here, which a step fills by the parameters'
+    numbers instead of changing their weights; None: a step updates all weights."""
 
     def __init__(self, params: Params, hyper: Hyper, wave_bytes: int = WAVE_BYTES) -> None:
         self._images: dict[int, Tensor] = {}
@@ -58,6 +85,21 @@ class ImageOptimizer(ShardedOptimizer):
             images: parameter -> complete image, as much of it as this rank holds (see `LowRank.shape`).
         """
         self._images = {self._keys[param]: image for param, image in images.items()}
+
+    def streams(self) -> dict[Tensor, int]:
+        """Streams of the parameters whose last update is to be rounded stochastically."""
+        found = {}
+        for group in self.param_groups:
+            hyper = self._hyper(group)
+            for param in group["params"]:
+                if is_stochastic(hyper, param.dtype):
+                    # A step counts itself before it is over.
+                    found[param] = stream(hyper.seed, self._keys[param], group["num_steps"] - 1)
+        return found
+
+    def key_of(self, param: Tensor) -> int:
+        """Number of a parameter."""
+        return self._keys[param]
 
     def has_image(self, key: int) -> bool:
         return key in self._images

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
@@ -96,6 +97,26 @@ class Image:
         if self.side == "right":
             return image[part.rows]
         return image[:, part.columns] if self.side == "left" else image
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """The shard's image, from what each rank holds of it.
+
+        Args:
+            rows: [W, part_numel] by rank, as `padded` makes them.
+        """
+        image = rows.new_zeros(self.shape)
+        for row, part in zip(rows, self._parts, strict=True):
+            self._cut(image, part).copy_(row[: math.prod(part.shape)].view(part.shape))
+        return image
+
+    def padded(self, held: Tensor) -> Tensor:
+        """[part_numel] what this rank holds, as long as the longest rank's part."""
+        return torch.nn.functional.pad(held.reshape(-1), (0, self.part_numel - held.numel()))
+
+    @property
+    def of_shard(self) -> LowRank:
+        """The projection of the whole shard."""
+        return self._shard
 
     @cached_property
     def _shard_layout(self) -> Layout:
