@@ -44,16 +44,18 @@ def subspace_bases(matrix: Tensor, rank: int, side: str, start: Bases, seed: int
     transposed = side == "left"
     work = matrix.T if transposed else matrix  # the basis sought is that of work's columns' space, [columns, q]
     width = min(rank + 16, *work.shape)
-    block = gaussian((work.shape[1], width), seed, matrix)
     previous = start[0] if transposed else start[1]
+    known = 0 if previous is None else rank
+    block = gaussian((work.shape[1], width - known), seed, matrix)
     if previous is not None:
-        block[:, :rank] = previous
+        block = torch.cat([previous, block], 1)
     for _ in range(iterations):
         left = torch.linalg.qr(work @ block).Q
         block = torch.linalg.qr(work.T @ left).Q
-    u, _, vh = torch.linalg.svd(work @ block, full_matrices=False)
-    right = (block @ vh.T)[:, :rank].contiguous()
-    other = u[:, :rank].contiguous()
+    left, small = torch.linalg.qr(work @ block)
+    u, _, vh = torch.linalg.svd(small)  # [width, width]
+    right = (block @ vh[:rank].T).contiguous()
+    other = (left @ u[:, :rank]).contiguous()
     if side == "full":
         return other, right
     return (right, None) if transposed else (None, right)
