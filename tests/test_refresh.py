@@ -16,6 +16,7 @@ from conformance_cases import Sizes
 from hypothesis import given
 from hypothesis import strategies as st
 from refresh_cases import CASES, RANK, STABLE, STEPS
+from test_galore_plugins import CASES as CASES_OF_PLUGINS
 from torch import Tensor, nn
 
 from colossal_bcd import GaLoreAdamW, GoLoreAdamW
@@ -257,6 +258,24 @@ def test_refresh_of_blocks_equals_one_process() -> None:
     alone = run_ranks(1, galore_plugin_cases.inside_blocks, 1, options)[0]
     for losses in run_ranks(2, galore_plugin_cases.inside_blocks, 2, options):
         assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) <= 1e-4
+
+
+@pytest.mark.parametrize("case", ["zero2-2", "tp2-zero2"])
+def test_refresh_staggered_under_a_plugin_equals_one_process(case: str) -> None:
+    """The engine reduces images of the layers that are not refreshed, and whole gradients of those that are."""
+    num_ranks, plugin, options = CASES_OF_PLUGINS[case]
+    hyper = {"svd_method": "random", "stagger": 3}
+    bound = 20 * 2**-24 * (4 + 64 * 0.02 * 96**0.5)  # see test_galore_plugins.py
+    for report in run_ranks(num_ranks, galore_plugin_cases.injected, plugin, options, hyper):
+        assert report["error"] <= bound
+        assert report["replicas"]
+
+
+def test_refresh_lazily_under_a_plugin_keeps_replicas_equal() -> None:
+    num_ranks, plugin, options = CASES_OF_PLUGINS["tp2-zero2"]
+    hyper = {"update_proj_gap": 2, "stagger": 2, "lazy_threshold": 0.01, "lazy_patience": 1}
+    reports = run_ranks(num_ranks, galore_plugin_cases.injected, plugin, options, hyper)
+    assert all(report["replicas"] for report in reports)
 
 
 def test_similarity_counts_subspaces_only() -> None:
