@@ -30,13 +30,12 @@ def test_compat_block_optimizer_takes_the_documented_calls(options):
     assert isinstance(optimizer, colossal_bcd.BlockOptimizer)
 
 
-@pytest.mark.parametrize(
-    "option", [{"lora_mode": "all"}, {"sgd_mode": "all", "sgd_lr_scaling": 5.0, "sgd_use_sign": False}]
-)
-def test_compat_block_optimizer_refuses_breads_corrections(option):
+def test_compat_block_optimizer_takes_breads_call():
     model = Net()
-    with pytest.raises(ValueError, match="not available in this version"):
-        BlockOptimizer(adamw(model), names(model), **option)
+    optimizer = BlockOptimizer(adamw(model), names(model), sgd_mode="all", sgd_lr_scaling=5.0, sgd_use_sign=False)
+    before = model.lm_head.weight.detach().clone()
+    train(model, optimizer, 1)
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_compat_block_optimizer_has_badams_order_of_arguments():

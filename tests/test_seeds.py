@@ -1,7 +1,7 @@
 """Code of the documents whose systems this package replaces, run as it stands with only the import changed.
 
-Open, because what they call is not in this version: sgd_mode and lora_mode (document 000, second and third block),
-BAdamCallback and DeepSpeed's ZeRO-3 (002), GaLore (003's last block).
+Open, because what they call is not in this version: lora_mode (document 000, second block), BAdamCallback and
+DeepSpeed's ZeRO-3 (002), GaLore (003's last block).
 Document 004 is in test_seeds_golore.py, the parameter-ratio form of 001 and 002 in test_seeds_ratio.py.
 """
 
@@ -33,6 +33,16 @@ optimizer = BlockOptimizer(
     switch_mode="random", # update order of blocks, one can choose "random" (random reshuffling update order), "ascending" (update from input layer to output layer), or "descending" (update from output layer to input layer). The default is "random".
 )
 """  # noqa: E501, W291
+
+# Document 000, On-the-fly SGD Based Correction, with "same arguments as BAdam" written out.
+BREAD_SGD = """
+optimizer = BlockOptimizer(
+    base_optimizer=original_optimizer, named_parameters_list=list(model.named_parameters()), # same arguments as BAdam
+    sgd_mode="all", # options: ["all", "partial", "disabled"]
+    sgd_lr_scaling=5., # the learning rate scaling of SGD update. SGD usually uses larger lr than Adam.
+    sgd_use_sign=False # if True, use signSGD update. SignSGD update usually converges faster than SGD when the model is not well trained, e.g. under the scenario of training from scratch.
+)
+"""  # noqa: E501
 
 # Document 001 (first README of BAdam), Quick Start, first block.
 BADAM_ASCENDING = """
@@ -327,3 +337,15 @@ def test_tutorial_of_distributed_optimizers_runs(optimizer: str) -> None:
         assert "switched off" in result["warnings"][0]
         # The criterion is the mean of the hidden state, which ten steps lower.
         assert result["loss"] < result["start"] - 1e-3
+
+
+def test_bread_sgd_code_corrects_what_it_says() -> None:
+    model = models.llama(layers=3)
+    optimizer = wrapped(BREAD_SGD, model)
+    before = weights(model)
+    model(input_ids=models.tokens(0), labels=models.tokens(0)).loss.backward()
+    for name in optimizer.corrected_names():
+        assert not torch.equal(model.get_parameter(name).detach(), before[name])
+    assert changed(before, model) == set(before) - set(optimizer.active_names()), "the block waits for the step"
+    optimizer.step()
+    assert changed(before, model) == set(before)

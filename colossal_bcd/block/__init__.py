@@ -4,6 +4,26 @@ from colossal_bcd.block.masters import LocalMasters, Masters
 from colossal_bcd.block.optimizer import BlockOptimizer
 from colossal_bcd.block.partition import Block, partition
 from colossal_bcd.block.ratio import BlockOptimizerRatio
+from colossal_bcd.block.rules import (
+    Correction,
+    LionCorrection,
+    MomentumCorrection,
+    SgdCorrection,
+    SignCorrection,
+)
 from colossal_bcd.block.schedule import Schedule
 
-__all__ = ["Block", "BlockOptimizer", "BlockOptimizerRatio", "LocalMasters", "Masters", "Schedule", "partition"]
+__all__ = [
+    "Block",
+    "BlockOptimizer",
+    "BlockOptimizerRatio",
+    "Correction",
+    "LionCorrection",
+    "LocalMasters",
+    "Masters",
+    "MomentumCorrection",
+    "Schedule",
+    "SgdCorrection",
+    "SignCorrection",
+    "partition",
+]

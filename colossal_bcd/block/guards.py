@@ -48,34 +48,37 @@ def require_same_parameters(base_optimizer: Optimizer, roster: Roster, trained: 
     missing = [name for name, param in roster.parameters.items() if name in trained and id(param) not in held]
     if missing:
         raise ValueError(
-            f"base_optimizer: it lacks {len(missing)} parameters of blocks or active_modules, such as {missing[0]!r}, "
-            "expected all of them. Make it from model.parameters(), or give block_prefix_list without those parameters."
+            f"base_optimizer: it lacks {len(missing)} parameters of blocks or active_modules or corrections, such as "
+            f"{missing[0]!r}, expected all of them. Make it from model.parameters(), or give block_prefix_list without "
+            "those parameters."
         )
 
 
-def refuse_corrections(
-    lora_mode: Any, sgd_mode: Any, sgd_lr_scaling: float, sgd_use_sign: bool, lr_warmup_step_afterswitch: int
-) -> None:
-    """Refuse BREAD's arguments, which are in the signature but not in this version.
+def refuse_lora(lora_mode: Any) -> None:
+    """Refuse BREAD's adapters, which are in the signature but not in this version.
 
     Raises:
-        ValueError: one of them is not the default.
+        ValueError: not None.
     """
     require_choice("lora_mode", lora_mode, (None, "all", "partial", "adapter_only"))
-    require_choice("sgd_mode", sgd_mode, ("disabled", "all", "partial"))
-    given = {
-        "lora_mode": (lora_mode, None),
-        "sgd_mode": (sgd_mode, "disabled"),
-        "sgd_lr_scaling": (sgd_lr_scaling, 1.0),
-        "sgd_use_sign": (sgd_use_sign, False),
-        "lr_warmup_step_afterswitch": (lr_warmup_step_afterswitch, 0),
-    }
-    for name, (value, default) in given.items():
-        if value != default:
+    if lora_mode is not None:
+        raise ValueError(
+            f"lora_mode: got {lora_mode!r}, but BREAD's adapters are not in this version, expected None. In a "
+            "model with LoRA adapters BAdam trains those of the active block."
+        )
+
+
+def require_rates(base_optimizer: Optimizer, option: str) -> None:
+    """Refuse a base optimizer without learning rates where they are to be multiplied.
+
+    Raises:
+        ValueError: a param group has none.
+    """
+    for index, group in enumerate(base_optimizer.param_groups):
+        if group.get("lr") is None:
             raise ValueError(
-                f"{name}: got {value!r}, but BREAD's corrections of inactive blocks are not available in this version, "
-                f"expected {default!r}. BAdam works without it; in a model with LoRA adapters it trains those of the "
-                "active block; a schedule after a switch can be given to a scheduler of torch.optim.lr_scheduler."
+                f"{option}: got a base optimizer whose param group {index} has lr=None, expected a number, which is "
+                f"multiplied. Give the {type(base_optimizer).__name__} an lr."
             )
 
 

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block.checks import require_int
-from colossal_bcd.block.guards import always_active, refuse_corrections, require_base, require_same_parameters
+from colossal_bcd.block.correction import (
+    CorrectionMode,
+    CorrectionOptions,
+    Corrections,
+    LocalCorrections,
+)
+from colossal_bcd.block.guards import (
+    always_active,
+    refuse_lora,
+    require_base,
+    require_rates,
+    require_same_parameters,
+)
 from colossal_bcd.block.masters import LocalMasters, Masters
-from colossal_bcd.block.partition import Block, PrefixList, partition
+from colossal_bcd.block.partition import PrefixList, partition
+from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.roster import read_roster, set_active
+from colossal_bcd.block.rules import Correction
 from colossal_bcd.block.schedule import Mode, Schedule
 from colossal_bcd.block.snapshot import load_snapshot, take_snapshot
+from colossal_bcd.block.tenants import Tenants, scaled_rates, warm_up
+from colossal_bcd.block.wrapper import Wrapper
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.sharding import Layout, Mesh
+from colossal_bcd.optim.rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
 
-class BlockOptimizer(Optimizer):
+class BlockOptimizer(Wrapper):
     """Trains one block of a model at a time with the base optimizer and freezes the rest.
 
     After exactly `switch_block_every` applied steps the next block becomes active: the base optimizer's state is
@@ -56,8 +69,15 @@ class BlockOptimizer(Optimizer):
         include_embedding: also make a first block of the embeddings.
         include_lm_head: also make a last block of the head.
         verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains.
-        lora_mode, sgd_mode, sgd_lr_scaling, sgd_use_sign, lr_warmup_step_afterswitch: BREAD's corrections of inactive
-            blocks; not in this version, anything but the default raises.
+        lora_mode: BREAD's adapters; not in this version, anything but None raises.
+        sgd_mode: BREAD's correction of what is not active, within backward: "all" of it, embedding, head and norms
+            included; "partial" what comes after the first active parameter; "disabled". Clipping leaves it alone.
+        sgd_lr_scaling: its learning rate, as a multiple of that of the parameter's group.
+        sgd_use_sign: correct by the gradient's sign.
+        correction: another rule; None: the gradient, or its sign.
+        correction_rounding: of corrected bfloat16 and float16 weights; "nearest" loses updates below half their step.
+        accumulation_steps: micro-batches per step, so that corrections wait for the last one; see `LocalCorrections`.
+        lr_warmup_step_afterswitch: steps in which the base optimizer's rate grows to its value after a switch.
         n_layer_per_block: layers in a default block: neighbours, or in "random" mode drawn by `seed`.
         seed: of the orders; the same on every process.
         block_ranges: half-open ranges of blocks, each with its own order and active block; None: one over all.
@@ -79,21 +99,34 @@ class BlockOptimizer(Optimizer):
         include_lm_head: bool = False,
         verbose: int = 1,
         lora_mode: Literal["all", "partial", "adapter_only"] | None = None,
-        sgd_mode: Literal["all", "partial", "disabled"] = "disabled",
+        sgd_mode: CorrectionMode = "disabled",
         sgd_lr_scaling: float = 1.0,
         sgd_use_sign: bool = False,
         n_layer_per_block: int = 1,
         lr_warmup_step_afterswitch: int = 0,
         seed: int = 0,
         block_ranges: Sequence[tuple[int, int]] | None = None,
+        correction: Correction | None = None,
+        correction_rounding: Rounding = "nearest",
+        accumulation_steps: int = 1,
     ) -> None:
         if isinstance(base_optimizer, BlockOptimizer):
             raise ValueError("base_optimizer: got a BlockOptimizer, expected the optimizer that it wraps. Wrap once.")
         require_base(base_optimizer)
         require_int("verbose", verbose, 0)
-        refuse_corrections(lora_mode, sgd_mode, sgd_lr_scaling, sgd_use_sign, lr_warmup_step_afterswitch)
+        require_int("lr_warmup_step_afterswitch", lr_warmup_step_afterswitch, 0)
+        refuse_lora(lora_mode)
+        corrector = CorrectionOptions(
+            sgd_mode=sgd_mode,
+            sgd_lr_scaling=sgd_lr_scaling,
+            sgd_use_sign=sgd_use_sign,
+            correction=correction,
+            correction_rounding=correction_rounding,
+            accumulation_steps=accumulation_steps,
+            seed=seed,
+        ).corrector()
         roster = read_roster(named_parameters_list)
-        self.blocks: tuple[Block, ...] = partition(
+        blocks = partition(
             roster.parameters,
             aliases=roster.aliases,
             trainable=roster.in_blocks,
@@ -103,8 +136,8 @@ class BlockOptimizer(Optimizer):
             num_layers_per_block=n_layer_per_block,
             merge_seed=seed if switch_mode == "random" else None,
         )
-        self.schedule = Schedule(
-            num_blocks=len(self.blocks),
+        schedule = Schedule(
+            num_blocks=len(blocks),
             period=switch_block_every,
             mode=switch_mode,
             seed=seed,
@@ -113,43 +146,43 @@ class BlockOptimizer(Optimizer):
         )
         self.ranges_given = block_ranges is not None
         """Whether the user chose the ranges; a pipeline then leaves them as they are."""
-        self.always_active: tuple[str, ...] = always_active(active_modules, roster)
-        """Canonical names of the parameters of `active_modules`, in model order."""
-        trained = {name for block in self.blocks for name in block.parameters}.union(self.always_active)
-        require_same_parameters(base_optimizer, roster, trained)
-        # The empty group satisfies torch's constructor without a change to the base optimizer's groups.
-        super().__init__([{"params": []}], base_optimizer.defaults)
+        options: dict[str, Any] = {} if corrector is None else {"corrections": corrector.identity()}
+        if lr_warmup_step_afterswitch:
+            options["warm_up_steps"] = lr_warmup_step_afterswitch
+        plan = Plan(
+            names=tuple(name for name in roster.parameters if name in roster.trainable),
+            blocks=blocks,
+            schedule=schedule,
+            always_active=always_active(active_modules, roster),
+            sgd_mode=sgd_mode,
+            options=options,
+        )
+        trained = plan.trained()
+        require_same_parameters(base_optimizer, roster, trained if corrector is None else roster.trainable)
+        if lr_warmup_step_afterswitch or corrector is not None:
+            require_rates(base_optimizer, "lr_warmup_step_afterswitch" if corrector is None else "sgd_mode")
+        super().__init__(base_optimizer, plan, {name: roster.parameters[name] for name in plan.names})
         self.verbose = verbose
-        self.num_steps = 0
-        """Applied steps."""
-        self.named_parameters: dict[str, Parameter] = {
-            name: param for name, param in roster.parameters.items() if name in roster.trainable
-        }
-        """Canonical name -> every parameter on this rank that was left trainable, whether in a block or not."""
-        self.members: list[list[Parameter]] = [list(group["params"]) for group in base_optimizer.param_groups]
-        """Parameters of each param group as the base optimizer was given them, active or not."""
-        self._names = tuple(self.named_parameters)
-        self._tensors: dict[Parameter, Tensor] = {}
-        self.masters: Masters = LocalMasters({param: name for name, param in roster.parameters.items()})
+        self._tenants = Tenants()
+        names = {param: name for name, param in roster.parameters.items()}
+        self.masters: Masters = LocalMasters(names)
+        self.warm_up_steps = lr_warmup_step_afterswitch
+        self.corrector = corrector
+        """Updates what is not active; None: nothing does."""
+        self._corrections: Corrections | None = None
+        if corrector is not None:
+            corrector.adopt(self.named_parameters, list(zip(base_optimizer.param_groups, self.members, strict=True)))
+            self._corrections = LocalCorrections(corrector, names)
         self.attached = False
         """Whether an engine has taken over; it then feeds gradients, writes weights back and calls `switch_if_due`."""
-        self._adopt(base_optimizer)
         if base_optimizer.state:
             logger.warning("the base optimizer has taken steps; its state is cleared, as at every switch")
         self._activate(keep=frozenset())
         self._log_active()
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
-            logger.info("%d blocks; %d trainable parameters are in none and stay frozen", len(self.blocks), untrained)
-
-    def active_blocks(self) -> tuple[Block, ...]:
-        """The blocks that train now, one per range."""
-        return tuple(self.blocks[index] for index in self.schedule.active(self.num_steps))
-
-    def active_names(self) -> tuple[str, ...]:
-        """Canonical names of the parameters that train now, on any rank, those of `active_modules` included."""
-        names = {name for block in self.active_blocks() for name in block.parameters}.union(self.always_active)
-        return tuple(name for name in self._names if name in names)
+            fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.options.sgd_mode})"
+            logger.info("%d blocks; %d trainable parameters are in none and %s", len(self.blocks), untrained, fate)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the active blocks, then the switch if one is due.
@@ -161,22 +194,24 @@ class BlockOptimizer(Optimizer):
         if self.attached:
             if closure is not None:
                 raise ValueError("closure: got one under a booster, expected None. Compute the loss before the step.")
-            self.base_optimizer.step()
-            self.num_steps += 1
+            self._base_step()
             return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.masters.load_gradients()
-        self.base_optimizer.step()
+        if self._corrections is not None:
+            self._corrections.settle()
+        self._base_step()
         self.masters.write_back()
-        self.num_steps += 1
         self.switch_if_due()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.masters.zero_grad(set_to_none)
+        if self._corrections is not None:
+            self._corrections.clear()
 
     def switch_if_due(self) -> bool:
         """Activate the next blocks if the last applied step ended a period; whether it did.
@@ -189,19 +224,27 @@ class BlockOptimizer(Optimizer):
         self._log_active()
         return True
 
-    def attach(self, masters: Masters, *, held: Iterable[Parameter] | None = None) -> None:
+    def attach(
+        self, masters: Masters, *, held: Iterable[Parameter] | None = None, corrections: Corrections | None = None
+    ) -> None:
         """Let an engine take over: its masters replace the local ones, and the active blocks are activated anew.
 
         Args:
             masters: the engine's.
+            corrections: the engine's; needed where there is a `corrector`.
             held: parameters on this rank; others are never activated here.  None: all.
         Raises:
-            ValueError: steps were taken, whose state would be lost.
+            ValueError: steps were taken, whose state would be lost, or there is nobody for the corrections.
         """
         if self.num_steps or self.base_optimizer.state:
             raise ValueError(
                 f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
             )
+        if self._corrections is not None:
+            if corrections is None:
+                raise ValueError("attach: got an engine without corrections, expected some, as sgd_mode asks for them")
+            self._corrections.activate([])
+            self._corrections = corrections
         self.masters, self.attached = masters, True
         if held is not None:
             here = set(held)
@@ -211,24 +254,6 @@ class BlockOptimizer(Optimizer):
             self.members = [[param for param in group if param in here] for group in self.members]
         self._activate(keep=frozenset())
 
-    def replace_base(self, base_optimizer: Optimizer) -> None:
-        """Go on with another base optimizer over the same param-group dicts.
-
-        Raises:
-            ValueError: the present one has state, or the groups are others.
-        """
-        old = self.base_optimizer
-        same = len(old.param_groups) == len(base_optimizer.param_groups) and all(
-            ours is theirs for ours, theirs in zip(old.param_groups, base_optimizer.param_groups, strict=True)
-        )
-        if old.state or not same:
-            raise ValueError(
-                f"replace_base: got a {type(base_optimizer).__name__} while the {type(old).__name__} has state of "
-                f"{len(old.state)} parameters and {'the same' if same else 'other'} param groups; expected no state "
-                "and the same group dicts. Replace it before the first step."
-            )
-        self._adopt(base_optimizer)
-
     def reschedule(self, block_ranges: Sequence[tuple[int, int]]) -> None:
         """Give the blocks other ranges.
 
@@ -237,24 +262,10 @@ class BlockOptimizer(Optimizer):
         """
         if self.num_steps:
             raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
-        self.schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
+        schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
+        self.plan = dataclasses.replace(self.plan, schedule=schedule)
         self._activate(keep=frozenset())
         self._log_active()
-
-    def identity(self) -> dict[str, Any]:
-        """What says which parameters train at which step: plain numbers, strings, lists."""
-        return {
-            **{field.name: getattr(self.schedule, field.name) for field in dataclasses.fields(self.schedule)},
-            "ranges": [list(bounds) for bounds in self.schedule.ranges],
-            "blocks": [[block.name, list(block.parameters)] for block in self.blocks],
-            "always_active": list(self.always_active),
-        }
-
-    def fingerprint(self) -> list[int]:
-        """Two 62-bit ints: of the blocks and their schedule, and of the progress in it.  Equal on ranks that agree."""
-        progress = self.num_steps, self.schedule.active(self.num_steps)
-        digests = (hashlib.sha256(repr(value).encode()).digest() for value in (self.identity(), progress))
-        return [int.from_bytes(digest[:8], "big") >> 2 for digest in digests]
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, and under "block" what resumes in the middle of a block.
@@ -278,65 +289,34 @@ class BlockOptimizer(Optimizer):
     def resume_at(self, num_steps: int) -> None:
         """Activate what trains after `num_steps` applied steps, with fresh masters and without state."""
         require_int("num_steps", num_steps, 0)
-        self.num_steps = num_steps
+        self._count(num_steps)
         self._activate(keep=frozenset())
         self._log_active()
 
-    def group_names(self, num_steps: int) -> list[list[str]]:
-        """Names of the parameters held by each param group after `num_steps` applied steps, in order."""
-        active = {name for index in self.schedule.active(num_steps) for name in self.blocks[index].parameters}
-        active.update(self.always_active)
-        names = {param: name for name, param in self.named_parameters.items() if name in active}
-        return [[names[param] for param in members if param in names] for members in self.members]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if param_group["params"]:
-            raise ValueError(
-                "add_param_group: got parameters after the blocks were made, expected none. Add them to the base "
-                "optimizer before it is wrapped."
-            )
-        super().add_param_group(param_group)
-
-    def load_base_state(self, state_dict: dict[str, Any]) -> None:
-        """Load the base optimizer's own state dict, keeping the group dicts that schedulers hold."""
-        base, groups, state = self.base_optimizer, self.base_optimizer.param_groups, self.base_optimizer.state
-        base.load_state_dict(copy.deepcopy(state_dict))
-        for group, loaded in zip(groups, base.param_groups, strict=True):
-            group.update(loaded)
-        state.clear()
-        state.update(base.state)
-        base.param_groups, base.state = groups, state
-
-    def _adopt(self, base_optimizer: Optimizer) -> None:
-        self.base_optimizer, self.defaults = base_optimizer, base_optimizer.defaults
-        self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
-        self._get_lr = getattr(base_optimizer, "_get_lr", None)  # transformers' AdafactorSchedule calls it
-
     def _activate(self, keep: Set[Parameter]) -> None:
         """Freeze and unfreeze, and hand the active masters to the base optimizer; old ones are freed first."""
-        names = set(self.active_names())
+        names, corrected = set(self.active_names()), set(self.corrected_names())
         active = {param for name, param in self.named_parameters.items() if name in names}
-        for param in self.named_parameters.values():
-            set_active(param, param in active)
-        kept = {tensor for param, tensor in self._tensors.items() if param in keep}
-        self._tensors = {}
-        for group in self.param_groups:
-            group["params"] = []
-        for tensor in [tensor for tensor in self.base_optimizer.state if tensor not in kept]:
-            del self.base_optimizer.state[tensor]
-        if isinstance(self.base_optimizer, ShardedOptimizer):
-            self.base_optimizer.unbind()
+        for name, param in self.named_parameters.items():
+            set_active(param, name in names or name in corrected)
         groups = [[param for param in members if param in active] for members in self.members]
-        for group, params, tensors in zip(self.param_groups, groups, self.masters.activate(groups, keep), strict=True):
-            self._tensors.update(zip(params, tensors, strict=True))
-            group["params"] = list(tensors)
+        self._tenants.replace(self.base_optimizer, self.masters, groups, keep)
         if self.attached:
             self.masters.bind()
         elif isinstance(self.base_optimizer, ShardedOptimizer):
-            whole = {tensor: Layout.whole(tuple(tensor.shape)) for tensor in self._tensors.values()}
-            places = {param: key for key, param in enumerate(param for group in self.members for param in group)}
-            keys = {tensor: places[param] for param, tensor in self._tensors.items()}
-            self.base_optimizer.bind(whole, Mesh(), keys)
+            self._tenants.bind_whole(self.base_optimizer, self.members)
+        if self._corrections is not None:
+            self._corrections.activate([param for name, param in self.named_parameters.items() if name in corrected])
+
+    def _base_step(self) -> None:
+        with scaled_rates(self.param_groups, warm_up(self.num_steps, self.schedule.period, self.warm_up_steps)):
+            self.base_optimizer.step()
+        self._count(self.num_steps + 1)
+
+    def _count(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        if self.corrector is not None:
+            self.corrector.num_steps = num_steps
 
     def _log_active(self) -> None:
         if not self.verbose:

@@ -28,6 +28,9 @@ def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:
         "groups": optimizer.group_names(optimizer.num_steps),
         "masters": masters,
     }
+    if optimizer.corrector is not None:
+        state = optimizer.corrector.state
+        block["corrections"] = {name: state[p] for name, p in optimizer.named_parameters.items() if p in state}
     return {**optimizer.base_optimizer.state_dict(), "block": block}
 
 
@@ -48,6 +51,8 @@ def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> Non
     with torch.no_grad():
         for name, master in block["masters"].items():
             tensors[optimizer.named_parameters[name]].copy_(master)
+    if optimizer.corrector is not None:
+        optimizer.corrector.load(optimizer.named_parameters, block["corrections"])
     optimizer.load_base_state({key: value for key, value in snapshot.items() if key != "block"})
 
 
@@ -69,7 +74,7 @@ def require_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None
     Raises:
         ValueError: they differ.
     """
-    different = [key for key in ours if ours[key] != theirs.get(key)]
+    different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if not different:
         return
     if "blocks" in different:
@@ -77,7 +82,9 @@ def require_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None
         detail = f"blocks {got}, expected {expected}" if got != expected else f"the blocks {got} with other parameters"
     else:
         names = {"period": "switch_block_every", "mode": "switch_mode", "ranges": "block_ranges"}
-        detail = "; ".join(f"{names.get(key, key)} {theirs.get(key)!r}, expected {ours[key]!r}" for key in different)
+        detail = "; ".join(
+            f"{names.get(key, key)} {theirs.get(key)!r}, expected {ours.get(key)!r}" for key in different
+        )
     raise ValueError(
         f"load_state_dict: got a state of {detail}. Make the BlockOptimizer with the arguments of the run that saved "
         "it."

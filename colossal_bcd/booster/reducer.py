@@ -115,6 +115,20 @@ class GradientReducer:
         """Whether gradients wait to be averaged: backward ran under `no_sync` or not through the engine."""
         return self._next > 0 or bool(self._local) or any(param.grad is not None for param in self._bucket_of)
 
+    @property
+    def checked(self) -> list[Tensor]:
+        """What loss scaling looks for overflow in."""
+        return list(self.grads.values())
+
+    def begin(self, synced: bool) -> None:
+        """Start of a backward pass, whose gradients are averaged if `synced`."""
+        self.enabled = synced
+
+    def settle(self) -> None:
+        """Before a step: average what waits."""
+        if self.unfinished:
+            self.finish()
+
     def finish(self) -> None:
         """End of a backward pass: reduce what is left, wait, and add the averages to `grads`."""
         while self._next < len(self._buckets):
@@ -134,18 +148,24 @@ class GradientReducer:
         buckets: list[_Bucket] = []
         filled = 0
         for param in reversed(params):
-            partition = self._is_partitioned(param)
-            fits = buckets and buckets[-1].params[0].dtype == param.dtype and buckets[-1].partition == partition
+            fits = buckets and self._kind(buckets[-1].params[0]) == self._kind(param)
             if not fits or filled + self._numel(param) > self.config.bucket_size:
-                buckets.append(_Bucket([], partition))
+                buckets.append(_Bucket([], self._is_partitioned(param)))
                 filled = 0
             buckets[-1].params.append(param)
             filled += self._numel(param)
         return buckets
 
     def _is_partitioned(self, param: Parameter) -> bool:
-        """Whether this rank needs its row of the gradient only; parameters of both kinds share no bucket."""
+        """Whether this rank needs its row of the gradient only."""
         return self.config.partition and (param not in self.images or self.images[param].divided)
+
+    def _kind(self, param: Parameter) -> tuple[object, ...]:
+        """Parameters of different kinds share no bucket."""
+        return param.dtype, self._is_partitioned(param)
+
+    def _is_ready(self, bucket: _Bucket) -> bool:
+        return len(bucket.ready) == len(bucket.params)
 
     def _on_grad(self, param: Parameter) -> None:
         self._project(param)
@@ -159,9 +179,7 @@ class GradientReducer:
                 "use_reentrant=False, or stage 1 with overlap_communication=False."
             )
         bucket.ready.add(param)
-        while self._next < len(self._buckets) and len(self._buckets[self._next].ready) == len(
-            self._buckets[self._next].params
-        ):
+        while self._next < len(self._buckets) and self._is_ready(self._buckets[self._next]):
             self._launch()
 
     def _project(self, param: Parameter) -> None:

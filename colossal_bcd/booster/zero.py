@@ -26,6 +26,7 @@ from colossal_bcd.booster.agreement import require_agreement
 from colossal_bcd.booster.checkpoint import require_plain
 from colossal_bcd.booster.clipping import scale_gradients
 from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler
+from colossal_bcd.booster.correction import corrections_of
 from colossal_bcd.booster.factors import EngineFactors
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
@@ -84,12 +85,12 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._reducer = GradientReducer([], self._reducer_config())
         self.mixed_precision_mixin = None
         if config.fp16 is not None:
-            self.mixed_precision_mixin = LossScaler(lambda: list(self._reducer.grads.values()), **config.fp16)
+            self.mixed_precision_mixin = LossScaler(lambda: self._reducer.checked, **config.fp16)
         self.param_to_pg = dict.fromkeys(layouts, self._zero_pg())
         held = set(layouts)
         if isinstance(optimizer, BlockOptimizer):
             self._agree(optimizer)
-            optimizer.attach(self, held=held)
+            optimizer.attach(self, held=held, corrections=corrections_of(self, optimizer.corrector))
         else:
             groups = [[p for p in g["params"] if p in held and p.requires_grad] for g in optimizer.param_groups]
             for group, masters in zip(optimizer.param_groups, self.activate(groups, set()), strict=True):
@@ -172,7 +173,8 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         if not self.require_grad_sync:
             return
         if self._reducer.unfinished:
-            self.sync_dp_grads()
+            self._low_rank.expect(self._reducer, self.masters.of)
+        self._reducer.settle()
         scaler = self.mixed_precision_mixin
         if scaler is not None and scaler.should_skip_step():
             self.zero_grad()
@@ -306,8 +308,8 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
                 "backward: the loss depends on no parameter that is trained now. If the model uses gradient "
                 "checkpointing, pass use_reentrant=False: the reentrant kind cuts the graph above frozen layers."
             )
-        self._reducer.enabled = self.require_grad_sync
         self._low_rank.expect(self._reducer, self.masters.of)
+        self._reducer.begin(self.require_grad_sync)
 
     def _after_backward(self) -> None:
         if self.require_grad_sync:

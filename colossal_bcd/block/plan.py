@@ -1,0 +1,63 @@
+"""What trains when: blocks, their schedule, what always trains and what is corrected, as a value."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from colossal_bcd.block.correction import CorrectionMode, inactive
+from colossal_bcd.block.partition import Block
+from colossal_bcd.block.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which parameters train after how many applied steps; the same on every rank and mesh."""
+
+    names: tuple[str, ...]
+    """Canonical names of everything trainable, in model order."""
+    blocks: tuple[Block, ...]
+    schedule: Schedule
+    always_active: tuple[str, ...] = ()
+    """Canonical names of the parameters of `active_modules`, in model order."""
+    sgd_mode: CorrectionMode = "disabled"
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else must be the same in a run that is resumed: plain numbers and strings."""
+
+    def active_blocks(self, num_steps: int) -> tuple[Block, ...]:
+        """The blocks that train after `num_steps` applied steps, one per range."""
+        return tuple(self.blocks[index] for index in self.schedule.active(num_steps))
+
+    def active_names(self, num_steps: int) -> tuple[str, ...]:
+        """Canonical names of what trains then, on any rank, those of `active_modules` included."""
+        names = {name for block in self.active_blocks(num_steps) for name in block.parameters}.union(self.always_active)
+        return tuple(name for name in self.names if name in names)
+
+    def corrected_names(self, num_steps: int) -> tuple[str, ...]:
+        """Canonical names of what is corrected then, on any rank."""
+        if self.sgd_mode == "disabled":
+            return ()
+        return tuple(inactive(self.names, self.active_names(num_steps), self.sgd_mode))
+
+    def trained(self) -> set[str]:
+        """Canonical names of what the base optimizer ever trains."""
+        return {name for block in self.blocks for name in block.parameters}.union(self.always_active)
+
+    def identity(self) -> dict[str, Any]:
+        """What says which parameters train at which step: plain numbers, strings, lists."""
+        schedule = self.schedule
+        return {
+            **{field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)},
+            "ranges": [list(bounds) for bounds in schedule.ranges],
+            "blocks": [[block.name, list(block.parameters)] for block in self.blocks],
+            "always_active": list(self.always_active),
+            **self.options,
+        }
+
+    def fingerprint(self, num_steps: int) -> list[int]:
+        """Two 62-bit ints: of the blocks and their schedule, and of the progress in it.  Equal on ranks that agree."""
+        progress = num_steps, self.schedule.active(num_steps)
+        digests = (hashlib.sha256(repr(value).encode()).digest() for value in (self.identity(), progress))
+        return [int.from_bytes(digest[:8], "big") >> 2 for digest in digests]
