@@ -172,8 +172,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             raise ValueError("step(closure): a sharded step cannot run the closure; call backward, then step()")
         if not self.require_grad_sync:
             return
-        if self._reducer.unfinished:
-            self._low_rank.expect(self._reducer, self.masters.of)
+        self._low_rank.expect(self._reducer, self.masters.of)
         self._reducer.settle()
         scaler = self.mixed_precision_mixin
         if scaler is not None and scaler.should_skip_step():
@@ -331,8 +330,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
     def _scale_gradients(self, loss_scale: float) -> None:
         """Undo the loss scale and clip by the global norm of what is active."""
-        squares: list[Request] = []
-        grads = []
+        squares, grads = list[Request](), []
         for param, master in self.masters.of.items():
             if master.grad is None:
                 continue
@@ -343,9 +341,8 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             elif param not in self._tied_elsewhere:
                 layout = self.masters.layout(param)
                 squares.append(Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes))
-        self._current_grad_norm = scale_gradients(
-            grads, squares, self._mesh, self._device, self.config.max_norm, loss_scale
-        )
+        settings = self._mesh, self._device, self.config.max_norm, loss_scale
+        self._current_grad_norm = scale_gradients(grads, squares, *settings)
 
     def _force_wait_all_gather(self) -> None:
         for param in self.masters.of:
