@@ -150,9 +150,28 @@ def _traffic_rows(report: Report) -> list[tuple[str, str]]:
     if report.settings.plugin == "ddp" and report.settings.optimizer != "badam":
         return [("collectives per step", "inside torch's DDP, where they are not counted")]
     ordinary, switching = report.ranks[0].ordinary, report.ranks[0].switching
-    rows = [("collectives per step", _traffic(ordinary))]
+    rows = [("collectives per step", _traffic(ordinary)), *_direction_rows(report)]
     if switching.steps:
         rows.append(("collectives in a step that ends a block", _traffic(switching)))
+    return rows
+
+
+def _direction_rows(report: Report) -> list[tuple[str, str]]:
+    """Bytes per step of gradients and weights, refreshes and switches included, against AdamW's on all weights."""
+    settings, rank = report.settings, report.ranks[0]
+    steps = rank.ordinary.steps + rank.switching.steps
+    reduction = "reduce_scatter_tensor" if settings.zero_stage == 2 else "all_reduce"
+    directions = {"gradients reduced per step": reduction, "weights gathered per step": "all_gather_into_tensor"}
+    if reduction == "all_reduce" and settings.tp > 1:
+        # Tensor parallelism adds activations up with the same calls.
+        del directions["gradients reduced per step"]
+    if not settings.zero_stage:
+        del directions["weights gathered per step"]
+    full = (4 if settings.precision == "fp32" else 2) * rank.num_parameters
+    rows = []
+    for name, call in directions.items():
+        sent = (rank.ordinary.bytes[call] + rank.switching.bytes[call]) / steps
+        rows.append((name, f"{sent / MIB:.3f} MiB ({sent / full:.1%} of AdamW's {full / MIB:.3f} MiB)"))
     return rows
 
 

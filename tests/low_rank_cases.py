@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from colossal_bcd import BlockOptimizer, GaLoreAdamW
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, LowRankOptions, TorchDDPPlugin
+from colossal_bcd.optim import GaLoreSGD
 from colossal_bcd.testing import CollectiveCounter, storages
 
 GAP = 4
 RANK = 8
+MAX_NORM = 1e-2
 PLUGINS = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin, "ddp": TorchDDPPlugin}
 
 
@@ -62,8 +65,10 @@ def boosted(
     others = [param for param in model.parameters() if all(param is not other for other in projected)]
     for param in others:
         param.requires_grad_(not only)
-    groups: list[dict[str, Any]] = [{"params": projected, "rank": RANK, "update_proj_gap": GAP, **hyper}]
-    optimizer: Any = GaLoreAdamW(groups + ([] if only else [{"params": others}]), lr=1e-2)
+    hyper = {"rank": RANK, "update_proj_gap": GAP, **hyper}
+    inner = {"adamw": GaLoreAdamW, "sgd": GaLoreSGD}[hyper.pop("inner", "adamw")]
+    groups: list[dict[str, Any]] = [{"params": projected, **hyper}]
+    optimizer: Any = inner(groups + ([] if only else [{"params": others}]), lr=1e-2)
     if block:
         optimizer = BlockOptimizer(
             optimizer, model.named_parameters(), switch_block_every=block, switch_mode="ascending", verbose=0
@@ -144,7 +149,8 @@ def compared(*args: Any, low_rank: dict[str, Any] | None = None, **kwargs: Any) 
         "without": whole["images"],
         "replicas": images["replicas"] and whole["replicas"],
         "moved": abs(whole["losses"][0] / whole["losses"][-1] - 1),
-        "norms": (images["norms"], whole["norms"]),
+        "norm": max(whole["norms"]),
+        "loss": max(whole["losses"]),
     }
 
 
@@ -270,21 +276,25 @@ def overflow(stage: int) -> dict[str, Any]:
     }
 
 
-def clipped(options: dict[str, Any], plugin: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Norms of three steps when clipping by images, each with the norm computed by hand from whole gradients."""
-    options = {**options, "low_rank": LowRankOptions(clip_by_image=True), "max_norm": 1e-2}
-    model, engine, booster = boosted(plugin, options, {"svd_method": "random"}, dtype=dtype)
-    norms, given = [], []
-    engine.optim.register_step_pre_hook(
-        lambda *_: given.append([image.double().norm().item() for image in engine._low_rank.held.values()])
-    )
+def clipped(plugin: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Norms of three steps clipped by images, the same batch on all ranks, before and (right on one rank) after."""
+    options = {**options, "low_rank": LowRankOptions(clip_by_image=True), "max_norm": MAX_NORM}
+    model, engine, booster = boosted(plugin, options, {"svd_method": "random"}, dtype=torch.float32)
+    norms, given, images = [], [], []
+
+    def watch(*_: Any) -> None:
+        held = engine._low_rank.held
+        whole = [master.grad for param, master in engine.masters.of.items() if param not in held]
+        given.append(math.sqrt(sum(part.double().square().sum().item() for part in [*held.values(), *whole])))
+
+    engine.optim.register_step_pre_hook(watch)
     for step in range(3):
-        loss = models.loss(model, models.tokens(step))
-        booster.backward(loss, engine)
+        booster.backward(models.loss(model, models.tokens(step)), engine)
+        images.append(len(engine._reducer.images))
         engine.step()
         norms.append(engine.get_grad_norm())
         engine.zero_grad()
-    return {"norms": norms, "given": given}
+    return {"norms": norms, "given": given, "images": images}
 
 
 def gathered(options: dict[str, Any], hyper: dict[str, Any], steps: int, dtype: torch.dtype) -> dict[str, Any]:
