@@ -26,6 +26,7 @@ setup(
         "examples": EXAMPLES,
         "test": [
             *EXAMPLES,
+            "accelerate>=0.26",
             "badam>=1.4",
             "came_pytorch>=0.1.3",
             "galore_torch>=1.0",

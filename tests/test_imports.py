@@ -27,7 +27,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "booster": {"torch", "colossalai", "transformers", "peft", "bitsandbytes"},
     "cli": {"click", "rich"},
-    "compat": {"torch", "transformers"},
+    "compat": {"torch", "transformers", "numpy"},
 }
 """Libraries beside Python's own that a part may import; torch for the others."""
 

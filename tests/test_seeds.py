@@ -1,8 +1,9 @@
 """Code of the documents whose systems this package replaces, run as it stands with only the import changed.
 
-Open, because what they call is not in this version: lora_mode (document 000, second block), BAdamCallback and
-DeepSpeed's ZeRO-3 (002), GaLore (003's last block).
-Document 004 is in test_seeds_golore.py, the parameter-ratio form of 001 and 002 in test_seeds_ratio.py.
+Open, because what they call is not in this version: lora_mode (document 000, second block), DeepSpeed's ZeRO-3 (002),
+GaLore (003's last block).
+Document 004 is in test_seeds_golore.py, the parameter-ratio form of 001 and 002 in test_seeds_ratio.py, the callback of
+002 in test_trainer.py.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.checkpointing import prefer_non_reentrant
 from colossal_bcd.booster.registry import cast, parameters_of
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
@@ -34,24 +31,8 @@ def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in trained:
             raise ValueError(f"module {name!r} has sparse gradients, expected dense ones. Build it with sparse=False.")
     if isinstance(optimizer, BlockOptimizer):
-        _prefer_non_reentrant(model)
+        prefer_non_reentrant(model)
     return cast(optimizer)
-
-
-def _prefer_non_reentrant(model: Any) -> None:
-    """Reentrant checkpointing cuts the graph where a segment's input needs no gradient: above frozen layers."""
-    changed = False
-    module: Any
-    for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant", True):
-            keywords = {**checkpoint.keywords, "use_reentrant": False}
-            module._gradient_checkpointing_func = functools.partial(checkpoint.func, *checkpoint.args, **keywords)
-            changed = True
-    if changed:
-        logger.info(
-            "gradient checkpointing uses use_reentrant=False: the reentrant kind needs gradients below the block"
-        )
 
 
 @contextlib.contextmanager

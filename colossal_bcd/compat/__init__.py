@@ -3,13 +3,19 @@
 One file per predecessor.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from colossal_bcd.compat.badam import BlockOptimizer, badam_partition
 from colossal_bcd.compat.distributed import DistributedAdaFactor, DistributedCAME, DistributedLamb
 from colossal_bcd.compat.galore import DistGaloreAwamW, get_galore_param_groups
 from colossal_bcd.compat.golore import ReLoRaLinear, ReLoRaModel
 from colossal_bcd.compat.ratio import BlockOptimizerRatio, SparseGradOptimizer
 
+if TYPE_CHECKING:
+    from colossal_bcd.compat.trainer import BAdamCallback
+
 __all__ = [
+    "BAdamCallback",
     "BlockOptimizer",
     "DistGaloreAwamW",
     "BlockOptimizerRatio",
@@ -22,3 +28,12 @@ __all__ = [
     "badam_partition",
     "get_galore_param_groups",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The callback derives from a class of transformers, which is imported when it is asked for."""
+    if name == "BAdamCallback":
+        from colossal_bcd.compat.trainer import BAdamCallback
+
+        return BAdamCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
