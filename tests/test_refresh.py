@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import galore_plugin_cases
@@ -276,6 +278,17 @@ def test_refresh_lazily_under_a_plugin_keeps_replicas_equal() -> None:
     hyper = {"update_proj_gap": 2, "stagger": 2, "lazy_threshold": 0.01, "lazy_patience": 1}
     reports = run_ranks(num_ranks, galore_plugin_cases.injected, plugin, options, hyper)
     assert all(report["replicas"] for report in reports)
+
+
+def test_refresh_options_of_the_docs_are_accepted() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "refreshes.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"matrices": [nn.Parameter(torch.ones(256, 128))], "others": [nn.Parameter(torch.ones(4))]}
+    exec(block, names)
+    assert names["optimizer"].param_groups[0]["lazy_threshold"] == 0.4
+    options = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    assert len(options) == 5
+    assert options <= names["optimizer"].param_groups[0].keys()
 
 
 def test_similarity_counts_subspaces_only() -> None:

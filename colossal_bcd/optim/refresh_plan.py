@@ -47,7 +47,7 @@ class RefreshHyper(RoundingHyper):
     first step refreshes everything in any case."""
     lazy_threshold: float | None = None
     """Similarity (see `similarity`) of successive subspaces from which a refresh counts as stable, in (0, 1]; stable
-    layers are refreshed less often, as in Q-GaLore (arXiv 2407.08296, section 3.2; 0.4 there).  None: no layer is."""
+    layers are refreshed less often, as in Q-GaLore (arXiv 2407.08296; 0.4 there).  None: no layer is."""
     lazy_patience: int = 5
     """Successive stable refreshes that double a layer's gap; a refresh that is not stable restores it."""
     clamp: bool = False
