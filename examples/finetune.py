@@ -19,10 +19,20 @@ from typing import Any
 
 import click
 from interrupt import stop_request
-from settings import Settings, SettingsError
+from settings import LOW_RANK, Settings, SettingsError
 
 STARTED = time.monotonic()
-DEFAULT_LR = {"adamw": 2e-3, "lamb": 1e-2, "adafactor": 3e-2, "came": 5e-4}
+DEFAULT_LR = {
+    "adamw": 2e-3,
+    "lamb": 1e-2,
+    "adafactor": 3e-2,
+    "came": 5e-4,
+    "galore": 1e-2,
+    "golore": 1e-2,
+    "galore-8bit": 1e-2,
+    "galore-sgd": 2e-1,
+    "galore-adafactor": 3e-2,
+}
 BLOCK_LR = {"adamw": 6e-3, "lamb": 2e-2, "adafactor": 6e-2, "came": 1.5e-3}
 """Of a block's optimizer: blocks take turns, so that each has fewer steps."""
 DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
@@ -31,6 +41,9 @@ DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 @click.command(context_settings={"show_default": True})
 @click.option("--optimizer", type=click.Choice(["badam", *DEFAULT_LR]), default="badam")
 @click.option("--base", type=click.Choice([*BLOCK_LR]), help="What trains a block (badam).  [default: adamw]")
+@click.option("--rank", type=click.IntRange(1), help="Of the projections (galore, golore).  [default: 32]")
+@click.option("--gap", type=click.IntRange(1), help="Steps between refreshes (galore, golore).  [default: 50]")
+@click.option("--scale", type=click.FloatRange(0), help="Of projected updates (galore, golore).  [default: 0.25]")
 @click.option("--plugin", type=click.Choice(["zero", "hybrid", "ddp"]), default="zero")
 @click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks (hybrid).")
 @click.option("--zero-stage", type=click.IntRange(0, 2), help="[default: 2 for zero, 1 for hybrid (0 in fp32)]")
@@ -95,6 +108,13 @@ def settings_of(flags: dict[str, Any], world_size: int) -> Settings:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} is about blocks, got --optimizer {flags['optimizer']}. Leave it out."
                 )
+    if flags["optimizer"] not in LOW_RANK:
+        for name in ("rank", "gap", "scale"):
+            if flags[name] is not None:
+                raise SettingsError(
+                    f"--{name} is about projections, got --optimizer {flags['optimizer']}. Leave it out, or use "
+                    f"{' or '.join(LOW_RANK)}."
+                )
     if flags["model"] is not None and flags["tokenizer"] == "byte":
         raise SettingsError("--tokenizer byte does not fit --model, which has its own tokenizer. Leave it out.")
     if flags["zero_stage"] is None:
@@ -103,6 +123,8 @@ def settings_of(flags: dict[str, Any], world_size: int) -> Settings:
     if flags["embeddings"] is None:
         flags["embeddings"] = flags["model"] is None
     flags["switch_every"] = flags["switch_every"] or 10
+    flags["rank"], flags["gap"] = flags["rank"] or 32, flags["gap"] or 50
+    flags["scale"] = 0.25 if flags["scale"] is None else flags["scale"]
     flags["switch_mode"] = flags["switch_mode"] or "random"
     blockwise = flags["optimizer"] == "badam"
     flags["base"] = flags["base"] or ("adamw" if blockwise else flags["optimizer"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from settings import Settings
+from settings import LOW_RANK, Settings
 from torch import nn
 
 from colossal_bcd.testing import CollectiveCounter, live_bytes
@@ -71,8 +71,15 @@ class MemoryProbe:
             block=self._block,
             num_active=num_active,
             measured=live_bytes() - self._baseline - self._num_data_bytes,
-            expected=expected_bytes(self._settings, self.num_parameters, num_active),
+            expected=expected_bytes(self._settings, self.num_parameters, num_active) + self._low_rank_bytes(optimizer),
         )
+
+    def _low_rank_bytes(self, optimizer: torch.optim.Optimizer) -> int:
+        """Bytes of the states of an optimizer that projects: they follow from rank and shapes, not from a count."""
+        if self._settings.optimizer not in LOW_RANK:
+            return 0
+        entries = (entry for state in optimizer.state.values() for entry in state.values())
+        return sum(entry.nbytes for entry in entries if isinstance(entry, torch.Tensor))
 
     @property
     def largest(self) -> StepMemory:
@@ -84,11 +91,11 @@ def expected_bytes(settings: Settings, num_parameters: int, num_active: int) -> 
     """Weights, plus master, moments and float32 gradient of what is active, over the ZeRO ranks: 16 bytes with AdamW.
 
     Float32 weights that no rank shares are their own masters: 4 bytes less.  Rows and columns of factored moments, a
-    hundredth of what they stand for or less, do not count.
+    hundredth of what they stand for or less, do not count.  Low-rank states come on top.
     """
     own_master = settings.precision == "fp32" and settings.zero_ranks == 1
     weights = (4 if settings.precision == "fp32" else 2) * num_parameters
-    each = 4 * (1 + NUM_MOMENTS[settings.base]) + (0 if own_master else 4)
+    each = 4 * (1 + NUM_MOMENTS.get(settings.base, 0)) + (0 if own_master else 4)
     return weights + each * num_active // settings.zero_ranks
 
 

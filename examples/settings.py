@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+LOW_RANK = ("galore", "golore", "galore-8bit", "galore-sgd", "galore-adafactor")
+"""Values of --optimizer that project gradients."""
+
 
 class SettingsError(ValueError):
     """Flags that contradict each other; the same on every rank."""
@@ -19,8 +22,8 @@ class Settings:
     """Ranks: processes that run, or with `reference` the ranks that one process stands for."""
     reference: bool
     """Run the ranks' micro-batches one after the other in this process, without ColossalAI."""
-    optimizer: Literal["badam", "adamw", "lamb", "adafactor", "came"]
-    base: Literal["adamw", "lamb", "adafactor", "came"]
+    optimizer: str
+    base: str
     """What makes the steps: of a block, or the optimizer itself."""
     plugin: Literal["zero", "hybrid", "ddp"]
     tp: int
@@ -30,6 +33,12 @@ class Settings:
     switch_every: int
     """Optimizer steps on one block (K)."""
     switch_mode: str
+    rank: int
+    """Of the projections of `LOW_RANK` optimizers."""
+    gap: int
+    """Steps between refreshes of their bases."""
+    scale: float
+    """Factor of their projected updates."""
     embeddings: bool
     """Train embedding and head as blocks of their own, too."""
     lr: float

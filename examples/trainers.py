@@ -15,13 +15,25 @@ import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
 from colossalai.utils import get_current_device
-from settings import Settings
+from settings import LOW_RANK, Settings
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from colossal_bcd import CAME, Adafactor, AdamW, BlockOptimizer, Lamb
+from colossal_bcd import (
+    CAME,
+    Adafactor,
+    AdamW,
+    BlockOptimizer,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreSGD,
+    GoLoreAdamW,
+    Lamb,
+    param_groups,
+)
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 
@@ -85,6 +97,8 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
     """The same call on one process and under every plugin."""
+    if settings.optimizer in LOW_RANK:
+        return build_low_rank_optimizer(settings, model)
     make: dict[str, Any] = {
         "adamw": AdamW,
         "lamb": Lamb,
@@ -104,6 +118,20 @@ def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
         seed=settings.seed,
         verbose=0,
     )
+
+
+def build_low_rank_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
+    """All matrices but embedding and head are projected; a side below the rank is the rank."""
+    groups = param_groups(model, rank=settings.rank, update_proj_gap=settings.gap, scale=settings.scale, clamp=True)
+    make: dict[str, Any] = {
+        "galore": GaLoreAdamW,
+        "golore": partial(GoLoreAdamW, total_steps=settings.steps),
+        "galore-8bit": partial(GaLoreAdamW8bit, weight_decay=0.0),
+        "galore-sgd": partial(GaLoreSGD, momentum=0.9),
+        "galore-adafactor": partial(GaLoreAdafactor, relative_step=False),
+    }
+    optimizer: Optimizer = make[settings.optimizer](groups, lr=settings.lr, seed=settings.seed)
+    return optimizer
 
 
 def build_scheduler(settings: Settings, optimizer: Optimizer) -> LambdaLR:

@@ -28,3 +28,16 @@ def test_added_optimizer_of_the_walkthrough_trains():
     weight.grad = torch.tensor([0.0, 2.0])
     optimizer.step()
     assert torch.allclose(weight, torch.tensor([3.0, 3.5]))
+
+
+def test_galore_page_makes_an_optimizer_that_trains():
+    text = (Path(__file__).parent.parent / "docs" / "galore.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    model, optimizer = names["model"], names["optimizer"]
+    before = [param.detach().clone() for param in model.parameters()]
+    model(torch.arange(8)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    bases = ["left" in state or "right" in state for state in optimizer.state.values()]
+    assert bases == [True, True, False, False, False]
