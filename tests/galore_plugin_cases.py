@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from typing import Any
 
 import models
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from colossalai.booster import Booster
 from torch import Tensor, nn
 
-from colossal_bcd import BlockOptimizer, GaLoreAdamW
+from colossal_bcd import BlockOptimizer, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 
 STEPS = 20
@@ -29,10 +30,18 @@ def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
     return torch.randint(-40, 41, shape, generator=generator) * (3 / 32)
 
 
-def trained_alone(options: dict[str, Any]) -> dict[str, Tensor]:
+RULES: dict[str, Any] = {
+    "adamw": partial(GaLoreAdamW, lr=1e-2),
+    "sgd": partial(GaLoreSGD, lr=1e-5, momentum=0.9),
+    "adafactor": partial(GaLoreAdafactor, lr=1e-2, relative_step=False, scale_parameter=False),
+    "adamw8bit": partial(GaLoreAdamW8bit, lr=1e-2, weight_decay=0.0, min_8bit_size=0),
+}
+
+
+def trained_alone(options: dict[str, Any], rule: str = "adamw") -> dict[str, Tensor]:
     """Weights after the same steps on one process, in float32 from the bf16 weights."""
     model = models.llama().bfloat16().float()
-    optimizer = GaLoreAdamW(groups(model, **options), lr=1e-2)
+    optimizer = RULES[rule](groups(model, **options))
     for step in range(STEPS):
         for name, param in model.named_parameters():
             param.grad = gradient(name, tuple(param.shape), step)
@@ -40,12 +49,15 @@ def trained_alone(options: dict[str, Any]) -> dict[str, Tensor]:
     return {name: param.detach() for name, param in model.named_parameters()}
 
 
-def injected(plugin: str, plugin_options: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def injected(
+    plugin: str, plugin_options: dict[str, Any], options: dict[str, Any], rule: str = "adamw"
+) -> dict[str, Any]:
     """Largest error of this rank's masters; whether replicas are equal; values of state held here and altogether."""
     model = models.llama()
     names = {id(param): name for name, param in model.named_parameters()}
-    want = trained_alone(options)
-    optimizer = GaLoreAdamW(groups(model, **options), lr=1e-2)
+    start = {name: param.detach().bfloat16().float() for name, param in model.named_parameters()}
+    want = trained_alone(options, rule)
+    optimizer = RULES[rule](groups(model, **options))
     made = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin}[plugin](precision="bf16", **plugin_options)
     booster = Booster(plugin=made)
     model, engine, *_ = booster.boost(model, optimizer)
@@ -55,19 +67,23 @@ def injected(plugin: str, plugin_options: dict[str, Any], options: dict[str, Any
         engine.sync_dp_grads()
         engine.step()
         engine.zero_grad()
-    worst, equal = 0.0, True
+    worst, equal, missed, way = 0.0, True, 0.0, 0.0
     for param in engine.layouts:
         part, master = engine.masters.layout(param), engine.masters.of[param]
         data = slice(0, part.num_local)
-        errors = (master.view(-1)[data] - part.shard(want[names[id(param)]]).view(-1)[data]).abs()
+        goal, begin = (part.shard(of[names[id(param)]]).view(-1)[data] for of in (want, start))
+        errors = (master.view(-1)[data] - goal).abs()
+        missed, way = missed + errors.square().sum().item(), way + (goal - begin).square().sum().item()
         worst = max([worst, *errors.tolist()])
         group = getattr(booster.plugin, "dp_group", dist.group.WORLD)
         largest = param.detach().float().clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         equal &= torch.equal(largest, param.detach().float())
     states = engine.optim.state
-    held = sum(state[name].numel() for state in states.values() for name in ("exp_avg", "exp_avg_sq"))
-    return {"error": worst, "replicas": equal, "held": held}
+    held = sum(state[name].numel() for state in states.values() for name in ("exp_avg", "exp_avg_sq") if name in state)
+    codes = sum(entry.dtype == torch.uint8 for state in states.values() for entry in state.values()
+                if isinstance(entry, Tensor))  # fmt: skip
+    return {"error": worst, "replicas": equal, "held": held, "missed": (missed / way) ** 0.5, "codes": codes}
 
 
 def inside_blocks(world: int, options: dict[str, Any] | None = None) -> list[float]:
