@@ -297,13 +297,15 @@ def clipped(plugin: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"norms": norms, "given": given, "images": images}
 
 
-def gathered(options: dict[str, Any], hyper: dict[str, Any], steps: int, dtype: torch.dtype) -> dict[str, Any]:
+def gathered(
+    options: dict[str, Any], hyper: dict[str, Any], steps: int, dtype: torch.dtype, block: int = 0
+) -> dict[str, Any]:
     """Training with gathered weights against training with gathered images; bytes of the gathers of the last step."""
     found, counts, equal = [], [], True
     for gather in (False, True):
         low_rank = {**options, "master_weights": False, "low_rank": LowRankOptions(gather=gather)}
         net = dtype == torch.float64
-        model, engine, booster = boosted("zero", low_rank, hyper, dtype=dtype, only=True, net=net)
+        model, engine, booster = boosted("zero", low_rank, hyper, dtype=dtype, only=True, net=net, block=block)
         for step in range(steps):
             backward(model, engine, booster, step)
             with CollectiveCounter() as counter:
@@ -341,3 +343,37 @@ def refusals() -> list[str]:
         except ValueError as error:
             errors.append(str(error))
     return errors
+
+
+def pipelined(options: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Largest difference of this stage's weights and losses between images and whole gradients; images by step."""
+    found, losses, counts, norms = [], [], [], []
+    for reduce in (True, False):
+        low_rank = {**options, "low_rank": LowRankOptions(reduce=reduce)}
+        hyper = {"inner": "sgd", "svd_method": "random"}
+        model, engine, booster = boosted("hybrid", low_rank, hyper, dtype=torch.float32)
+        images, seen = [], []
+        for step in range(steps):
+            batch = models.tokens(97 * step + data_rank(booster), batch=4)
+            outputs = booster.execute_pipeline(
+                iter([{"input_ids": batch, "labels": batch}]),
+                model,
+                lambda output, _: output.loss,
+                engine,
+                return_loss=True,
+            )
+            images.append(len(engine._reducer.images))
+            engine.step()
+            engine.zero_grad()
+            norms.append(engine.get_grad_norm())
+            seen.append(0.0 if outputs["loss"] is None else outputs["loss"].item())
+        counts.append(images)
+        losses.append(seen)
+        found.append([engine.masters.of[param].detach().clone() for param in engine.layouts])
+    return {
+        "weights": max((a - b).abs().max().item() for a, b in zip(*found, strict=True)),
+        "losses": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "images": counts,
+        "norm": max(norms),
+        "loss": max(losses[1]),
+    }

@@ -7,7 +7,7 @@ import math
 import low_rank_cases
 import pytest
 import torch
-from low_rank_cases import RANK
+from low_rank_cases import GAP, RANK
 from test_low_rank import SMALL_BUCKETS, STEPS
 
 from colossal_bcd.testing import run_ranks
@@ -22,6 +22,15 @@ def test_low_rank_gather_is_exact_in_float64(projection: str) -> None:
         for report in run_ranks(num_ranks, low_rank_cases.gathered, options, hyper, STEPS, torch.float64):
             assert report["error"] <= 1e-12
             assert report["replicas"]
+
+
+def test_low_rank_gather_inside_blocks_is_exact() -> None:
+    options = {"stage": 2, "precision": "fp32"}
+    for report in run_ranks(
+        2, low_rank_cases.gathered, options, {"svd_method": "random"}, STEPS, torch.float64, GAP + 2
+    ):
+        assert report["error"] <= 1e-12
+        assert report["replicas"]
 
 
 def test_low_rank_gather_sends_images_and_keeps_replicas_equal() -> None:

@@ -65,3 +65,20 @@ def test_low_rank_follows_staggered_refreshes() -> None:
         assert min(report["images"][1:]) > 0, "no later step refreshes all"
         assert report["losses"] <= 1e-12
         assert report["weights"] <= 1e-12
+
+
+def test_low_rank_pipelines_add_up_images_of_micro_batches() -> None:
+    """Each stage adds up images of its micro-batches and reduces them once; the bounds are those of losses above."""
+    options = {
+        "tp_size": 1,
+        "pp_size": 2,
+        "zero_stage": 1,
+        "precision": "fp32",
+        "num_microbatches": 2,
+        "max_norm": 0,
+    }
+    for report in run_ranks(4, low_rank_cases.pipelined, options, STEPS):
+        assert report["images"] == [pattern(7), [0] * STEPS]
+        weights = 2 * STEPS * 1e-2 * 0.25 * 64 * 2**-24 * report["norm"]
+        assert report["weights"] <= weights + STEPS * 2**-24
+        assert report["losses"] <= report["norm"] * weights + 16 * 2**-24 * report["loss"]

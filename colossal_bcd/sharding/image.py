@@ -49,7 +49,7 @@ class Image:
         """Whether each of the W ranks needs a part of the image only."""
         return self.side != "full"
 
-    @property
+    @cached_property
     def part_numel(self) -> int:
         """Values of the largest rank's part, where the image is divided."""
         return max(math.prod(part.shape) for part in self._parts)
@@ -131,16 +131,21 @@ class Image:
         return _low_rank(self.layout, self.side, self.rank)
 
     @cached_property
-    def _parts(self) -> list[LowRank]:
+    def _parts(self) -> tuple[LowRank, ...]:
         """By rank of the slice's axis."""
-        piece = self.layout.slice
-        if piece is None:
-            return [self._shard]
-        slices = (dataclasses.replace(piece, rank=rank) for rank in range(piece.size))
-        return [_low_rank(dataclasses.replace(self.layout, slice=part), self.side, self.rank) for part in slices]
+        return _low_ranks(self.layout, self.side, self.rank)
+
+
+# Layers have equal layouts, and every step asks again.
+@lru_cache(maxsize=4096)
+def _low_rank(layout: Layout, side: Side, rank: int) -> LowRank:
+    return LowRank(layout, side, rank)
 
 
 @lru_cache(maxsize=4096)
-def _low_rank(layout: Layout, side: Side, rank: int) -> LowRank:
-    """Layers have equal layouts, and every step asks again."""
-    return LowRank(layout, side, rank)
+def _low_ranks(layout: Layout, side: Side, rank: int) -> tuple[LowRank, ...]:
+    piece = layout.slice
+    if piece is None:
+        return (_low_rank(layout, side, rank),)
+    slices = (dataclasses.replace(piece, rank=place) for place in range(piece.size))
+    return tuple(_low_rank(dataclasses.replace(layout, slice=part), side, rank) for part in slices)
