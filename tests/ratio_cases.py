@@ -12,8 +12,8 @@ from colossalai.booster import Booster
 from torch import Tensor
 
 from colossal_bcd import BlockOptimizerRatio
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
-from colossal_bcd.testing import storages
+from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin, explain
+from colossal_bcd.testing import CollectiveCounter, live_bytes, storages
 
 STEPS = 8
 
@@ -129,3 +129,31 @@ def hooks_after_boosting() -> list[int]:
         sum(getattr(hook, "__self__", None) is optimizer for hook in (param._post_accumulate_grad_hooks or {}).values())
         for param in model.parameters()
     ]
+
+
+def traffic(stage: int) -> dict[str, int]:
+    """Payload of the gradients' collectives of one backward pass in float32, and what they leave of gradients here."""
+    model: Any = models.llama()
+    optimizer = optimizer_of(model, "scatter")
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=stage, precision="fp32"))
+    model, engine, *_ = booster.boost(model, optimizer)
+    reported = {}
+    for step in range(2):
+        loss = models.loss(model, models.tokens(step))
+        before = live_bytes()
+        with CollectiveCounter() as counter:
+            booster.backward(loss, engine)
+        del loss
+        reported = {**counter.bytes, "held": live_bytes() - before, "calls": counter.total}
+        engine.step()
+        engine.zero_grad()
+    return reported
+
+
+def explained() -> str:
+    """What `explain` says of a boosted optimizer."""
+    model: Any = models.llama()
+    optimizer = optimizer_of(model, "adjacent")
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=1, precision="fp32"))
+    _, engine, *_ = booster.boost(model, optimizer)
+    return explain(engine)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from colossal_bcd import BlockOptimizerRatio
-from colossal_bcd.block.mask import Entries, EntryImage, Selection
+from colossal_bcd.block.mask import Entries, EntryImage, EntrySpec, Selection
 from colossal_bcd.booster.registry import cast
 from colossal_bcd.sharding import Layout, Mesh, resolve
 from colossal_bcd.testing import live_bytes, storages
@@ -467,3 +467,20 @@ def test_ratio_cast_of_a_trained_optimizer_is_refused() -> None:
     train(model, original, range(1))
     with pytest.raises(ValueError, match="taken 1 steps"):
         cast(original)
+
+
+def test_ratio_state_in_files_does_not_depend_on_the_slices() -> None:
+    values = torch.arange(30 * 7).double()
+    for mode in ("adjacent", "scatter"):
+        selection = Selection(210, 61, 180, mode, "x")
+        alone = Entries(Layout.whole((30, 7)), selection, CPU).take(values)
+        for size in (1, 2, 3, 7):
+            for rank in range(size):
+                layout = Layout.whole((30, 7)).sliced("zero", rank, size)
+                held = Entries(layout, selection, CPU).take(layout.shard(values.view(30, 7))[: layout.num_local])
+                cut = EntrySpec(kind="entries", shape=(len(held),), selection=selection).cut(layout)
+                assert cut.shape == (61,)
+                assert torch.equal(cut.pick(alone), held)
+    split = conformance_cases.Case(shape=(30, 8), dim=1).layout(conformance_cases.Sizes(2, 2), 0, 0)
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        EntrySpec(kind="entries", shape=(1,), selection=Selection(240, 61)).cut(split)

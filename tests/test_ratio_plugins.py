@@ -65,3 +65,24 @@ def test_ratio_under_torch_ddp_asks_for_dense_gradients() -> None:
 
 def test_ratio_leaves_gradients_to_the_engine() -> None:
     assert not any(run_ranks(1, ratio_cases.hooks_after_boosting)[0])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ratio_gradients_of_the_share_alone_travel_and_stay(stage: int) -> None:
+    sizes = {name: param.numel() for name, param in models.llama().named_parameters() if "embed" not in name}
+    share = sum(int(size * 0.3) if size >= 100 else size for size in sizes.values())
+    for report in run_ranks(2, ratio_cases.traffic, stage):
+        name = {1: "all_reduce", 2: "reduce_scatter_tensor"}[stage]
+        # A flag per parameter, and slices of unequal shares are padded to the larger one.
+        assert 4 * share <= report[name] <= 1.05 * 4 * share
+        assert report["calls"] == 1
+        # At stage 2 this rank's part; the loss's graph is freed with it, so that less may be held than before.
+        assert report["held"] <= 1.05 * 4 * share / stage + 4096
+
+
+def test_ratio_explains_itself() -> None:
+    text = run_ranks(1, ratio_cases.explained)[0]
+    line = next(line for line in text.splitlines() if "layers.0.mlp.up_proj" in line)
+    assert "BlockOptimizerRatio" in line
+    # Two moments of the share; at one rank the weight is its own master.
+    assert f" {8 * int(64 * 96 * 0.3)} " in line
