@@ -33,7 +33,9 @@ class Sparse(nn.Module):
         ({"active_modules": ["layers.7"]}, ValueError, "active module 'layers.7' matches no parameter; closest"),
         ({"active_modules": ["head_of_nothing"]}, ValueError, "active module"),
         ({"sgd_use_sign": True}, ValueError, "sgd_use_sign: got it with sgd_mode='disabled'"),
-        ({"lora_mode": "all"}, ValueError, "lora_mode: got 'all', .* expected None"),
+        ({"lora_mode": "all"}, ValueError, "lora_mode: got 'all' and a model without trainable LoRA adapters"),
+        ({"adapter_state": "lose"}, ValueError, "adapter_state: got 'lose', expected one of 'keep', 'reset'"),
+        ({"residual": "double"}, ValueError, "residual: got 'double', expected one of 'drop', 'keep'"),
         ({"lora_mode": "some"}, ValueError, "lora_mode: got 'some', expected one of None, 'all'"),
     ],
 )

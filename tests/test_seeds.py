@@ -1,6 +1,6 @@
 """Code of the documents whose systems this package replaces, run as it stands with only the import changed.
 
-Open, because what they call is not in this version: lora_mode (document 000, second block), DeepSpeed's ZeRO-3 (002).
+Open, because what they call is not in this version: DeepSpeed's ZeRO-3 (002).
 Document 004 is in test_seeds_golore.py, the parameter-ratio form of 001 and 002 in test_seeds_ratio.py, the callback of
 002 in test_trainer.py.
 """
@@ -45,6 +45,20 @@ optimizer = BlockOptimizer(
     sgd_use_sign=False # if True, use signSGD update. SignSGD update usually converges faster than SGD when the model is not well trained, e.g. under the scenario of training from scratch.
 )
 """  # noqa: E501
+
+# Document 000, Low-rank Based Correction, cut where the user makes the base optimizer.
+BREAD_PEFT = """
+# NOTE: make sure that the model has been transformed into peft model with LoRA adapeters, as shown below
+from peft import LoraConfig, TaskType, get_peft_model
+peft_config = LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, inference_mode=False, r=8, lora_alpha=32, lora_dropout=0.1)
+model = get_peft_model(original_model, peft_config)
+"""
+BREAD_LORA = """
+optimizer = BlockOptimizer(
+    base_optimizer=original_optimizer, named_parameters_list=list(model.named_parameters()), # same arguments as BAdam
+    lora_mode="all" # options: ["all", "partial"]
+)
+"""
 
 # Document 001 (first README of BAdam), Quick Start, first block.
 BADAM_ASCENDING = """
@@ -398,3 +412,20 @@ def test_tutorials_galore_block_runs_and_trains_under_zero() -> None:
         assert result["losses"][-1] < result["losses"][0] - 0.5
         # Large images in 8 bits with scales of 32, small ones in 32.
         assert result["dtypes"] == {torch.uint8, torch.float32}
+def test_bread_lora_code_trains_adapters_everywhere() -> None:
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0
+    )
+    names: dict[str, Any] = {"original_model": transformers.T5ForConditionalGeneration(config)}
+    exec(BREAD_PEFT, names)
+    model = names["model"]
+    optimizer = wrapped(BREAD_LORA, model)
+    before = weights(model)
+    tokens = models.tokens(0, vocab=64)
+    for _ in range(2):  # at first the gradient of one factor is zero, as the other one is
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    adapters = {name for name in before if ".lora_" in name}
+    base = {name for block in optimizer.active_blocks() for name in block.parameters}
+    assert adapters
+    assert changed(before, model) == adapters | base

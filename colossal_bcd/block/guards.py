@@ -7,7 +7,6 @@ from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
-from colossal_bcd.block.checks import require_choice
 from colossal_bcd.block.partition import match
 from colossal_bcd.block.roster import Roster
 
@@ -51,20 +50,6 @@ def require_same_parameters(base_optimizer: Optimizer, roster: Roster, trained: 
             f"base_optimizer: it lacks {len(missing)} parameters of blocks or active_modules or corrections, such as "
             f"{missing[0]!r}, expected all of them. Make it from model.parameters(), or give block_prefix_list without "
             "those parameters."
-        )
-
-
-def refuse_lora(lora_mode: Any) -> None:
-    """Refuse BREAD's adapters, which are in the signature but not in this version.
-
-    Raises:
-        ValueError: not None.
-    """
-    require_choice("lora_mode", lora_mode, (None, "all", "partial", "adapter_only"))
-    if lora_mode is not None:
-        raise ValueError(
-            f"lora_mode: got {lora_mode!r}, but BREAD's adapters are not in this version, expected None. In a "
-            "model with LoRA adapters BAdam trains those of the active block."
         )
 
 

@@ -46,24 +46,50 @@ class LocalMasters:
 
     Args:
         names: name of each parameter, for errors.
+        keep_residuals: remember, in bfloat16, what rounding cuts off a master that goes, and give it to the next one.
+
+    Attributes:
+        aside: masters of kept parameters that are not active.
+        residuals: master minus weight of parameters that are not active.
     """
 
-    def __init__(self, names: Mapping[Parameter, str]) -> None:
+    def __init__(self, names: Mapping[Parameter, str], *, keep_residuals: bool = False) -> None:
         self._names = names
         self.tensors: dict[Parameter, Tensor] = {}
         """Master of every active parameter; the parameter itself where it is its own."""
         self._versions: dict[Parameter, int] = {}
+        self._keep_residuals = keep_residuals
+        self.aside: dict[Parameter, Tensor] = {}
+        self.residuals: dict[Parameter, Tensor] = {}
 
     def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
-        self.tensors = {param: master for param, master in self.tensors.items() if param in keep}
+        active = {param for group in groups for param in group}
+        held = {**self.aside, **self.tensors}
+        if self._keep_residuals:
+            going = {param: master for param, master in self.tensors.items() if param not in keep}
+            self.residuals.update(
+                {
+                    param: (master - param).detach().to(torch.bfloat16)
+                    for param, master in going.items()
+                    if master is not param
+                }
+            )
+            del going
+        self.tensors = {param: master for param, master in held.items() if param in keep}
+        self.aside = {param: master for param, master in self.tensors.items() if param not in active}
+        del held
         # A survivor keeps its version, so that a weight written in the meantime still is noticed.
         self._versions = {
             param: self._versions[param] if param in self.tensors else param._version
-            for group in groups
-            for param in group
+            for param in active.union(self.aside)
         }
         self.tensors = {param: self._master(param) for group in groups for param in group}
         return [[self.tensors[param] for param in group] for group in groups]
+
+    def put_aside(self, masters: dict[Parameter, Tensor]) -> None:
+        """Hold masters, as of a saved run, for parameters that are not active."""
+        self.aside = masters
+        self._versions.update({param: param._version for param in masters})
 
     def bind(self) -> None:
         """Nothing: whole parameters need no layout."""
@@ -108,7 +134,10 @@ class LocalMasters:
             return self.tensors[param]
         if param.dtype not in LOW_PRECISION:
             return param
-        return param.detach().to(torch.float32).requires_grad_()
+        master = param.detach().to(torch.float32)
+        if param in self.residuals:
+            master += self.residuals.pop(param)
+        return master.requires_grad_()
 
     def _follow(self, param: Parameter, master: Tensor) -> None:
         """Take over weights that were written into the model from outside, such as by `model.load_state_dict`.

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block.checks import require_int
+from colossal_bcd.block.checks import require_choice, require_int
 from colossal_bcd.block.correction import (
     CorrectionMode,
     CorrectionOptions,
@@ -20,19 +20,18 @@ from colossal_bcd.block.correction import (
 )
 from colossal_bcd.block.guards import (
     always_active,
-    refuse_lora,
     require_base,
     require_rates,
     require_same_parameters,
 )
 from colossal_bcd.block.masters import LocalMasters, Masters
 from colossal_bcd.block.partition import PrefixList, partition
-from colossal_bcd.block.plan import Plan
+from colossal_bcd.block.plan import LoraMode, Plan
 from colossal_bcd.block.roster import read_roster, set_active
 from colossal_bcd.block.rules import Correction
 from colossal_bcd.block.schedule import Mode, Schedule
 from colossal_bcd.block.snapshot import load_snapshot, take_snapshot
-from colossal_bcd.block.tenants import Tenants, scaled_rates, warm_up
+from colossal_bcd.block.tenants import scaled_rates, warm_up
 from colossal_bcd.block.wrapper import Wrapper
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.rounding import Rounding
@@ -69,7 +68,11 @@ class BlockOptimizer(Wrapper):
         include_embedding: also make a first block of the embeddings.
         include_lm_head: also make a last block of the head.
         verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains.
-        lora_mode: BREAD's adapters; not in this version, anything but None raises.
+        lora_mode: BREAD's adapters, in a model of peft: blocks train the weights below, which peft has frozen, and
+            besides train "all" adapters, or, "partial", those from the active layer on; "adapter_only": blocks are the
+            adapters alone. None: the same, as BAdam does.
+        adapter_state: with a `lora_mode` adapters keep masters and state while they do not train, or start anew.
+        residual: "keep" 2 bytes per trained bfloat16 or float16 value of what rounding cuts off a master at a switch.
         sgd_mode: BREAD's correction of what is not active, within backward: "all" of it, embedding, head and norms
             included; "partial" what comes after the first active parameter; "disabled". Clipping leaves it alone.
         sgd_lr_scaling: its learning rate, as a multiple of that of the parameter's group.
@@ -98,7 +101,7 @@ class BlockOptimizer(Wrapper):
         include_embedding: bool = False,
         include_lm_head: bool = False,
         verbose: int = 1,
-        lora_mode: Literal["all", "partial", "adapter_only"] | None = None,
+        lora_mode: LoraMode | None = None,
         sgd_mode: CorrectionMode = "disabled",
         sgd_lr_scaling: float = 1.0,
         sgd_use_sign: bool = False,
@@ -109,13 +112,17 @@ class BlockOptimizer(Wrapper):
         correction: Correction | None = None,
         correction_rounding: Rounding = "nearest",
         accumulation_steps: int = 1,
+        adapter_state: Literal["keep", "reset"] = "keep",
+        residual: Literal["drop", "keep"] = "drop",
     ) -> None:
         if isinstance(base_optimizer, BlockOptimizer):
             raise ValueError("base_optimizer: got a BlockOptimizer, expected the optimizer that it wraps. Wrap once.")
         require_base(base_optimizer)
         require_int("verbose", verbose, 0)
         require_int("lr_warmup_step_afterswitch", lr_warmup_step_afterswitch, 0)
-        refuse_lora(lora_mode)
+        require_choice("lora_mode", lora_mode, (None, "all", "partial", "adapter_only"))
+        require_choice("adapter_state", adapter_state, ("keep", "reset"))
+        require_choice("residual", residual, ("drop", "keep"))
         corrector = CorrectionOptions(
             sgd_mode=sgd_mode,
             sgd_lr_scaling=sgd_lr_scaling,
@@ -125,7 +132,7 @@ class BlockOptimizer(Wrapper):
             accumulation_steps=accumulation_steps,
             seed=seed,
         ).corrector()
-        roster = read_roster(named_parameters_list)
+        roster = read_roster(named_parameters_list, lora_mode)
         blocks = partition(
             roster.parameters,
             aliases=roster.aliases,
@@ -149,11 +156,17 @@ class BlockOptimizer(Wrapper):
         options: dict[str, Any] = {} if corrector is None else {"corrections": corrector.identity()}
         if lr_warmup_step_afterswitch:
             options["warm_up_steps"] = lr_warmup_step_afterswitch
+        if lora_mode is not None:
+            options["lora"] = [lora_mode, adapter_state]
+        if residual == "keep":
+            options["residual"] = residual
         plan = Plan(
             names=tuple(name for name in roster.parameters if name in roster.trainable),
             blocks=blocks,
             schedule=schedule,
             always_active=always_active(active_modules, roster),
+            adapters=roster.adapters,
+            lora_mode=lora_mode,
             sgd_mode=sgd_mode,
             options=options,
         )
@@ -163,9 +176,11 @@ class BlockOptimizer(Wrapper):
             require_rates(base_optimizer, "lr_warmup_step_afterswitch" if corrector is None else "sgd_mode")
         super().__init__(base_optimizer, plan, {name: roster.parameters[name] for name in plan.names})
         self.verbose = verbose
-        self._tenants = Tenants()
         names = {param: name for name, param in roster.parameters.items()}
-        self.masters: Masters = LocalMasters(names)
+        self.residual = residual
+        kept = roster.adapters if lora_mode is not None and adapter_state == "keep" else frozenset[str]()
+        self._kept = {self.named_parameters[name] for name in kept.union(plan.always_active)}
+        self.masters: Masters = LocalMasters(names, keep_residuals=residual == "keep")
         self.warm_up_steps = lr_warmup_step_afterswitch
         self.corrector = corrector
         """Updates what is not active; None: nothing does."""
@@ -220,7 +235,7 @@ class BlockOptimizer(Wrapper):
         """
         if not self.schedule.is_switch(self.num_steps):
             return False
-        self._activate(keep={param for name, param in self.named_parameters.items() if name in self.always_active})
+        self._activate(keep=self._kept)
         self._log_active()
         return True
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from colossal_bcd.block.correction import CorrectionMode, inactive
 from colossal_bcd.block.partition import Block
 from colossal_bcd.block.schedule import Schedule
+
+LoraMode: TypeAlias = Literal["all", "partial", "adapter_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,9 @@ class Plan:
     schedule: Schedule
     always_active: tuple[str, ...] = ()
     """Canonical names of the parameters of `active_modules`, in model order."""
+    adapters: frozenset[str] = frozenset()
+    """Canonical names of LoRA adapters that train besides the blocks, as `lora_mode` says."""
+    lora_mode: LoraMode | None = None
     sgd_mode: CorrectionMode = "disabled"
     options: dict[str, Any] = field(default_factory=dict)
     """What else must be the same in a run that is resumed: plain numbers and strings."""
@@ -32,7 +37,13 @@ class Plan:
 
     def active_names(self, num_steps: int) -> tuple[str, ...]:
         """Canonical names of what trains then, on any rank, those of `active_modules` included."""
-        names = {name for block in self.active_blocks(num_steps) for name in block.parameters}.union(self.always_active)
+        names = {name for block in self.active_blocks(num_steps) for name in block.parameters}
+        if self.lora_mode == "all":
+            names |= self.adapters
+        elif self.lora_mode == "partial":
+            first = min(map(self.names.index, names))
+            names |= self.adapters.intersection(self.names[first:])
+        names.update(self.always_active)
         return tuple(name for name in self.names if name in names)
 
     def corrected_names(self, num_steps: int) -> tuple[str, ...]:
@@ -43,7 +54,8 @@ class Plan:
 
     def trained(self) -> set[str]:
         """Canonical names of what the base optimizer ever trains."""
-        return {name for block in self.blocks for name in block.parameters}.union(self.always_active)
+        besides = self.adapters if self.lora_mode in ("all", "partial") else frozenset()
+        return {name for block in self.blocks for name in block.parameters}.union(self.always_active, besides)
 
     def identity(self) -> dict[str, Any]:
         """What says which parameters train at which step: plain numbers, strings, lists."""

@@ -22,17 +22,20 @@ class Roster:
     trainable: frozenset[str]
     """Canonical names of what the user left trainable."""
     in_blocks: frozenset[str]
-    """Those of them that blocks may train: all, or in a model with LoRA adapters only the adapters."""
+    """Those of them that blocks may train: all, or in a model with LoRA adapters the adapters, or the rest."""
+    adapters: frozenset[str] = frozenset()
+    """Canonical names of trainable LoRA adapters."""
 
 
-def read_roster(named_parameters: Iterable[tuple[str, Parameter]]) -> Roster:
+def read_roster(named_parameters: Iterable[tuple[str, Parameter]], lora_mode: str | None = None) -> Roster:
     """Collect names, ties and what is trainable.
 
     Args:
         named_parameters: pairs as of `model.named_parameters()`; two names for one tensor are a tie.
+        lora_mode: with "all" and "partial" blocks train the weights under the adapters, which peft has frozen.
     Raises:
         TypeError: not an iterable of (name, tensor).
-        ValueError: a name comes twice.
+        ValueError: a name comes twice, or there are no adapters for the `lora_mode`.
     """
     if not isinstance(named_parameters, Iterable):
         raise TypeError(
@@ -63,8 +66,20 @@ def read_roster(named_parameters: Iterable[tuple[str, Parameter]]) -> Roster:
             parameters[name] = param
     trainable = frozenset(name for name, param in parameters.items() if _is_trainable(param))
     with_adapters = any(map(_is_adapter, parameters))
-    in_blocks = frozenset(filter(_is_adapter, trainable)) if with_adapters else trainable
-    return Roster(parameters=parameters, aliases=aliases, trainable=trainable, in_blocks=in_blocks)
+    adapters = frozenset(filter(_is_adapter, trainable))
+    if lora_mode is not None and not adapters:
+        raise ValueError(
+            f"lora_mode: got {lora_mode!r} and a model without trainable LoRA adapters, expected some (parameters with "
+            "a name component lora_...). Make it with peft.get_peft_model or booster.enable_lora before, or leave "
+            "lora_mode out."
+        )
+    in_blocks = adapters if with_adapters else trainable
+    if lora_mode in ("all", "partial"):
+        base = {name for name, param in parameters.items() if param.is_floating_point() and not _is_adapter(name)}
+        # What peft has replaced by a trainable copy computes nothing.
+        base = {name for name in base if "original_module" not in name.split(".")}
+        trainable, in_blocks = trainable | base, frozenset(base)
+    return Roster(parameters=parameters, aliases=aliases, trainable=trainable, in_blocks=in_blocks, adapters=adapters)
 
 
 def set_active(param: Parameter, active: bool) -> None:

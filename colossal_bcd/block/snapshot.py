@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:
     if optimizer.corrector is not None:
         state = optimizer.corrector.state
         block["corrections"] = {name: state[p] for name, p in optimizer.named_parameters.items() if p in state}
+    block.update(_waiting(optimizer))
     return {**optimizer.base_optimizer.state_dict(), "block": block}
 
 
@@ -53,7 +55,29 @@ def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> Non
             tensors[optimizer.named_parameters[name]].copy_(master)
     if optimizer.corrector is not None:
         optimizer.corrector.load(optimizer.named_parameters, block["corrections"])
+    _load_waiting(optimizer, block)
     optimizer.load_base_state({key: value for key, value in snapshot.items() if key != "block"})
+
+
+def _waiting(optimizer: BlockOptimizer) -> dict[str, Any]:
+    """What waits for its parameter's turn: masters and state of kept ones, what rounding cut off others."""
+    masters, states = _local(optimizer), optimizer.states_aside()
+    named = optimizer.named_parameters.items()
+    entries = {
+        "aside_masters": {name: masters.aside[p].detach() for name, p in named if masters.aside.get(p, p) is not p},
+        "aside_states": {name: dict(states[p]) for name, p in named if p in states},
+        "residuals": {name: masters.residuals[p] for name, p in named if p in masters.residuals},
+    }
+    return {key: entry for key, entry in entries.items() if entry}
+
+
+def _load_waiting(optimizer: BlockOptimizer, block: Mapping[str, Any]) -> None:
+    masters, named = _local(optimizer), optimizer.named_parameters
+    masters.residuals = {named[name]: value.clone() for name, value in block.get("residuals", {}).items()}
+    states = {named[name]: copy.deepcopy(state) for name, state in block.get("aside_states", {}).items()}
+    optimizer.put_aside(states)
+    saved = {named[name]: master.clone().requires_grad_() for name, master in block.get("aside_masters", {}).items()}
+    masters.put_aside({param: saved.get(param, param) for param in {**states, **saved}})
 
 
 def _local(optimizer: BlockOptimizer) -> LocalMasters:

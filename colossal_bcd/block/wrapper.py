@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block.partition import Block
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.schedule import Schedule
-from colossal_bcd.block.tenants import load_state
+from colossal_bcd.block.tenants import Tenants, load_state
 
 
 class Wrapper(Optimizer):
@@ -35,6 +35,7 @@ class Wrapper(Optimizer):
         """Canonical name -> every parameter on this rank that was left trainable, whether in a block or not."""
         self.members: list[list[Parameter]] = [list(group["params"]) for group in base_optimizer.param_groups]
         """Parameters of each param group as the base optimizer was given them, active or not."""
+        self._tenants = Tenants()
         self._adopt(base_optimizer)
 
     @property
@@ -93,6 +94,14 @@ class Wrapper(Optimizer):
                 "and the same group dicts. Replace it before the first step."
             )
         self._adopt(base_optimizer)
+
+    def states_aside(self) -> dict[Parameter, Any]:
+        """State of kept parameters that do not train now."""
+        return self._tenants.aside
+
+    def put_aside(self, states: dict[Parameter, Any]) -> None:
+        """Replace what `states_aside` returns."""
+        self._tenants.aside = states
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group["params"]:

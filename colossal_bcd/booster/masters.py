@@ -23,6 +23,7 @@ class ShardedMasters:
         low_precision: masters have the weights' own dtype instead of float32.
         offload: masters live on the CPU.
         whole_rows: see `slice_length`.
+        keep_residuals: remember, in bfloat16, what rounding cuts off a master that goes, and give it to the next one.
 
     Attributes:
         of: working parameter -> master; a flat part [slice_length], or the shard in its shape if there are no groups.
@@ -36,10 +37,16 @@ class ShardedMasters:
         low_precision: bool = False,
         offload: bool = False,
         whole_rows: bool = False,
+        keep_residuals: bool = False,
     ) -> None:
         self._layouts, self.groups, self.whole_rows = layouts, tuple(groups), whole_rows
         self._low_precision, self._offload = low_precision, offload
         self.of: dict[Parameter, Tensor] = {}
+        self._keep_residuals = keep_residuals
+        self.aside: dict[Parameter, Tensor] = {}
+        """Masters of kept parameters that are not active."""
+        self.residuals: dict[Parameter, Tensor] = {}
+        """Master minus weight of parameters that are not active."""
         self.num_shards = math.prod(dist.get_world_size(group) for group in groups)
         self.shard = 0
         for group in groups:  # of several groups, the last one counts fastest
@@ -55,9 +62,23 @@ class ShardedMasters:
     @torch.no_grad()
     def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:
         """Hold masters of exactly these parameters; the old ones are freed first, except those of `keep`."""
-        survivors = set(keep)
-        self.of = {param: self.of[param] for param in params if param in survivors and param in self.of}
-        self.of = {param: self.of[param] if param in self.of else self._new(param) for param in params}
+        survivors, active = set(keep), set(params)
+        held = {**self.aside, **self.of}
+        if self._keep_residuals:
+            going = {param: master for param, master in self.of.items() if param not in survivors}
+            self.residuals.update(
+                {
+                    param: master.sub(self._new(param)).to(torch.bfloat16)
+                    for param, master in going.items()
+                    if param.dtype != master.dtype
+                }
+            )
+            del going
+        held = {param: master for param, master in held.items() if param in survivors}
+        self.aside = {param: master for param, master in held.items() if param not in active}
+        self.of = {param: held[param] for param in params if param in held}
+        del held
+        self.of = {param: self.of[param] if param in self.of else self._restored(param) for param in params}
 
     @torch.no_grad()
     def refresh(self, params: Iterable[Parameter] | None = None) -> None:
@@ -97,6 +118,10 @@ class ShardedMasters:
         for param, master in self.of.items():
             if master.data_ptr() != param.data_ptr():
                 param.data.copy_(master.view(param.shape))
+
+    def _restored(self, param: Parameter) -> Tensor:
+        master = self._new(param)
+        return master.add_(self.residuals.pop(param)) if param in self.residuals else master
 
     def _new(self, param: Parameter) -> Tensor:
         """The weight itself where a master would be no different."""

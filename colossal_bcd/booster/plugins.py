@@ -65,7 +65,7 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
-        if fresh and self.lora_enabled:
+        if fresh and self.lora_enabled and not isinstance(optimizer, BlockOptimizer):
             self.add_lora_params_to_optimizer(model, optimizer)
         if fresh:
             optimizer = prepare(model, optimizer)

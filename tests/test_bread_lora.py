@@ -1,0 +1,128 @@
+"""BREAD's adapters against a plain loop, on one process and under the plugins."""
+
+import copy
+
+import bread_lora_cases as cases
+import models
+import pytest
+import torch
+from bread_lora_cases import LAYERS, PERIOD
+
+from colossal_bcd.testing import run_ranks
+
+STEPS = PERIOD * (2 * LAYERS)
+
+
+def run(model, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        models.loss(model, cases.batches(1)(step)[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def compare(mine, theirs, atol):
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=atol, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["all", "partial", "adapter_only"])
+def test_lora_equals_loop(mode, dtype):
+    """Adapters go on with their moments when their turn comes again."""
+    model = cases.peft_model(dtype)
+    optimizer = cases.wrap(model, mode)
+    run(model, optimizer, STEPS)
+    want = cases.plain(cases.peft_model(dtype), mode, cases.batches(1), STEPS)
+    compare(dict(model.named_parameters()), want, 0)
+
+
+@pytest.mark.parametrize("mode", ["all", "partial", "adapter_only"])
+def test_lora_reset_starts_adapters_anew_at_every_switch(mode):
+    model = cases.peft_model(torch.float32)
+    run(model, cases.wrap(model, mode, adapter_state="reset"), STEPS)
+    want = cases.plain(cases.peft_model(torch.float32), mode, cases.batches(1), STEPS, reset=True)
+    compare(dict(model.named_parameters()), want, 0)
+
+
+@pytest.mark.parametrize("mode", ["all", "partial", "adapter_only"])
+def test_lora_trains_what_the_mode_says(mode):
+    model = cases.peft_model(torch.float32)
+    optimizer = cases.wrap(model, mode)
+    names = [name for name, _ in model.named_parameters()]
+    for layer in (0, 1):
+        want = set(cases.active_of(names, layer, mode))
+        assert set(optimizer.active_names()) == want
+        assert {name for name, param in model.named_parameters() if param.requires_grad} == want
+        run(model, optimizer, PERIOD)
+
+
+@pytest.mark.parametrize(
+    ("mode", "plugin", "by_booster"),
+    [("all", "zero", True), ("partial", "zero", False), ("adapter_only", "zero", True), ("all", "hybrid", True)],
+)
+def test_lora_under_plugins_equals_loop(mode, plugin, by_booster):
+    results = run_ranks(2, cases.boosted, mode, plugin, STEPS, by_booster)
+    want = cases.plain(cases.peft_model(torch.bfloat16), mode, cases.batches(2), STEPS)
+    for result in results:
+        compare(result["weights"], want, 0)
+    # Masters are sharded: each of two ranks holds half of what the last step left active, padding aside.
+    model = cases.peft_model(torch.bfloat16)
+    names = cases.active_of([name for name, _ in model.named_parameters()], 0, mode)
+    active = sum(model.get_parameter(name).numel() for name in names)
+    assert abs(results[0]["held"] - active / 2) <= len(names)
+    assert (max(results[0]["aside"]) > 0) == (mode != "all")
+
+
+@pytest.mark.parametrize("mode", ["partial", "adapter_only"])
+def test_lora_resumes_with_the_state_of_adapters_that_wait(mode):
+    model = cases.peft_model(torch.bfloat16)
+    optimizer = cases.wrap(model, mode)
+    run(model, optimizer, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    run(model, optimizer, 6, start=5)
+    again = cases.peft_model(torch.bfloat16)
+    resumed = cases.wrap(again, mode)
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    run(again, resumed, 6, start=5)
+    compare(dict(again.named_parameters()), dict(model.named_parameters()), 0)
+
+
+def test_lora_with_corrections_moves_everything():
+    model = cases.peft_model(torch.float32)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = cases.wrap(model, "all", sgd_mode="all", sgd_lr_scaling=10.0)
+    run(model, optimizer, 2)
+    assert not [name for name, param in model.named_parameters() if torch.equal(param, before[name])]
+
+
+def test_lora_needs_the_weights_below_the_adapters_in_the_base():
+    model = cases.peft_model(torch.float32)
+    base = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad])
+    with pytest.raises(ValueError, match="it lacks .* parameters of blocks"):
+        cases.BlockOptimizer(base, list(model.named_parameters()), lora_mode="all")
+
+
+@pytest.mark.parametrize("residual", ["drop", "keep"])
+def test_residual_keeps_updates_below_the_step_of_bfloat16(residual):
+    """Two layers take turns of one step of 2^-11 at weights of 1, where bfloat16 has steps of 2^-8 below."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2))).to(torch.bfloat16)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(1.0)
+    base = torch.optim.SGD(model.parameters(), lr=2.0**-11)
+    optimizer = cases.BlockOptimizer(
+        base, list(model.named_parameters()), switch_block_every=1, switch_mode="ascending", residual=residual
+    )
+    for step in range(64):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) if param.requires_grad else None
+        optimizer.step()
+        if step == 20:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer.load_state_dict(saved)
+    want = 1.0 if residual == "drop" else 1 - 32 * 2.0**-11
+    assert all((param == want).all() for param in model.parameters())
+    held = sum(value.untyped_storage().nbytes() for value in optimizer.masters.residuals.values())
+    assert held == (0 if residual == "drop" else 16 * 2)
