@@ -223,6 +223,21 @@ def test_refresh_goes_on_from_a_checkpoint(hyper: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
 
 
+def test_refresh_becomes_lazy_in_the_middle() -> None:
+    """State from before has none of the integers: engines may ask, and the next step refreshes as it would have."""
+    params, optimizer = matrices_of({"update_proj_gap": 2})
+    trained(range(3), optimizer, params)
+    optimizer.param_groups[0].update(lazy_threshold=0.4, lazy_patience=1)
+    steady = params[MATRICES.index(STABLE)]
+    seen = []
+    for step in range(3, 9):
+        due = steady not in optimizer.wanted_images()
+        trained(range(step, step + 1), optimizer, params)
+        seen.append((step, due, optimizer.state[steady]["refresh_at"]))
+    # Stable at 4: the gap is 4 steps; at 8 again: 8 steps.
+    assert seen == [(3, False, 0), (4, True, 4), (5, False, 4), (6, False, 4), (7, False, 4), (8, True, 8)]
+
+
 def test_refresh_survives_a_copy() -> None:
     params, optimizer = matrices_of(STAGGERED)
     trained(range(3), optimizer, params)

@@ -180,7 +180,7 @@ def is_due(step: int, state: Mapping[str, Any], hyper: RefreshHyper, offset: int
         return False
     if hyper.lazy_threshold is None or is_random(step, hyper):
         return True
-    return bool(number_of(step, hyper, offset) >= state[REFRESH_AT])
+    return bool(number_of(step, hyper, offset) >= state.get(REFRESH_AT, 0))
 
 
 def lazy_spec(hyper: RefreshHyper) -> dict[str, StateSpec]:

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from colossal_bcd.optim.base import Params, State
 from colossal_bcd.optim.images import ImageOptimizer
-from colossal_bcd.optim.refresh_plan import Matrix, Place, RefreshHyper, is_due, offsets, owners, settle
+from colossal_bcd.optim.refresh_plan import (
+    REFRESH_AT,
+    REFRESH_STABLE,
+    REFRESH_WAIT,
+    Matrix,
+    Place,
+    RefreshHyper,
+    is_due,
+    offsets,
+    owners,
+    settle,
+)
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh
 
 logger = logging.getLogger(__name__)
@@ -60,6 +71,7 @@ class RefreshingOptimizer(ImageOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         self._reports.clear()
+        self._begin_counting()
         loss = super().step(closure)
         if self._reports:
             self._settle()
@@ -120,6 +132,15 @@ class RefreshingOptimizer(ImageOptimizer):
                     shape = self._layouts[param].as_matrix().shape
                     self._matrices[self._keys[param]] = Matrix.of(self._keys[param], shape, hyper)
         self._places = None
+
+    def _begin_counting(self) -> None:
+        """Give state its integers that was made before its group became lazy, as with an older checkpoint."""
+        for group in self.param_groups:
+            if group["lazy_threshold"] is not None:
+                for param in group["params"]:
+                    state = self.state.get(param)
+                    if state and REFRESH_AT not in state and self._keys.get(param) in self._matrices:
+                        state.update({REFRESH_AT: 0, REFRESH_WAIT: 1, REFRESH_STABLE: 0})
 
     def _settle(self) -> None:
         """Use the reports of this step's refreshes; the device is waited for once, and only where one is read."""
