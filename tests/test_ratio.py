@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from colossal_bcd import BlockOptimizerRatio
+from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block.mask import Entries, EntryImage, EntrySpec, Selection
 from colossal_bcd.booster.registry import cast
 from colossal_bcd.sharding import Layout, Mesh, resolve
@@ -484,3 +484,32 @@ def test_ratio_state_in_files_does_not_depend_on_the_slices() -> None:
     split = conformance_cases.Case(shape=(30, 8), dim=1).layout(conformance_cases.Sizes(2, 2), 0, 0)
     with pytest.raises(ValueError, match="tensor parallelism"):
         EntrySpec(kind="entries", shape=(1,), selection=Selection(240, 61)).cut(split)
+
+
+def test_ratio_copy_goes_on_with_whole_gradients() -> None:
+    model = Net().double()
+    optimizer = made(model, mask_mode="scatter", param_update_ratios={"second": 0.5})
+    train(model, optimizer, range(PERIOD + 1))
+    again, other = copy.deepcopy((model, optimizer))
+    train(model, optimizer, range(PERIOD + 1, STEPS))
+    train(again, other, range(PERIOD + 1, STEPS))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(param.grad is None for param in again.parameters())
+
+
+def test_ratio_inside_blocks_trains_a_share_of_the_active_block() -> None:
+    model: Any = models.llama()
+    base = BlockOptimizerRatio(
+        [{"params": list(model.parameters())}], list(model.named_parameters()), 0.25, switch_every=2, verbose=0, lr=1e-2
+    )
+    wrapped = BlockOptimizer(base, model.named_parameters(), switch_block_every=4, switch_mode="ascending", verbose=0)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    tokens = models.tokens(0)
+    for _ in range(4):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        wrapped.step()
+    for name, param in model.named_parameters():
+        # Two shares of a quarter; norms are below the threshold.
+        want = 0.0 if "layers.0." not in name else 1.0 if "norm" in name else 0.5
+        assert float((param.detach() != before[name]).float().mean()) == pytest.approx(want, abs=0.01), name

@@ -346,7 +346,7 @@ def test_relora_inside_blocks_refreshes_the_active_layer_alone(dtype: torch.dtyp
         model(input_ids=tokens, labels=tokens).loss.backward()
         if step == 1:
             factor = up_proj(model)
-            state = optimizer.state[optimizer._tensors[factor.trained]]
+            state = optimizer.state[optimizer.masters.tensors[factor.trained]]
             moment, old = state["exp_avg"].clone(), factor.basis.weight.detach().clone()
         model.merge_and_reinit(optimizer)
         if step == 1:
@@ -486,6 +486,9 @@ def test_relora_refuses_and_leaves_the_model(case: str) -> None:
 
 
 def test_relora_refuses_shared_weights_and_other_layers() -> None:
+    model = wrapped()
+    with pytest.raises(ValueError, match="Wrap once"):
+        ReLoRaModel(model, r=1, target_modules="mlp")
     tied = models.llama(tied=True)
     with pytest.raises(ValueError, match="shares its weight"):
         ReLoRaModel(tied, r=2, target_modules=["lm_head"])

@@ -226,6 +226,12 @@ class BlockOptimizerRatio(ImageOptimizer):
         super().load_state_dict(state_dict)
         self._forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no hooks on its parameters, and so takes whole gradients.
+        names = ("_named", "_ratios", "_group_of", "_devices", "verbose", "keep_mask", "dense_gradients")
+        fresh: dict[str, Any] = {"_cache": {}, "_compact": {}, "_images_wanted": {}, "_names": {}, "_handles": []}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, **fresh}
+
     def _params(self) -> Iterator[Parameter]:
         return (param for group in self.param_groups for param in group["params"])
 

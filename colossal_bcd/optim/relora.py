@@ -146,6 +146,8 @@ class ReLoRaModel(nn.Module):
         """Every layer to change, with all its names."""
         patterns = [_pattern(part) for part in self._config.target_modules]
         named = list(self.wrapped_model.named_modules(remove_duplicate=False))
+        if any(isinstance(module, ReLoRaLinear) for _, module in named):
+            raise ValueError("model: got one whose layers train in low rank already, expected one without. Wrap once.")
         users: dict[int, set[int]] = {}
         for _, module in named:
             for param in module.parameters(recurse=False):
