@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import galore_references
 import references
 import torch
 import torch.distributed as dist
 
-from colossal_bcd import CAME, Adafactor, AdamW, Lamb
+from colossal_bcd import CAME, Adafactor, AdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreSGD, Lamb
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, TensorSplit
 from colossal_bcd.testing import CollectiveCounter, PeakBytes
@@ -29,10 +30,26 @@ class Row:
     hyper: dict = field(default_factory=dict)
     rounds: int = 0
     """Collectives per step and axis."""
+    zero_rounds: int = 0
+    """Collectives per step over the zero axis alone."""
+    left_rounds: tuple[int, int] | None = None
+    """Collectives over tp and over zero if all matrices are projected from the left and divided along dim 0."""
     num_steps: int = 7
     """Errors in state show late: more where the state feeds back into itself."""
     decays: tuple[str, ...] = ("decay", "no_decay")
 
+    def calls(self, sizes):
+        """Collectives of a step of all cases."""
+        return self.rounds * sizes.num_axes + self.zero_rounds * (sizes.zero > 1)
+
+    def calls_of_many(self, sizes):
+        """Collectives of a step of `many`."""
+        tp, zero = self.left_rounds or (self.rounds, self.rounds)
+        return tp * (sizes.tp > 1) + zero * (sizes.zero > 1)
+
+
+# The bases are drawn: what a decomposition costs at a refresh is counted in test_galore.py.
+PROJECTION = {"rank": 3, "clamp": True, "update_proj_gap": 3, "svd_method": "random", "reproject_momentum": True}
 
 TABLE = {
     "adamw": Row(optimizer=AdamW, reference=references.adamw),
@@ -60,6 +77,33 @@ TABLE = {
         decays=("decay",),
     ),
     "came": Row(optimizer=CAME, reference=references.came, rounds=3, num_steps=20),
+    "galore-adamw": Row(
+        optimizer=GaLoreAdamW,
+        reference=galore_references.galore_adamw,
+        hyper=PROJECTION,
+        rounds=1,
+        zero_rounds=1,
+        left_rounds=(1, 2),
+        decays=("decay",),
+    ),
+    "galore-sgd": Row(
+        optimizer=GaLoreSGD,
+        reference=galore_references.galore_sgd,
+        hyper={**PROJECTION, "momentum": 0.9, "nesterov": True},
+        rounds=1,
+        zero_rounds=1,
+        left_rounds=(1, 2),
+        decays=("decay",),
+    ),
+    "galore-adafactor": Row(
+        optimizer=GaLoreAdafactor,
+        reference=galore_references.galore_adafactor,
+        hyper={**PROJECTION, "relative_step": False, "beta1": 0.9, "clip_threshold": 0.7},
+        rounds=3,
+        zero_rounds=1,
+        left_rounds=(2, 4),
+        decays=("decay",),
+    ),
     "lamb-adam": Row(optimizer=Lamb, reference=references.lamb, hyper={"adam": True}, decays=("decay",)),
 }
 DECAYS = {"decay": 0.1, "no_decay": 0.0}
@@ -164,11 +208,12 @@ def train_by_reference(variant):
     """The weights of every case after every step."""
     row, hyper = hyper_of(variant)
     groups = groups_of(range(len(CASES)), hyper["weight_decay"])
+    numbers = {index: key for key, index in enumerate(index for group in groups for index in group["params"])}
     result = {}
     for group in groups:
         own = {**hyper, **{key: value for key, value in group.items() if key != "params"}}
         for index in group["params"]:
-            weight, state, history = initial(index), {}, []
+            weight, state, history = initial(index), {"key": numbers[index]}, []
             for step in range(row.num_steps):
                 grad = gradient(index, step)
                 if grad is not None:

@@ -85,14 +85,14 @@ class TestMesh:
     def test_step_makes_its_rounds_of_collectives_per_axis(self, outcome, variant):
         sizes, reports = outcome
         row = hyper_of(variant)[0]
-        calls = row.rounds * sizes.num_axes
+        calls = row.calls(sizes)
         for report in reports:
             assert report[variant]["calls"] == [[calls, calls]] * row.num_steps
 
     def test_waves_change_the_collectives_and_not_the_numbers(self, outcome, variant):
         sizes, reports = outcome
         assert failing(reports, variant, "wave_errors") == {}
-        calls = hyper_of(variant)[0].rounds * sizes.num_axes
+        calls = hyper_of(variant)[0].calls(sizes)
         assert len({report[variant]["wave_calls"] for report in reports}) == 1
         assert all(
             report[variant]["wave_calls"] > 3 * calls if calls else report[variant]["wave_calls"] == 0
@@ -117,7 +117,7 @@ class TestMeshAndRow:
 
     def test_collectives_do_not_depend_on_the_number_of_tensors(self, outcome, row):
         sizes, reports = outcome
-        calls = TABLE[row].rounds * sizes.num_axes
+        calls = TABLE[row].calls_of_many(sizes)
         if sizes.zero > 2:
             assert "calls_of_75" not in reports[0][row]
             return
