@@ -412,6 +412,8 @@ def test_tutorials_galore_block_runs_and_trains_under_zero() -> None:
         assert result["losses"][-1] < result["losses"][0] - 0.5
         # Large images in 8 bits with scales of 32, small ones in 32.
         assert result["dtypes"] == {torch.uint8, torch.float32}
+
+
 def test_bread_lora_code_trains_adapters_everywhere() -> None:
     config = transformers.T5Config(
         d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0
