@@ -45,6 +45,7 @@ DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 @click.option("--gap", type=click.IntRange(1), help="Steps between refreshes (galore, golore).  [default: 50]")
 @click.option("--scale", type=click.FloatRange(0), help="Of projected updates (galore, golore).  [default: 0.25]")
 @click.option("--plugin", type=click.Choice(["zero", "hybrid", "ddp"]), default="zero")
+@click.option("--gather-images", is_flag=True, help="Gather low-rank updates, not weights (galore, golore; zero).")
 @click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks (hybrid).")
 @click.option("--zero-stage", type=click.IntRange(0, 2), help="[default: 2 for zero, 1 for hybrid (0 in fp32)]")
 @click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16")

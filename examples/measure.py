@@ -96,6 +96,9 @@ def expected_bytes(settings: Settings, num_parameters: int, num_active: int) -> 
     own_master = settings.precision == "fp32" and settings.zero_ranks == 1
     weights = (4 if settings.precision == "fp32" else 2) * num_parameters
     each = 4 * (1 + NUM_MOMENTS.get(settings.base, 0)) + (0 if own_master else 4)
+    if settings.gather_images:
+        # Parts of the weights and their gradients, in the weights' dtype.
+        each = 2 * (4 if settings.precision == "fp32" else 2)
     return weights + each * num_active // settings.zero_ranks
 
 

@@ -59,6 +59,8 @@ class Settings:
     layers: int
     output: Path
     save: bool
+    gather_images: bool = False
+    """Gather low-rank updates instead of weights; without float32 masters, rounding stochastically."""
 
     @property
     def data_ranks(self) -> int:
@@ -77,6 +79,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_mesh()
+        if self.gather_images:
+            _require(
+                self.optimizer in LOW_RANK and self.plugin == "zero" and not self.reference,
+                "--gather-images is about galore and golore under --plugin zero, got "
+                f"--optimizer {self.optimizer} --plugin {self.plugin}{' --reference' * self.reference}.",
+            )
         self._check_precision()
         self._check_batch()
         self._check_files()

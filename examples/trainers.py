@@ -34,7 +34,7 @@ from colossal_bcd import (
     Lamb,
     param_groups,
 )
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, LowRankOptions, TorchDDPPlugin
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -130,7 +130,9 @@ def build_low_rank_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
         "galore-sgd": partial(GaLoreSGD, momentum=0.9),
         "galore-adafactor": partial(GaLoreAdafactor, relative_step=False),
     }
-    optimizer: Optimizer = make[settings.optimizer](groups, lr=settings.lr, seed=settings.seed)
+    # Without float32 masters rounding to nearest would lose small updates.
+    rounding = "stochastic" if settings.gather_images and settings.precision != "fp32" else "nearest"
+    optimizer: Optimizer = make[settings.optimizer](groups, lr=settings.lr, seed=settings.seed, rounding=rounding)
     return optimizer
 
 
@@ -151,7 +153,8 @@ def build_plugin(settings: Settings) -> Any:
         return TorchDDPPlugin()
     common: dict[str, Any] = {"precision": settings.precision, "max_norm": settings.clip, "initial_scale": 2.0**16}
     if settings.plugin == "zero":
-        return LowLevelZeroPlugin(stage=settings.zero_stage, **common)
+        common["low_rank"] = LowRankOptions(gather=settings.gather_images)
+        return LowLevelZeroPlugin(stage=settings.zero_stage, master_weights=not settings.gather_images, **common)
     return HybridParallelPlugin(tp_size=settings.tp, pp_size=1, zero_stage=settings.zero_stage, **common)
 
 

@@ -55,6 +55,8 @@ def settings(*flags: str, world_size: int = 2) -> Settings:
         ("--optimizer golore --base adamw", "is about blocks"),
         ("--ranks 2", "give both"),
         ("--reference", "runs on one process"),
+        ("--gather-images", "is about galore and golore"),
+        ("--optimizer galore --plugin hybrid --gather-images", "is about galore and golore"),
         (f"--text {SCRIPT}", "takes a .txt or .jsonl file"),
         (f"--model {SCRIPT.parent}", "has no config.json"),
         (f"--model {SCRIPT.parent} --tokenizer byte", "has its own tokenizer"),
