@@ -18,12 +18,13 @@ BOUND ?= 1e-12
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-check test test-latest clean
+.PHONY: help demo demo-check test test-full test-latest clean
 
 help:
 	@echo "make demo         train a small Llama on $(RANKS) processes; results in $(OUTPUT)/"
 	@echo "make demo-check   the same run on one process, compared with the one before"
 	@echo "make test         lint, types and all tests"
+	@echo "make test-full    make test, and checkpoints from every mesh on every mesh"
 	@echo "make test-latest  the tests on torch 2.13 with colossalai installed without its pins"
 	@echo "make clean        remove environments, caches and results"
 
@@ -53,6 +54,9 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
+
+test-full: test
+	$(VENV)/bin/python -m pytest -m full
 
 # colossalai pins torch <= 2.5.1, so it is installed without dependencies; what its imports need is listed here.
 $(LATEST)/.installed: setup.py

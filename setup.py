@@ -18,7 +18,9 @@ setup(
         "bitsandbytes>=0.50",
         "colossalai>=0.5.0,<0.6",
         "peft>=0.13",
+        "safetensors>=0.4",
         "torch>=2.5",
+        "tqdm>=4.60",
         "transformers>=4.51,<5",
     ],
     extras_require={

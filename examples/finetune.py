@@ -72,6 +72,12 @@ DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 @click.option("--layers", type=click.IntRange(1), default=4, help="Of the model from random weights.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
 @click.option("--save/--no-save", default=True, help="Write the trained model to OUTPUT/model.")
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(0),
+    help="Steps between checkpoints in OUTPUT/checkpoints; 0: when interrupted.  [default: 100]",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, on any number of ranks.")
 @click.option("--reference", is_flag=True, help="One process does the work of --ranks ranks, without ColossalAI.")
 @click.option("--ranks", type=click.IntRange(1), help="Ranks that --reference stands for.  [default: 2]")
 def main(**flags: Any) -> None:
@@ -86,7 +92,10 @@ def main(**flags: Any) -> None:
     # Imported here, so that wrong flags are told at once.
     from training import run
 
-    run(settings, started=STARTED)
+    try:
+        run(settings, started=STARTED)
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def settings_of(flags: dict[str, Any], world_size: int) -> Settings:
@@ -101,8 +110,12 @@ def settings_of(flags: dict[str, Any], world_size: int) -> Settings:
         if world_size > 1:
             raise SettingsError(f"--reference runs on one process, got {world_size}. Start it with python.")
         world_size = ranks or 2
+        if flags["resume"] or flags["checkpoint_every"] is not None:
+            raise SettingsError("--reference keeps no checkpoints. Leave --resume and --checkpoint-every out.")
     elif ranks is not None:
         raise SettingsError("--ranks says what --reference stands for; give both, or start more processes.")
+    if flags["checkpoint_every"] is None:
+        flags["checkpoint_every"] = 100
     if flags["optimizer"] != "badam":
         for name in ("base", "switch_every", "switch_mode", "embeddings"):
             if flags[name] is not None:

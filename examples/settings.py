@@ -8,6 +8,12 @@ from typing import Literal
 
 LOW_RANK = ("galore", "golore", "galore-8bit", "galore-sgd", "galore-adafactor")
 """Values of --optimizer that project gradients."""
+RUN = (
+    "optimizer", "base", "rank", "gap", "scale", "precision", "steps", "switch_every", "switch_mode", "embeddings",
+    "lr", "batch_size", "sequence_length", "clip", "seed", "model", "text", "tokenizer", "vocab_size", "hidden_size",
+    "layers", "gather_images",
+)  # fmt: skip
+"""Flags that say what is trained, on what, and how."""
 
 
 class SettingsError(ValueError):
@@ -59,6 +65,9 @@ class Settings:
     layers: int
     output: Path
     save: bool
+    checkpoint_every: int
+    """Steps between checkpoints; 0: only when interrupted."""
+    resume: bool
     gather_images: bool = False
     """Gather low-rank updates instead of weights; without float32 masters, rounding stochastically."""
 
@@ -76,6 +85,12 @@ class Settings:
     def micro_batch(self) -> int:
         """Sequences in one backward pass of one rank."""
         return self.batch_size // (self.data_ranks * self.accumulate)
+
+    @property
+    def run(self) -> dict[str, int | float | str]:
+        """What another run must have in common to go on with this one's checkpoint; ranks may differ."""
+        values = {name: getattr(self, name) for name in RUN}
+        return {name: value if isinstance(value, (int, float)) else str(value) for name, value in values.items()}
 
     def __post_init__(self) -> None:
         self._check_mesh()

@@ -6,6 +6,7 @@ T: tokens in a sequence.
 from __future__ import annotations
 
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
 from colossalai.utils import get_current_device
-from settings import LOW_RANK, Settings
+from settings import LOW_RANK, Settings, SettingsError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,7 +35,13 @@ from colossal_bcd import (
     Lamb,
     param_groups,
 )
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, LowRankOptions, TorchDDPPlugin
+from colossal_bcd.booster import (
+    CheckpointFolder,
+    HybridParallelPlugin,
+    LowLevelZeroPlugin,
+    LowRankOptions,
+    TorchDDPPlugin,
+)
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -65,6 +72,12 @@ class Trainer(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the model in HF format."""
+
+    def checkpoint(self, step: int, extra: dict[str, Any]) -> None:
+        """Save everything that a run needs to go on after `step` steps."""
+
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Go on from the newest checkpoint: the steps taken and what `checkpoint` was given; 0 if there is none."""
 
     def close(self) -> None:
         """End communication."""
@@ -174,6 +187,8 @@ class BoostedTrainer:
             model, self.optimizer, lr_scheduler=scheduler
         )
         self.model = self._boosted.unwrap()
+        self._checkpoints = CheckpointFolder(settings.output / "checkpoints", keep_last=2)
+        self._stale = not settings.resume
 
     def step(self, batch: Tensor) -> float:
         settings = self.settings
@@ -207,6 +222,30 @@ class BoostedTrainer:
 
     def save(self, folder: Path) -> None:
         self._booster.save_model(self._boosted, str(folder), shard=True, use_safetensors=True)
+
+    def checkpoint(self, step: int, extra: dict[str, Any]) -> None:
+        if self._stale and self.rank == 0:
+            # Those of an earlier run, which this one replaces like its other results.
+            shutil.rmtree(self._checkpoints.path, ignore_errors=True)
+        self._stale = False
+        dist.barrier()
+        extra = {"run": self.settings.run, **extra}
+        self._checkpoints.save(self._booster, self._boosted, self._wrapper, self._scheduler, step=step, extra=extra)
+
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        saved = self._checkpoints.peek()
+        if saved is None:
+            return 0, {}
+        ours, theirs = self.settings.run, saved.extra["run"]
+        different = [
+            f"--{name.replace('_', '-')} {theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]
+        ]
+        if different:
+            raise SettingsError(
+                f"--resume: the checkpoint is of a run with {', '.join(different)}. Give the same flags."
+            )
+        self._checkpoints.load(self._booster, self._boosted, self._wrapper, self._scheduler, step=saved.step)
+        return saved.step, saved.extra
 
     def close(self) -> None:
         dist.barrier()
@@ -282,6 +321,12 @@ class ReferenceTrainer:
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
+
+    def checkpoint(self, step: int, extra: dict[str, Any]) -> None:
+        """Nothing: it is run for its losses."""
+
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        return 0, {}
 
     def close(self) -> None:
         pass

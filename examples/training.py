@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import torch
@@ -11,7 +12,7 @@ from measure import MemoryProbe, RankFigures, Traffic, peak_bytes
 from report import Curve, Point, Report, plot, print_report, write_losses
 from rich.console import Console
 from screen import Screen
-from settings import Settings
+from settings import Settings, SettingsError
 from trainers import Trainer, launch, make_trainer
 from transformers.utils import logging as transformers_logging
 
@@ -47,7 +48,10 @@ def run(settings: Settings, started: float) -> None:
         settings.output.mkdir(parents=True, exist_ok=True)
         write_losses(loop.curve, settings.output / "losses.csv")
     if stop_request.received:
-        console.print(f"stopped after step {loop.curve.num_steps}; losses so far are in {settings.output}/losses.csv")
+        step = loop.curve.num_steps
+        console.print(f"stopped after step {step}; losses so far are in {settings.output}/losses.csv")
+        if not settings.reference:
+            console.print(f"{settings.output}/checkpoints has what --resume goes on from")
     else:
         finish(settings, trainer, corpus, loop, console, started)
     trainer.close()
@@ -67,10 +71,16 @@ class Loop:
     def run(self, screen: Screen) -> None:
         """Train until the last step or until somebody asks to stop."""
         settings, trainer = self._settings, self._trainer
-        self.curve.add(Point(step=0, loss=None, held_out=self._held_out_loss(), block=""))
+        taken, extra = trainer.resume() if settings.resume else (0, {})
+        if taken >= settings.steps:
+            raise SettingsError(f"--resume: the checkpoint is of a run that has taken all of its {taken} steps.")
+        for values in extra.get("curve", []):
+            self.curve.add(Point(**values))
+        if not self.curve.points:
+            self.curve.add(Point(step=0, loss=None, held_out=self._held_out_loss(), block=""))
         stop_request.training = True
         with screen:
-            for step in range(1, settings.steps + 1):
+            for step in range(taken + 1, settings.steps + 1):
                 began = time.monotonic()
                 block = self._block()
                 loss = self._step(step, block)
@@ -81,6 +91,8 @@ class Loop:
                 point = Point(step=step, loss=loss, held_out=held_out, block=block)
                 self.curve.add(point)
                 screen.show(point, settings.batch_size * settings.sequence_length / seconds)
+                if stop or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                    trainer.checkpoint(step, {"curve": [dataclasses.asdict(point) for point in self.curve.points]})
                 if stop:
                     stop_request.received = True
                     break

@@ -8,7 +8,7 @@ import torch
 from conformance_cases import CASES, Case, Sizes, process_mesh
 from torch import Tensor
 
-from colossal_bcd import CAME, Adafactor, AdamW, GaLoreAdamW
+from colossal_bcd import CAME, Adafactor, AdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreSGD
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.entries import allocate, entries_of, read, write
 
@@ -23,16 +23,20 @@ MAKE: dict[str, Any] = {
     "galore-right": lambda params: galore(params, "right"),
     "galore-left": lambda params: galore(params, "left"),
     "galore-full": lambda params: galore(params, "full"),
+    "galore-sgd": lambda params: galore(params, "left", GaLoreSGD, momentum=0.9),
+    "galore-adafactor-right": lambda params: galore(params, "right", GaLoreAdafactor, beta1=0.9),
+    "galore-adafactor-left": lambda params: galore(params, "left", GaLoreAdafactor, beta1=0.9),
+    "galore-adafactor-full": lambda params: galore(params, "full", GaLoreAdafactor, beta1=0.9),
 }
 
 
-def galore(params: list[Tensor], side: str) -> GaLoreAdamW:
+def galore(params: list[Tensor], side: str, cls: Any = GaLoreAdamW, **options: Any) -> ShardedOptimizer:
     """Rank 3 where the global matrix, which `shapes` says, is large enough."""
     own = [
         {"params": [param], "rank": 3 if projectable(case) else None}
         for param, case in zip(params, SHAPES, strict=True)
     ]
-    return GaLoreAdamW(own, svd_method="random", proj_type=side)
+    return cls(own, svd_method="random", proj_type=side, **options)
 
 
 def projectable(case: Case) -> bool:

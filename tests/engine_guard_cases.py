@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from block_cases import PERIOD
 from colossalai.booster import Booster
 from engine_cases import advance
 
-import colossal_bcd
 from colossal_bcd import Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 from colossal_bcd.testing import live_bytes
@@ -48,29 +46,6 @@ def loads_weights(plugin: str, folder: str) -> bool:
     advance(model, engine, booster, 1)
     after = model.unwrap(unwrap_peft=False).state_dict()
     return all(torch.equal(saved[name], after[name]) for name in saved)
-
-
-def optimizer_checkpoints(plugin: str) -> list[str]:
-    model, engine, booster = block_cases.boosted(plugin, OPTIONS[plugin])
-    advance(model, engine, booster, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder, "optimizer.pt"))
-        return [
-            message(lambda: booster.save_optimizer(engine, path)),
-            message(lambda: booster.save_optimizer(engine, path, shard=True)),
-            message(lambda: booster.load_optimizer(engine, path)),
-            message(engine.state_dict),
-        ]
-
-
-def checkpoint_of_other_shapes(optimizer: str) -> str:
-    model = models.llama()
-    booster = Booster(plugin=LowLevelZeroPlugin(**OPTIONS["zero"]))
-    eight_bit = {"moment_bits": 8} if optimizer == "AdamW" else {}
-    made = getattr(colossal_bcd, optimizer)(model.parameters(), **eight_bit)
-    model, engine, *_ = booster.boost(model, made)
-    advance(model, engine, booster, 0)
-    return message(lambda: booster.save_optimizer(engine, "never written"))
 
 
 def plain_optimizer_round_trip(folder: str) -> list[float]:

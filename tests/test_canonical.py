@@ -26,10 +26,13 @@ def test_state_of_every_mesh_is_that_of_one_process(sizes, expected):
     ranks = run_ranks(sizes.tp * sizes.zero, cases.sharded_each, sizes)
     for optimizer, states in expected.items():
         for index, whole in enumerate(states):
-            check(str(SHAPES[index]), whole, [rank[optimizer][index] for rank in ranks])
+            # Rows of a low-rank image need no mean: one of its vectors is whole everywhere.
+            image = "left" in whole or "right" in whole
+            found = [rank[optimizer][index] for rank in ranks]
+            check(f"{optimizer} {SHAPES[index]}", whole, found, has_totals=not image)
 
 
-def check(case, whole, ranks):
+def check(case, whole, ranks, has_totals):
     for name, want in whole.items():
         parts = [rank["sent"][name] for rank in ranks]
         first = parts[0][0]
@@ -45,7 +48,7 @@ def check(case, whole, ranks):
     names = set(ranks[0]["sent"]) | set(ranks[0]["absent"])
     totals = {name for name in names if name.endswith("_total")}
     assert names - totals == set(whole)
-    assert totals == {name.replace("_row", "_total") for name in whole if name.endswith("_row")}
+    assert totals == {name.replace("_row", "_total") for name in whole if name.endswith("_row") and has_totals}
     assert max(rank["error"] for rank in ranks) <= TOLERANCE, case
 
 

@@ -21,7 +21,7 @@ from measure import expected_bytes
 from report import Curve, Point, write_losses
 from settings import LOW_RANK, Settings, SettingsError
 
-from colossal_bcd.testing import run_ranks
+from colossal_bcd.testing import RankError, run_ranks
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "finetune.py"
 SHAPE = ["--hidden-size", "32", "--layers", "2", "--sequence-length", "16", "--batch-size", "8"]
@@ -70,6 +70,12 @@ def test_flags_that_contradict_are_refused(flags: str, message: str) -> None:
 def test_reference_refuses_loss_scaling() -> None:
     with pytest.raises(SettingsError, match="no loss scaling"):
         settings("--reference", "--precision", "fp16", world_size=1)
+
+
+@pytest.mark.parametrize("flags", ["--resume", "--checkpoint-every 5"])
+def test_reference_keeps_no_checkpoints(flags: str) -> None:
+    with pytest.raises(SettingsError, match="keeps no checkpoints"):
+        settings("--reference", *flags.split(), world_size=1)
 
 
 def test_wrong_flags_end_every_rank_with_the_same_code_and_one_message() -> None:
@@ -294,3 +300,28 @@ def test_interrupt_ends_without_a_stack_trace(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in output
     assert "stopped after step" in output
+
+
+def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    straight = _losses(tmp_path / "straight", [*SMALL, "--no-save"])
+    flags = [*SMALL, "--no-save", "--output", str(tmp_path / "stopped")]
+    run_ranks(2, _train, flags, 2, True)
+    run_ranks(2, _train, [*flags, "--resume"], 2)
+    assert read_losses(tmp_path / "stopped" / "losses.csv") == straight
+    # Checkpointed in between, it goes on from there, on another number of ranks; averages are rounded otherwise.
+    flags = [*SMALL, "--no-save", "--output", str(tmp_path / "killed"), "--checkpoint-every", "4"]
+    run_ranks(2, _train, flags, 2)
+    (tmp_path / "killed" / "losses.csv").unlink()
+    run_ranks(1, _train, [*flags, "--resume"], 1)
+    resumed = read_losses(tmp_path / "killed" / "losses.csv")
+    assert resumed[("held_out", 3)] == straight[("held_out", 3)]
+    assert resumed[("held_out", 6)] == pytest.approx(straight[("held_out", 6)], abs=1e-3)
+
+
+def test_resume_refuses_other_flags_and_a_finished_run(tmp_path: Path) -> None:
+    flags = [*SMALL, "--no-save", "--output", str(tmp_path), "--checkpoint-every", "3"]
+    run_ranks(1, _train, flags, 1)
+    with pytest.raises(RankError, match=r"of a run with --lr 0\.006\. Give the same flags"):
+        run_ranks(1, _train, [*flags, "--resume", "--lr", "0.5"], 1)
+    with pytest.raises(RankError, match="has taken all of its 6 steps"):
+        run_ranks(1, _train, [*flags, "--resume"], 1)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 """Parts of the package that each part may import, itself aside."""
 
 LIBRARIES = {
-    "booster": {"torch", "colossalai", "transformers", "peft", "bitsandbytes"},
+    "booster": {"torch", "colossalai", "transformers", "peft", "bitsandbytes", "safetensors", "tqdm"},
     "cli": {"click", "rich"},
     "compat": {"torch", "transformers", "numpy"},
 }

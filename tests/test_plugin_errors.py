@@ -1,4 +1,4 @@
-"""Every mistake is one clear error, the same on every rank, before the first collective."""
+"""Every mistake is one clear error, the same on every rank, before anything is sent but names and numbers."""
 
 from __future__ import annotations
 
@@ -38,4 +38,5 @@ def test_error_is_clear_and_the_same_on_every_rank(case: str) -> None:
     message, collectives = outcomes[0]
     assert re.match(MESSAGES[case], message), message
     if case not in ("no_sync_at_stage_2", "closure", "stepped_optimizer"):  # boosting itself communicates
-        assert collectives == 0
+        # At most the one in which the ranks compare what they were given.
+        assert collectives <= 1

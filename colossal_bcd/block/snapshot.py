@@ -3,16 +3,80 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from colossal_bcd.block.masters import LOW_PRECISION, LocalMasters
+from colossal_bcd.block.schedule import Schedule
+from colossal_bcd.sharding import Layout
 
 if TYPE_CHECKING:
     from colossal_bcd.block.optimizer import BlockOptimizer
+
+
+class Contributor(Protocol):
+    """A part of a BlockOptimizer with state of its own, under a name in `optimizer.contributors`."""
+
+    def entries(self) -> Iterable[tuple[Parameter, str, Tensor, Layout]]:
+        """Tensors with one value for each value of a parameter.
+
+        Returns:
+            Working parameter, name of the state, tensor, layout of the tensor; the same parameters and names on every
+            rank that holds the parameter.
+        """
+
+    def numbers(self) -> dict[str, Any]:
+        """Plain numbers, strings, and lists and dicts of them; the same on every rank."""
+
+    def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
+        """Take what `numbers` returned, and make room for the tensors, which are then written into `entries`.
+
+        Args:
+            numbers: see above.
+            saved: parameters of this rank and the states that the file has of them.
+        """
+
+
+def progress(optimizer: BlockOptimizer) -> dict[str, Any]:
+    """Where in which schedule the optimizer is; plain numbers, strings, lists."""
+    return {"num_steps": optimizer.num_steps, "identity": optimizer.identity()}
+
+
+def schedule_of(optimizer: BlockOptimizer, identity: Mapping[str, Any]) -> Schedule:
+    """The schedule with which a saved run goes on: the optimizer's own, with the ranges of the run.
+
+    Ranges that nobody chose follow from the mesh (one per pipeline stage); a run keeps those with which it began.
+
+    Raises:
+        ValueError: the run has other blocks or another schedule.
+    """
+    # As it comes out of a file, which has lists only.
+    ours: dict[str, Any] = json.loads(json.dumps(optimizer.identity()))
+    if not optimizer.ranges_given and ours["blocks"] == identity.get("blocks"):
+        ours["ranges"] = identity.get("ranges")
+    require_identity(ours, identity)
+    ranges = tuple((start, stop) for start, stop in ours["ranges"])
+    return dataclasses.replace(optimizer.schedule, ranges=ranges)
+
+
+def names_at(optimizer: BlockOptimizer, schedule: Schedule, num_steps: int) -> list[list[str]]:
+    """`optimizer.group_names(num_steps)` by another schedule."""
+    active = {name for index in schedule.active(num_steps) for name in optimizer.blocks[index].parameters}
+    active.update(optimizer.always_active)
+    names = {param: name for name, param in optimizer.named_parameters.items() if name in active}
+    return [[names[param] for param in members if param in names] for members in optimizer.members]
+
+
+def resume(optimizer: BlockOptimizer, schedule: Schedule, num_steps: int) -> None:
+    """Go on after `num_steps` applied steps of a schedule, with fresh masters and without state."""
+    optimizer.plan = dataclasses.replace(optimizer.plan, schedule=schedule)
+    optimizer.resume_at(num_steps)
 
 
 def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The part that knows ColossalAI: plugins, casts, masters and gradients of what is trained."""
 
+from colossal_bcd.booster.checkpoint import CheckpointError, CheckpointFolder, Resumed
 from colossal_bcd.booster.config import LowRankOptions
 from colossal_bcd.booster.explain import explain
 from colossal_bcd.booster.install import install
@@ -7,9 +8,12 @@ from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugi
 from colossal_bcd.booster.registry import cast
 
 __all__ = [
+    "CheckpointError",
+    "CheckpointFolder",
     "HybridParallelPlugin",
     "LowLevelZeroPlugin",
     "LowRankOptions",
+    "Resumed",
     "TorchDDPPlugin",
     "cast",
     "explain",

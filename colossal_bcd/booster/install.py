@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from colossalai.booster.plugin import hybrid_parallel_plugin, low_level_zero_plugin, moe_hybrid_parallel_plugin
+from colossalai.booster.plugin import (
+    HybridParallelPlugin,
+    LowLevelZeroPlugin,
+    TorchDDPPlugin,
+    hybrid_parallel_plugin,
+    low_level_zero_plugin,
+    moe_hybrid_parallel_plugin,
+)
 from colossalai.interface import OptimizerWrapper
 from colossalai.interface.optimizer import DistributedOptim
 from colossalai.nn import optimizer as colossalai_optimizers
@@ -21,8 +28,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.checkpoint import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
-from colossal_bcd.booster.registry import cast
+from colossal_bcd.booster.registry import cast, names_of
 from colossal_bcd.compat import DistGaloreAwamW, DistributedAdaFactor, DistributedCAME, DistributedLamb
 from colossal_bcd.optim import (
     CAME,
@@ -71,8 +79,29 @@ def install() -> None:
         module.cast_to_distributed = cast_for_stock_plugin  # type: ignore[attr-defined]
     for source, cls in _table().items():
         colossalai_optimizers.optim2DistOptim[source] = distributed_class(cls)
+    for plugin in (LowLevelZeroPlugin, HybridParallelPlugin, TorchDDPPlugin):
+        _complete_checkpoints(plugin)
     if install_cpu_accelerator():
         LowLevelZeroOptimizer._sanity_checks = _check_on_cpu
+
+
+def _complete_checkpoints(plugin: Any) -> None:
+    """Give optimizers the names of their parameters, and the plugin this package's checkpoint io."""
+    if hasattr(plugin, "_has_complete_checkpoints"):
+        return
+    plugin._has_complete_checkpoints = True
+    configure, get_io = plugin.configure, plugin.get_checkpoint_io
+
+    @functools.wraps(configure)
+    def configure_named(self: Any, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        names = names_of(model)
+        boosted = configure(self, model, optimizer, *args, **kwargs)
+        if isinstance(boosted[1], OptimizerWrapper) and not hasattr(boosted[1], "parameter_names"):
+            boosted[1].parameter_names = names
+        return boosted
+
+    plugin.configure = configure_named
+    plugin.get_checkpoint_io = functools.wraps(get_io)(lambda self: checkpoint_io(get_io(self)))
 
 
 def _table() -> dict[Any, Any]:

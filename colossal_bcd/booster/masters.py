@@ -80,11 +80,17 @@ class ShardedMasters:
         del held
         self.of = {param: self.of[param] if param in self.of else self._restored(param) for param in params}
 
+    def dtype(self, param: Parameter) -> torch.dtype:
+        """Dtype of the parameter's master."""
+        return param.dtype if self._low_precision else wide(param.dtype)
+
     @torch.no_grad()
     def refresh(self, params: Iterable[Parameter] | None = None) -> None:
-        """Take the values of these working parameters again; None: of all."""
+        """Take the values of these working parameters again, where they are not the rounded masters; None: of all."""
         for param in self.of if params is None else params:
-            self.of[param].copy_(self._new(param))
+            master, values = self.of[param], self._new(param)
+            rounded = master.to(param.dtype).to(master.dtype)
+            master.copy_(torch.where(rounded == values, master, values))
 
     def shard_layout(self, param: Parameter) -> Layout:
         """Layout of the working parameter."""
@@ -125,7 +131,7 @@ class ShardedMasters:
 
     def _new(self, param: Parameter) -> Tensor:
         """The weight itself where a master would be no different."""
-        dtype = param.dtype if self._low_precision else wide(param.dtype)
+        dtype = self.dtype(param)
         device = torch.device("cpu") if self._offload else param.device
         # `data` is a plain tensor where ColossalAI has changed the parameter's class (overlap_allgather); everything
         # else of such a parameter is of a class whose in-place operations are not in place.

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.faults import named
 
 
 class HybridModule(HybridParallelModule):
     """ColossalAI's module wrapper, for weights tied across stages that may be frozen."""
+
+    @named("forward")
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
 
     def sync_shared_params(self) -> None:
         """Add the gradients of weights tied across stages, where they are trained now: on all their stages or none."""

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from colossalai.booster.plugin import HybridParallelPlugin as StockHybridParallelPlugin
 from colossalai.booster.plugin import LowLevelZeroPlugin as StockLowLevelZeroPlugin
 from colossalai.booster.plugin import TorchDDPPlugin as StockTorchDDPPlugin
-from colossalai.booster.plugin.hybrid_parallel_plugin import get_param_info
 from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPModel
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.utils import get_current_device
@@ -24,10 +23,11 @@ from colossal_bcd.booster.checkpoint import checkpoint_io
 from colossal_bcd.booster.config import EngineConfig, LowRankOptions
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.factors import holds_factors, refuse_factors
+from colossal_bcd.booster.faults import limit_waiting, named
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, stage_ranges, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
-from colossal_bcd.booster.registry import shapes_of
+from colossal_bcd.booster.registry import names_of, shapes_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
         self.low_rank = low_rank or LowRankOptions()
         _refuse_fp8(_arguments(StockLowLevelZeroPlugin, args, kwargs))
         install_cpu_accelerator()
-        super().__init__(*args, **kwargs)
+        with limit_waiting():
+            super().__init__(*args, **kwargs)
 
     def supported_devices(self) -> list[str]:
         return [*super().supported_devices(), "cpu"]
@@ -69,7 +70,7 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
             self.add_lora_params_to_optimizer(model, optimizer)
         if fresh:
             optimizer = prepare(model, optimizer)
-        shapes = shapes_of(optimizer) if fresh else {}
+        shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
         with thawed(optimizer):
             model, _, criterion, dataloader, lr_scheduler = super().configure(
                 model, None, criterion, dataloader, lr_scheduler
@@ -78,7 +79,7 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
             if isinstance(optimizer, BlockOptimizer) or holds_factors(model):
                 same_start(model, dist.group.WORLD)
             layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1)
-            optimizer = ZeroOptimizer(optimizer, model, layouts, self._config())
+            optimizer = ZeroOptimizer(optimizer, model, layouts, self._config(), parameter_names=names)
             model.update_master_params = MethodType(optimizer.update_master_params, model)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
@@ -127,7 +128,8 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
                 "gradients; expected at most one of the two. Set overlap_allgather=False."
             )
         on_cpu = install_cpu_accelerator()
-        super().__init__(*args, **kwargs)
+        with limit_waiting():
+            super().__init__(*args, **kwargs)
         if on_cpu:
             self._switch_off_kernels()
 
@@ -146,18 +148,22 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
         refuse_factors(model)
         if fresh:
             optimizer = prepare(model, optimizer)
-        shapes = shapes_of(optimizer) if fresh else {}
-        info = get_param_info(optimizer) if fresh else {}
-        with thawed(optimizer):
+        shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
+        # Weights that several stages share get groups of their own.
+        with thawed(optimizer), limit_waiting():
             if not isinstance(model, ModelWrapper):
                 model = self._wrap(model)
         if fresh:
-            optimizer = self._engine(model, optimizer, shapes, info)
+            optimizer = self._engine(model, optimizer, shapes, names)
             model.update_master_params = MethodType(optimizer.update_master_params, model)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
     def get_checkpoint_io(self) -> Any:
         return checkpoint_io(super().get_checkpoint_io())
+
+    @named("pipeline")
+    def execute_pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        return super().execute_pipeline(*args, **kwargs)
 
     def _wrap(self, model: nn.Module) -> HybridModule:
         if self.zero_stage == 0 and self.dp_size > 1:
@@ -177,7 +183,11 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
         )
 
     def _engine(
-        self, model: HybridModule, optimizer: Optimizer, shapes: dict[int, tuple[int, ...]], info: dict[str, Any]
+        self,
+        model: HybridModule,
+        optimizer: Optimizer,
+        shapes: dict[int, tuple[int, ...]],
+        names: dict[int, str],
     ) -> ZeroOptimizer:
         module = model.unwrap(unwrap_peft=False)
         if self.zero_stage == 0 or isinstance(optimizer, BlockOptimizer):
@@ -189,7 +199,12 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
             if isinstance(optimizer, BlockOptimizer):
                 self._plan_stages(optimizer, set(layouts))
         return ZeroOptimizer(
-            optimizer, model, layouts, self._config(), param_info=info, tied_elsewhere=tied_elsewhere(model)
+            optimizer,
+            model,
+            layouts,
+            self._config(),
+            parameter_names=names,
+            tied_elsewhere=tied_elsewhere(model),
         )
 
     def _plan_stages(self, optimizer: BlockOptimizer, held: set[nn.Parameter]) -> None:
@@ -249,7 +264,8 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
         self.low_rank = low_rank
         self._asked = _arguments(StockTorchDDPPlugin, args, kwargs)
         install_cpu_accelerator()
-        super().__init__(*args, **kwargs)
+        with limit_waiting():
+            super().__init__(*args, **kwargs)
 
     def supported_devices(self) -> list[str]:
         return [*super().supported_devices(), "cpu"]
@@ -264,13 +280,17 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
     ) -> Boosted:
         if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
             optimizer = prepare(model, optimizer)
+        names = names_of(model)
         if not isinstance(optimizer, BlockOptimizer):
             if self.low_rank is not None:
                 raise ValueError(
                     f"TorchDDPPlugin(low_rank={self.low_rank}) without a BlockOptimizer: torch's DDP reduces whole "
                     "gradients. Use LowLevelZeroPlugin, or HybridParallelPlugin(zero_stage=0)."
                 )
-            return super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
+            boosted = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
+            if boosted[1] is not None:
+                boosted[1].parameter_names = names
+            return boosted
         for name in ("static_graph", "check_reduction", "gradient_as_bucket_view", "fp8_communication"):
             if self._asked[name]:
                 raise ValueError(
@@ -288,7 +308,8 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
             low_rank=self.low_rank or LowRankOptions(),
             reduce_bucket_size=self._asked["bucket_cap_mb"] * 2**18,
         )
-        engine = ZeroOptimizer(optimizer, model, shard_layouts(model.unwrap(False), shapes, 0, 1), config)
+        layouts = shard_layouts(model.unwrap(False), shapes, 0, 1)
+        engine = ZeroOptimizer(optimizer, model, layouts, config, parameter_names=names)
         model.update_master_params = MethodType(engine.update_master_params, model)
         return model, engine, criterion, dataloader, lr_scheduler
 

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.block.checkpointing import prefer_non_reentrant
 from colossal_bcd.booster.registry import cast, parameters_of
+from colossal_bcd.booster.setup import require_same_setup
 
 
 def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
-    """Cast the optimizer and settle what would fail later, before the first collective."""
+    """Cast the optimizer and settle what would fail later, before the first collective about weights."""
+    require_same_setup(model, optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"boost: got an optimizer of type {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     trained = {id(param) for param in parameters_of(optimizer)}

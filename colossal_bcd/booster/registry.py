@@ -266,6 +266,12 @@ def shapes_of(optimizer: Optimizer | None) -> dict[int, tuple[int, ...]]:
     return {id(param): tuple(param.shape) for param in parameters_of(optimizer)}
 
 
+def names_of(model: Any) -> dict[int, str]:
+    """One name by id of every parameter, to be taken before the model is sharded: the same on every mesh."""
+    module = model.unwrap(unwrap_peft=False) if hasattr(model, "unwrap") else model
+    return {id(param): name for name, param in module.named_parameters()}
+
+
 def keys_of(optimizer: Optimizer) -> dict[int, int]:
     """Number of every parameter, by id: its place in the groups as the user gave them, the same on every mesh."""
     groups: Iterable[Iterable[Any]] = (group["params"] for group in optimizer.param_groups)

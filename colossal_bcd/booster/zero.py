@@ -15,7 +15,6 @@ import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelZeroOptimizer
 from colossalai.interface import OptimizerWrapper
-from colossalai.shardformer.layer.utils import SeqParallelUtils
 from colossalai.zero.low_level.zero_hook import wait_all_gather_handle
 from torch import Tensor
 from torch.nn import Parameter
@@ -23,15 +22,20 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.agreement import require_agreement
-from colossal_bcd.booster.checkpoint import require_plain
+from colossal_bcd.booster.checkpoint.held import EngineState
+from colossal_bcd.booster.checkpoint.load import check_opened
+from colossal_bcd.booster.checkpoint.save import whole_state
+from colossal_bcd.booster.checkpoint.source import opened_state
 from colossal_bcd.booster.clipping import scale_gradients
 from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler
 from colossal_bcd.booster.correction import corrections_of
 from colossal_bcd.booster.factors import EngineFactors
+from colossal_bcd.booster.faults import LateCheck, named
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
+from colossal_bcd.booster.sequence import add_sequence_parallel
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, Request, Sum, square_sum
 
@@ -47,7 +51,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         model: ColossalAI's model wrapper.
         layouts: tensor-parallel layout of every parameter that may be trained and is on this rank.
         config: see `EngineConfig`.
-        param_info: ColossalAI's record of the optimizer before sharding, for its checkpoint io.
+        parameter_names: names in the model before it was sharded, by id; for checkpoints.
         tied_elsewhere: parameters whose gradient another pipeline stage counts.
     """
 
@@ -58,12 +62,13 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         layouts: Mapping[Parameter, Layout],
         config: EngineConfig,
         *,
-        param_info: dict[str, Any] | None = None,
+        parameter_names: Mapping[int, str],
         tied_elsewhere: Set[Parameter] = frozenset(),
     ) -> None:
         self.grad_handles: list[Any] = []
         OptimizerWrapper.__init__(self, optimizer)
-        self.config, self.model, self.param_info = config, model, param_info or {}
+        self.config, self.model = config, model
+        self.parameter_names = parameter_names
         self.tp_pg, self.pp_pg = config.tp_group, config.pp_group
         self.stage_manager = getattr(model, "stage_manager", None)
         self.shared_params = getattr(model, "shared_params", [])
@@ -73,6 +78,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._backward_context = getattr(model, "_hook_context", contextlib.nullcontext)
         self._partition_grads = config.partition_grad
         self._current_grad_norm: Tensor | None = None
+        self.late_check = LateCheck()
         self.masters = ShardedMasters(
             layouts,
             config.zero_groups,
@@ -123,6 +129,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self.masters.load_gradients(self._reducer.grads, partitioned=self.config.partition_grad)
         self._low_rank.hand_over(images, self.masters, self._mesh)
 
+    @named("gather of weights")
     def write_back(self) -> None:
         """Write the masters into the working parameters of every rank."""
         size = self.config.reduce_bucket_size
@@ -139,7 +146,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._before_backward(loss)
         if self.mixed_precision_mixin is not None:
             loss = self.mixed_precision_mixin.pre_backward(loss)
-        with self._backward_context():
+        with self._backward_context(), named("backward"):
             loss.backward(inputs=inputs, retain_graph=retain_graph)
         self._after_backward()
 
@@ -147,7 +154,8 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._before_backward()
         if self.mixed_precision_mixin is not None:
             grad = self.mixed_precision_mixin.pre_backward_by_grad(tensor, grad)
-        torch.autograd.backward(tensor, grad, inputs=inputs, retain_graph=retain_graph)
+        with named("backward"):
+            torch.autograd.backward(tensor, grad, inputs=inputs, retain_graph=retain_graph)
         self._after_backward()
 
     def sync_dp_grads(self) -> None:
@@ -173,16 +181,19 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             raise ValueError("step(closure): a sharded step cannot run the closure; call backward, then step()")
         if not self.require_grad_sync:
             return
-        self._low_rank.expect(self._reducer, self.masters.of)
-        self._reducer.settle()
+        self.late_check.raise_if_bad()
         scaler = self.mixed_precision_mixin
-        if scaler is not None and scaler.should_skip_step():
-            self.zero_grad()
-            return
-        self._sync_sp_grads()
+        with named("average of gradients"):
+            self._low_rank.expect(self._reducer, self.masters.of)
+            self._reducer.settle()
+            if scaler is not None and scaler.should_skip_step():
+                self.zero_grad()
+                return
+        add_sequence_parallel(self.model, self.tp_pg, self.masters.of, self._reducer.grads)
         self.load_gradients()
         self._scale_gradients(1.0 if scaler is None else scaler.get_grad_div_scale())
-        self.optim.step()
+        with named("optimizer rule"):
+            self.optim.step()
         self._drop_gradients()
         self.write_back()
         if isinstance(self.optim, BlockOptimizer):
@@ -212,13 +223,14 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         """Take the masters from the working parameters again, after weights were loaded."""
         self.masters.refresh()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        require_plain(self.optim)
-        return super().state_dict(*args, **kwargs)
+    def state_dict(self) -> dict[str, Any]:
+        """All state, gathered on every rank: what `booster.save_optimizer` writes into a file.  All ranks must call."""
+        return whole_state(EngineState(self, self.parameter_names), everywhere=True)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        require_plain(self.optim)
-        super().load_state_dict(*args, **kwargs)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on this or another mesh, or a state dict of torch's kind."""
+        boosted = EngineState(self, self.parameter_names)
+        check_opened(boosted, "state dict", opened_state(state_dict)).apply()
 
     def get_working_grads_by_group_id(self, group_id: int) -> list[Tensor]:
         grads = self._reducer.grads
@@ -230,16 +242,9 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         return get_accelerator().get_current_device()
 
     def _publish(self, groups: Sequence[Sequence[Parameter]], of: Mapping[Parameter, Tensor]) -> None:
-        """Fill the tables that ColossalAI's checkpoint io reads from its own class, or empty them."""
+        """Say what is trained, by param group."""
         self._working_param_groups = {index: list(params) for index, params in enumerate(groups)}
-        self._master_param_groups_of_current_rank = {
-            index: [of[param] for param in params] for index, params in enumerate(groups)
-        }
         self.master_to_working_param = {id(master): param for param, master in of.items()}
-        self.working_to_master_param = {id(param): master for param, master in of.items()}
-        self._padding_map = {
-            id(param): master.numel() * self.masters.num_shards - param.numel() for param, master in of.items()
-        }
 
     def factor_site(self) -> EngineFactors:
         """What `ReLoRaModel.merge_and_reinit` needs of this engine, between backward and `step`."""
@@ -273,6 +278,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             if master.grad is not None:
                 master.grad = master.new_zeros(()).expand_as(master)
 
+    @named("switch of blocks")
     def _agree(self, optimizer: BlockOptimizer) -> None:
         require_agreement("block schedule", optimizer.fingerprint(), self._device)
 
@@ -313,22 +319,10 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
     def _after_backward(self) -> None:
         if self.require_grad_sync:
-            self._reducer.finish()
+            with named("average of gradients"):
+                self._reducer.finish()
 
-    def _sync_sp_grads(self) -> None:
-        """Sequence parallelism leaves partial gradients of some replicated parameters; add them over tp."""
-        shard_config = getattr(self.model, "shard_config", None)
-        if shard_config is None or not shard_config.enable_sequence_parallelism or self.pp_pg is not None:
-            return
-        if shard_config.sequence_parallelism_mode in ("split_gather", "ring"):
-            partial = [
-                self._reducer.grads[param]
-                for param in self.masters.of
-                if SeqParallelUtils.is_sp_partial_derived_param(param) and param in self._reducer.grads
-            ]
-            if partial:
-                SeqParallelUtils.allreduce_partial_data_grad(process_group=self.tp_pg, grads=partial)
-
+    @named("norm of gradients")
     def _scale_gradients(self, loss_scale: float) -> None:
         """Undo the loss scale and clip by the global norm of what is active."""
         squares, grads = list[Request](), []
@@ -344,6 +338,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
                 squares.append(Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes))
         settings = self._mesh, self._device, self.config.max_norm, loss_scale
         self._current_grad_norm = scale_gradients(grads, squares, *settings)
+        self.late_check.note(self._current_grad_norm)
 
     def _force_wait_all_gather(self) -> None:
         for param in self.masters.of:

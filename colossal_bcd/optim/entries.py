@@ -105,13 +105,15 @@ def write(entry: Entry, state: Mapping[str, Any], values: Tensor) -> None:
 
 
 def allocate(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> None:
-    """Give a parameter the state that its first step would, unless it has state."""
+    """Give a parameter the state that its first step would, unless it has state of these shapes."""
     state = optimizer.state[param]
-    if state:
+    specs = optimizer.state_spec(layout, optimizer._hyper(group))
+    stored = {part: kept for name, spec in specs.items() for part, kept in spec.stored(name).items()}
+    if state and all(kept.kind == "scalar" or state[part].shape == kept.shape for part, kept in stored.items()):
         return
+    state.clear()
     state["step"] = 0
-    for name, spec in optimizer.state_spec(layout, optimizer._hyper(group)).items():
-        state.update({part: stored.allocate(param) for part, stored in spec.stored(name).items()})
+    state.update({part: kept.allocate(param) for part, kept in stored.items()})
 
 
 def _declared(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> list[Entry]:

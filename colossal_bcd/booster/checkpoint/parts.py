@@ -1,0 +1,90 @@
+"""Parts of a block optimizer that have state of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from colossal_bcd.block.correction import Corrector
+from colossal_bcd.block.snapshot import Contributor
+from colossal_bcd.booster.checkpoint.held import Boosted
+from colossal_bcd.booster.masters import ShardedMasters
+from colossal_bcd.sharding import Layout
+
+
+def contributors_of(boosted: Boosted) -> dict[str, Contributor]:
+    """By name: those in `optimizer.contributors`, and the corrections of inactive blocks."""
+    if boosted.block is None:
+        return {}
+    parts: dict[str, Contributor] = dict(getattr(boosted.block, "contributors", {}))
+    corrector = boosted.block.corrector
+    if corrector is not None:
+        parts["correction"] = CorrectionState(corrector, boosted.wrapper.layouts)
+    if getattr(boosted.block, "residual", "drop") == "keep":
+        parts["residual"] = ResidualState(boosted.wrapper.masters)
+    return parts
+
+
+class CorrectionState:
+    """State of corrections: of whole local weights, the same on all data-parallel ranks.
+
+    Args:
+        corrector: whose state it is.
+        layouts: of the working parameters on this rank.
+    """
+
+    def __init__(self, corrector: Corrector, layouts: Mapping[Parameter, Layout]) -> None:
+        self._corrector, self._layouts = corrector, layouts
+
+    def entries(self) -> Iterator[tuple[Parameter, str, Tensor, Layout]]:
+        """See `Contributor`."""
+        for param, layout in self._layouts.items():
+            for name, tensor in self._corrector.state.get(param, {}).items():
+                yield param, name, tensor, layout
+
+    def numbers(self) -> dict[str, Any]:
+        """See `Contributor`."""
+        return {"num_steps": self._corrector.num_steps}
+
+    def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
+        """See `Contributor`."""
+        self._corrector.num_steps = numbers["num_steps"]
+        dtypes = self._corrector.rule.state
+        self._corrector.state = {
+            param: {
+                name: torch.zeros(self._layouts[param].num_local, dtype=dtypes[name], device=param.device)
+                for name in names
+            }
+            for param, names in saved.items()
+        }
+
+
+class ResidualState:
+    """What rounding has cut off the masters of inactive parameters.
+
+    Args:
+        masters: the engine's.
+    """
+
+    def __init__(self, masters: ShardedMasters) -> None:
+        self._masters = masters
+
+    def entries(self) -> Iterator[tuple[Parameter, str, Tensor, Layout]]:
+        """See `Contributor`."""
+        for param, tensor in self._masters.residuals.items():
+            yield param, "value", tensor, self._masters.layout(param)
+
+    def numbers(self) -> dict[str, Any]:
+        """See `Contributor`."""
+        return {}
+
+    def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
+        """See `Contributor`."""
+        self._masters.residuals = {
+            param: torch.zeros(self._masters.layout(param).local_shape, dtype=torch.bfloat16, device=param.device)
+            for param in saved
+        }

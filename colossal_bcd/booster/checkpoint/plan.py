@@ -1,0 +1,273 @@
+"""Which tensors a file has, who sends which part of them to the rank that writes, and the sending."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.utils import get_current_device
+from torch import Tensor
+
+from colossal_bcd.booster.checkpoint.held import Boosted, Held
+from colossal_bcd.booster.checkpoint.parts import contributors_of
+from colossal_bcd.optim.entries import Entry, entries_of, numbers_of, read
+from colossal_bcd.sharding.canonical import Cut, covers, elements
+
+MASTER = "master"
+"""What the float32 master of a parameter is called among its state."""
+LATER = 10**6
+"""Where in a parameter's state that of contributors begins."""
+WRITER = 0
+"""The rank that writes files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one rank announces of one tensor of a file."""
+
+    parameter: str
+    state: str
+    """Together, with a dot between them, they are the tensor's name in the file."""
+    kind: str
+    dtype: torch.dtype
+    cut: Cut
+    order: tuple[int, int]
+    mean_of: str | None
+    held: bool
+    part: str | None = None
+    """The contributor whose it is, if any."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.parameter}.{self.state}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """One tensor of a file and where its parts are."""
+
+    parameter: str
+    state: str
+    part: str | None
+    kind: str
+    dtype: torch.dtype
+    cut: Cut
+    """Of any of its parts, for the whole."""
+    sources: tuple[tuple[int, Cut], ...]
+    """Ranks that send, with what they send; none for a mean that no rank keeps."""
+    mean_of: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.parameter}.{self.state}"
+
+    @property
+    def in_state(self) -> bool:
+        """Whether it is an entry of the base optimizer's state, not a master or a contributor's."""
+        return self.part is None and self.state != MASTER
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.cut.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Own:
+    """The tensors of this rank, by their names in a file.
+
+    Args:
+        boosted: the optimizer.
+    """
+
+    def __init__(self, boosted: Boosted) -> None:
+        self._base = boosted.base
+        self._entries: dict[str, tuple[Entry, Tensor]] = {}
+        self._plain: dict[str, tuple[Cut, Tensor]] = {}
+        self.pieces: list[Piece] = []
+        self.numbers: dict[str, dict[str, Any]] = {}
+        self.groups: list[list[tuple[int, str]]] = [[] for _ in boosted.groups()]
+        if boosted.block is not None and boosted.block._tenants.aside:
+            raise ValueError(
+                f"save_optimizer: {len(boosted.block._tenants.aside)} adapters have state that waits until they train "
+                "again (lora_mode), which checkpoints do not hold yet. Save the model; a run starts with fresh state."
+            )
+        for held in boosted.held():
+            self._add(boosted, held)
+        for name, contributor in contributors_of(boosted).items():
+            for place, (param, state, tensor, layout) in enumerate(contributor.entries()):
+                order = boosted.wrapper._keys[id(param)], LATER + place
+                parameter = boosted.names[id(param)]
+                self._add_plain(parameter, f"{name}.{state}", order, elements(layout), tensor, part=name)
+
+    def values(self, name: str) -> Tensor:
+        """[n] this rank's data of a tensor."""
+        if name in self._plain:
+            cut, tensor = self._plain[name]
+            return cut.values(tensor.detach())
+        entry, tensor = self._entries[name]
+        return read(entry, self._base.state[tensor])
+
+    def _add(self, boosted: Boosted, held: Held) -> None:
+        tensor = boosted.tensor(held)
+        self.groups[held.group].append((held.key, held.name))
+        if held.has_master:
+            self._add_plain(held.name, MASTER, (held.key, 0), elements(held.layout), tensor)
+        if not self._base.state.get(tensor):
+            return
+        self.numbers[held.name] = numbers_of(self._base, tensor)
+        entries = entries_of(self._base, tensor, held.layout, boosted.groups()[held.group])
+        for place, entry in enumerate(entries, start=1):
+            piece = Piece(
+                parameter=held.name,
+                state=entry.name,
+                kind=entry.kind,
+                dtype=entry.dtype,
+                cut=entry.cut,
+                order=(held.key, place),
+                mean_of=None if entry.mean_of is None else f"{held.name}.{entry.mean_of}",
+                held=entry.held,
+            )
+            self._entries[piece.name] = entry, tensor
+            self.pieces.append(piece)
+
+    def _add_plain(
+        self, parameter: str, state: str, order: tuple[int, int], cut: Cut, tensor: Tensor, part: str | None = None
+    ) -> None:
+        piece = Piece(
+            parameter=parameter,
+            state=state,
+            kind="elementwise",
+            dtype=tensor.dtype,
+            cut=cut,
+            order=order,
+            mean_of=None,
+            held=True,
+            part=part,
+        )
+        self._plain[piece.name] = cut, tensor
+        self.pieces.append(piece)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The same on every rank."""
+
+    tensors: list[Whole]
+    numbers: dict[str, dict[str, Any]]
+    groups: list[list[str]]
+    """Names of the parameters of each group."""
+    keys: dict[str, int]
+
+
+def make_plan(own: Own) -> Plan:
+    """Agree who sends what: one exchange of names."""
+    reports: list[Any] = [(own.pieces, own.numbers, own.groups)]
+    if _world() > 1:
+        reports = [None] * _world()
+        dist.all_gather_object(reports, (own.pieces, own.numbers, own.groups))
+    pieces: dict[str, list[tuple[int, Piece]]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    members: list[set[tuple[int, str]]] = [set() for _ in own.groups]
+    for rank, (announced, of_state, groups) in enumerate(reports):
+        for piece in announced:
+            pieces.setdefault(piece.name, []).append((rank, piece))
+        for name, values in of_state.items():
+            numbers.setdefault(name, values)
+        for index, group in enumerate(groups):
+            members[index].update(group)
+    ordered = sorted(pieces.values(), key=lambda parts: (parts[0][1].order, parts[0][1].name))
+    tensors = [_whole(parts) for parts in ordered]
+    return Plan(
+        tensors=tensors,
+        numbers=numbers,
+        groups=[[name for _, name in sorted(group)] for group in members],
+        keys={name: key for group in members for key, name in group},
+    )
+
+
+def _whole(parts: list[tuple[int, Piece]]) -> Whole:
+    first = parts[0][1]
+    sources: dict[tuple[int, ...], tuple[int, Cut]] = {}
+    for rank, piece in parts:
+        if piece.held and piece.cut.stop > piece.cut.start:
+            sources.setdefault(piece.cut.region, (rank, piece.cut))
+    is_held = any(piece.held for _, piece in parts)
+    assert not is_held or covers([piece.cut for _, piece in parts]), f"parts of {first.name} are missing"
+    return Whole(
+        parameter=first.parameter,
+        state=first.state,
+        part=first.part,
+        kind=first.kind,
+        dtype=first.dtype,
+        cut=first.cut,
+        sources=tuple(sources.values()) if is_held else (),
+        mean_of=first.mean_of,
+    )
+
+
+def assembled(plan: Plan, own: Own, *, everywhere: bool = False) -> Iterator[tuple[Whole, Tensor | None]]:
+    """The tensors of a file, one at a time and in order, on the writer; None on the other ranks.
+
+    Every rank has to exhaust it.  Each part travels once.
+
+    Args:
+        plan: the same on every rank.
+        own: this rank's tensors.
+        everywhere: send each tensor to all ranks.
+    """
+    rows: dict[str, Tensor] = {}
+    wanted = {tensor.mean_of for tensor in plan.tensors}
+    for tensor in plan.tensors:
+        whole = _assemble(tensor, own, rows)
+        if whole is not None and tensor.name in wanted:
+            rows[tensor.name] = whole
+        if everywhere:
+            whole = _spread(tensor, whole)
+        yield tensor, whole
+        if tensor.mean_of is not None:
+            rows.pop(tensor.mean_of, None)
+        del whole
+
+
+def _assemble(tensor: Whole, own: Own, rows: Mapping[str, Tensor]) -> Tensor | None:
+    rank = dist.get_rank() if _world() > 1 else WRITER
+    if tensor.mean_of is not None and not tensor.sources:
+        return rows[tensor.mean_of].mean(-1) if rank == WRITER else None
+    whole = torch.empty(tensor.cut.layout.shape, dtype=tensor.dtype) if rank == WRITER else None
+    for source, cut in tensor.sources:
+        if source == rank:
+            values = own.values(tensor.name)
+            if whole is not None:
+                cut.place(whole, values)
+            else:
+                dist.send(_bytes(values.to(get_current_device())), WRITER)
+        elif whole is not None:
+            received = torch.empty(cut.stop - cut.start, dtype=tensor.dtype, device=get_current_device())
+            dist.recv(_bytes(received), source)
+            cut.place(whole, received)
+    return None if whole is None else tensor.cut.as_filed(whole)
+
+
+def _spread(tensor: Whole, whole: Tensor | None) -> Tensor:
+    if whole is None:
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if _world() > 1:
+        sent = whole.to(get_current_device())
+        dist.broadcast(_bytes(sent), WRITER)
+        whole = sent.cpu()
+    return whole
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """A view: backends need not know the dtype."""
+    return values.contiguous().view(-1).view(torch.uint8)
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,127 @@
+"""Ranks that die, stall or differ: the others end with an error that says where, instead of waiting for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+TIMEOUT = "COLOSSAL_BCD_TIMEOUT"
+"""Environment variable: seconds that a collective may wait for another rank; 0 leaves torch's own limits."""
+DEFAULT_TIMEOUT = 50.0
+
+
+class RankFailureError(RuntimeError):
+    """A collective ended because another rank died or did not come to it in time."""
+
+
+@contextlib.contextmanager
+def limit_waiting() -> Iterator[None]:
+    """Give process groups that are made inside the time limit, and those that there are already as far as torch can.
+
+    torch's gloo groups keep the limit with which they were made; the default group is the launcher's.
+
+    Raises:
+        ValueError: the environment variable is no number of seconds.
+    """
+    text = os.environ.get(TIMEOUT, str(DEFAULT_TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"environment variable {TIMEOUT}: got {text!r}, expected a number of seconds, 0 for no limit")
+    if seconds == 0:
+        yield
+        return
+    torch_defaults: Any = distributed_c10d
+    before = torch_defaults.default_pg_timeout, torch_defaults.default_pg_nccl_timeout
+    limit = timedelta(seconds=seconds)
+    torch_defaults.default_pg_timeout = torch_defaults.default_pg_nccl_timeout = limit
+    try:
+        yield
+    finally:
+        torch_defaults.default_pg_timeout, torch_defaults.default_pg_nccl_timeout = before
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(limit, group)
+
+
+@contextlib.contextmanager
+def named(round_name: str) -> Iterator[None]:
+    """Say in which round a collective inside failed.
+
+    Raises:
+        RankFailureError: in the place of the backend's error.
+    """
+    try:
+        yield
+    except RankFailureError:
+        raise
+    except RuntimeError as error:
+        if not _is_of_backend(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RankFailureError(
+            f"rank {dist.get_rank()}, {round_name}: another rank died, or did not come within the time limit "
+            f"({TIMEOUT} seconds). The backend says: {reason}. Start again from the last checkpoint."
+        ) from error
+
+
+def _is_of_backend(error: RuntimeError) -> bool:
+    text = str(error)
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Broken pipe", "Socket")
+    return isinstance(error, dist.DistBackendError) or any(sign in text for sign in signs)
+
+
+class LateCheck:
+    """Finds steps whose gradients were not finite one step later, so that no step waits for the device.
+
+    Where no loss scaling skips such a step, its weights are lost: what follows must not train on, nor be saved.
+    """
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._norm: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def note(self, norm: Tensor) -> None:
+        """Take the norm of a step's gradients, the same number on every rank, on its way to the host."""
+        self._num_steps += 1
+        if norm.device.type != "cuda":
+            self._norm = norm
+            return
+        self._norm = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def raise_if_bad(self) -> None:
+        """Look at the step before.
+
+        Raises:
+            FloatingPointError: on every rank, its gradients were infinite or not numbers.
+        """
+        if self._norm is None:
+            return
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        norm, self._arrived = self._norm.item(), None
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradients of step {self._num_steps} were not finite (their norm is {norm}), and so are the "
+                "weights since then. Start again from the last checkpoint, with a smaller step size or clipping "
+                "(max_norm)."
+            )
+
+
+def require_finite(optimizer: Any) -> None:
+    """Refuse to keep the weights of a boosted optimizer whose last gradients were not finite (see `LateCheck`)."""
+    if hasattr(optimizer, "late_check"):
+        optimizer.late_check.raise_if_bad()

@@ -1,0 +1,170 @@
+"""What ranks run in test_faults.py: ranks that are killed, stopped, given something else, or get NaN."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import checkpoint_cases as cases
+import models
+import torch
+import torch.distributed as dist
+from checkpoint_cases import LR, Run
+from colossalai.booster import Booster
+
+from colossal_bcd import AdamW, BlockOptimizer
+from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin
+from colossal_bcd.booster.checkpoint import plan
+from colossal_bcd.booster.faults import TIMEOUT
+
+GOOD = 2
+"""Steps before the last good checkpoint."""
+
+
+def die(*_: Any, **__: Any) -> None:
+    Path(os.environ["DIED"]).write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def killed(where: str, mesh: str, folder: str) -> None:
+    """Save after two steps, go on, and lose the last rank at the named place."""
+    os.environ["DIED"] = f"{folder}/died"
+    run = Run(mesh, "badam-came")
+    checkpoints = CheckpointFolder(folder)
+    for step in range(GOOD):
+        run.step(step)
+    checkpoints.save(run.booster, run.model, run.engine, run.scheduler, step=GOOD)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        arm(where, run)
+    if where == "save":
+        checkpoints.save(run.booster, run.model, run.engine, run.scheduler, step=GOOD + 1)
+    for step in range(GOOD, GOOD + 4):
+        run.step(step)
+    raise AssertionError("nobody died")
+
+
+def arm(where: str, run: Run) -> None:
+    """Let this rank end itself at a place of its next steps."""
+    engine: Any = run.engine
+    if where == "average":
+        engine._reducer._reduce = die
+        engine._reducer.finish = die
+    elif where == "rule":
+        engine.optim.base_optimizer.step = die
+    elif where == "gather":
+        engine.write_back = die
+    elif where == "switch":
+        engine._agree = die
+    elif where == "save":
+        plan.dist.send = die
+    elif where == "forward":
+        run.model.register_forward_pre_hook(die)
+    elif where == "stop":
+        run.model.register_forward_pre_hook(stop)
+        engine.optim.base_optimizer.step = stop
+
+
+def limited(seconds: float, what: Any, *args: Any) -> Any:
+    """Run with a time limit of collectives."""
+    os.environ[TIMEOUT] = str(seconds)
+    return what(*args)
+
+
+def go_on(mesh: str, folder: str) -> tuple[int, list[float | None]]:
+    """In fresh processes: the step of the checkpoint, and the losses after it."""
+    run = Run(mesh, "badam-came")
+    resumed = CheckpointFolder(folder).load(run.booster, run.model, run.engine, run.scheduler)
+    assert resumed is not None
+    return resumed.step, [run.step(step) for step in range(GOOD, GOOD + 3)]
+
+
+def straight(mesh: str) -> list[float | None]:
+    run = Run(mesh, "badam-came")
+    return [run.step(step) for step in range(GOOD + 3)][GOOD:]
+
+
+def different(what: str) -> str:
+    """The error where the last rank was given something else."""
+    mine = dist.get_rank() == dist.get_world_size() - 1
+    model = models.llama(vocab=250 if what != "model" or not mine else 200, layers=3)
+    lr = 2 * LR if what == "lr" and mine else LR
+    base: Any = AdamW(model.parameters(), lr=lr)
+    if what in ("seed", "blocks"):
+        lists = [[["model.layers.0"], ["model.layers.1"]], [["model.layers.0"], ["model.layers.2"]]]
+        names = list(model.named_parameters())
+        base = BlockOptimizer(
+            base,
+            names,
+            lists[what == "blocks" and mine],
+            switch_block_every=3,
+            seed=int(what == "seed" and mine),
+            verbose=0,
+        )
+    if what == "class" and mine:
+        base = torch.optim.AdamW(model.parameters(), lr=lr)
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=2, precision="fp32"))
+    try:
+        booster.boost(model, base)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def not_finite(precision: str, value: float, folder: str) -> dict[str, Any]:
+    """One rank's gradient is not finite in one step: what every rank does."""
+    run = Run("zero2 x2", "adamw", precision=precision)
+    checkpoints = CheckpointFolder(folder)
+    run.step(0)
+    checkpoints.save(run.booster, run.model, run.engine, run.scheduler, step=1)
+    handle = None
+    if dist.get_rank() == 1:
+        weight = next(run.model.unwrap().parameters())
+        handle = weight.register_hook(lambda grad: torch.full_like(grad, value))
+    before = [param.detach().clone() for param in run.model.unwrap().parameters()]
+    errors = []
+    for act in (lambda: run.step(1), lambda: save(run, checkpoints), lambda: run.step(2)):
+        try:
+            act()
+            errors.append("none")
+        except (FloatingPointError, ValueError) as error:
+            errors.append(str(error))
+        if handle is not None:
+            handle.remove()
+            handle = None
+        if len(errors) == 1:
+            after = [param.detach().clone() for param in run.model.unwrap().parameters()]
+            skipped = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return {"errors": errors, "skipped": skipped, "steps": checkpoints.steps()}
+
+
+def save(run: Run, checkpoints: CheckpointFolder) -> None:
+    checkpoints.save(run.booster, run.model, run.engine, run.scheduler, step=2)
+
+
+def limits(seconds: str) -> list[float]:
+    """Seconds that each group of this rank may wait after a plugin was constructed."""
+    os.environ[TIMEOUT] = seconds
+    _booster = Booster(plugin=cases.HybridParallelPlugin(tp_size=2, pp_size=1, zero_stage=0, precision="fp32"))
+    groups = list(dist.distributed_c10d._world.pg_map)
+    options = [group._get_backend(torch.device("cpu")).options for group in groups]
+    return [option._timeout.total_seconds() for option in options]
+
+
+def wrong_limit() -> str:
+    os.environ[TIMEOUT] = "soon"
+    try:
+        LowLevelZeroPlugin(stage=2)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def leftovers(folder: str) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
