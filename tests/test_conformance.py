@@ -22,6 +22,7 @@ from conformance_cases import (
     train_on_one_process,
 )
 
+from colossal_bcd.optim.stack import COPIES
 from colossal_bcd.testing import run_ranks
 
 
@@ -156,4 +157,5 @@ def test_wave_keeps_its_temporaries_within_the_budget_and_one_rule(optimizer, dt
     if optimizer != "Lamb":
         scalars += 12 * 4 * (64 + 64) * 8
     assert peak <= num_rules * rule + alone + scalars
-    assert peak >= num_rules * rule
+    # A stack counts all its copies, of which not all are alive at once.
+    assert peak >= num_rules * rule / COPIES

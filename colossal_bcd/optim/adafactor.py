@@ -15,7 +15,7 @@ from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.quantized import StorageHyper
 from colossal_bcd.optim.rounding import Rounding
 from colossal_bcd.optim.spec import Bits, StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Matrices, Rounds, ShardView
+from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView, matrices_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,11 @@ def adafactor(view: ShardView, state: State, hyper: AdafactorHyper) -> Rounds:
     """One Adafactor update.  The weight's root mean square travels with the first round that exists anyway."""
     weight = state["step"] ** hyper.decay_rate
     if "exp_avg_sq_row" in state:
-        matrices = Matrices(view.layout)
+        matrices = matrices_of(view.layout)
         means, size = yield matrices.means(view.squared_grad(hyper.eps[0])), view.square_sum(view.param)
         average = FactoredAverage(matrices, state, "exp_avg_sq")
         average.update_(means, weight)
-        update = average.precondition_(view.grad.clone())
+        update = average.precondition_(view.new_grad())
         (length,) = yield (view.square_sum(update),)
     else:
         update = state["exp_avg_sq"].lerp_(view.squared_grad(hyper.eps[0]), weight).rsqrt().mul_(view.grad)
@@ -113,6 +113,7 @@ class Adafactor(ShardedOptimizer):
 
     hyper_type = AdafactorHyper
     temporary_bytes = 4
+    stacks = True
 
     def __init__(
         self,
@@ -162,7 +163,7 @@ class Adafactor(ShardedOptimizer):
 
     def state_spec(self, layout: Layout, hyper: AdafactorHyper) -> dict[str, StateSpec]:
         moment = StateSpec(kind="elementwise", shape=layout.local_shape)
-        spec = {"RMS": StateSpec(kind="replicated")}
+        spec = {"RMS": StateSpec(kind="replicated", shape=(1,))}
         if hyper.beta1 is not None:
             spec["exp_avg"] = replace(moment, bits=hyper.moment_bits)
         if is_factored(layout, hyper.min_dim_size_to_factor):

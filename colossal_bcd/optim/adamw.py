@@ -51,6 +51,7 @@ class AdamW(ShardedOptimizer):
 
     hyper_type = AdamWHyper
     temporary_bytes = 0
+    stacks = True
 
     def __init__(
         self,

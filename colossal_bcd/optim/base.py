@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from colossal_bcd.optim.quantized import StorageHyper, dequantize, quantize_into, require_library, require_stored
-from colossal_bcd.optim.rounding import LOW_PRECISION, is_stochastic, round_into, stream
+from colossal_bcd.optim.quantized import StorageHyper, require_library
+from colossal_bcd.optim.rounding import LOW_PRECISION, is_stochastic
 from colossal_bcd.optim.spec import StateSpec
+from colossal_bcd.optim.stack import COPIES, STACK_BYTES, Member, stacks
+from colossal_bcd.optim.storage import StoredState, StoredWeights
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 Hyper: TypeAlias = Any
 """Frozen dataclass of an optimizer's hyper-parameters; its fields are the keys of a param group."""
 State: TypeAlias = dict[str, Any]
-"""What a rule sees: elementwise entries as [n] views of the data, `step` as the number of this update, from 1."""
+"""What a rule sees: elementwise entries as views of the data, `step` as the number of this update, from 1."""
 
 
 class ShardedOptimizer(Optimizer):
@@ -42,6 +44,8 @@ class ShardedOptimizer(Optimizer):
     hyper_type: ClassVar[Any]
     temporary_bytes: ClassVar[int]
     """Bytes per stored value that the rule keeps alive between rounds when it computes in float32."""
+    stacks: ClassVar[bool] = False
+    """Whether the rule can update b parameters of equal layout at once: everything it sees then has a leading dim."""
 
     def __init__(self, params: Params, hyper: Hyper, wave_bytes: int = WAVE_BYTES) -> None:
         self._layouts: dict[Tensor, Layout] = {}
@@ -129,8 +133,7 @@ class ShardedOptimizer(Optimizer):
                 # In the group, which outlives the state that a switch of blocks clears: no step repeats another's bits.
                 group["num_steps"] = group.get("num_steps", 0) + 1
         self._warn_of_rounding(active)
-        tasks = (self._task(param, layout, hyper, num_steps) for param, layout, hyper, num_steps in active)
-        run_rounds(tasks, self._mesh, self.wave_bytes)
+        run_rounds(map(self._task, self._stacked(active)), self._mesh, self.wave_bytes)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,11 +172,11 @@ class ShardedOptimizer(Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _active(self) -> list[tuple[Tensor, Layout, Hyper, int]]:
-        """Parameters with a gradient, checked before the first collective, and the steps that their group has taken."""
+    def _active(self) -> list[Member]:
+        """Parameters with a gradient, checked before the first collective."""
         active, index = [], -1
-        for group in self.param_groups:
-            hyper = self._hyper(group)
+        for number, group in enumerate(self.param_groups):
+            hyper, num_steps = self._hyper(group), group.get("num_steps", 0)
             for param in group["params"]:
                 index += 1
                 if param.grad is None:
@@ -190,7 +193,9 @@ class ShardedOptimizer(Optimizer):
                         f"{type(self).__name__}: parameter {index} of shape {tuple(param.shape)} has a sparse "
                         "gradient, expected a dense one. Build its embedding with sparse=False."
                     )
-                active.append((param, self._layouts[param], hyper, group.get("num_steps", 0)))
+                step = self.state[param]["step"] + 1 if self.state.get(param) else 1
+                key, layout = self._keys[param], self._layouts[param]
+                active.append(Member(param, layout, hyper, key, step, number, num_steps))
         return active
 
     def _check(self, index: int, param: Tensor, layout: Layout) -> None:
@@ -211,9 +216,16 @@ class ShardedOptimizer(Optimizer):
             return []
         return [field.name for field in dataclasses.fields(StorageHyper)]
 
-    def _warn_of_rounding(self, active: list[tuple[Tensor, Layout, Hyper, int]]) -> None:
+    def _stacked(self, active: list[Member]) -> list[list[Member]]:
+        """What is updated together; 8-bit entries have blocks of their own and are alone."""
+        alone = [[member] for member in active if not self.stacks or getattr(member.hyper, "moment_bits", 32) == 8]
+        if len(alone) == len(active):
+            return alone
+        return stacks(active, min(STACK_BYTES, self.wave_bytes))
+
+    def _warn_of_rounding(self, active: list[Member]) -> None:
         """Say once that there is nothing to round."""
-        asked = [param for param, _, hyper, _ in active if getattr(hyper, "rounding", "nearest") == "stochastic"]
+        asked = [m.param for m in active if getattr(m.hyper, "rounding", "nearest") == "stochastic"]
         if not asked or self._warned or any(param.dtype in LOW_PRECISION for param in asked):
             return
         self._warned = True
@@ -224,45 +236,31 @@ class ShardedOptimizer(Optimizer):
             asked[0].dtype,
         )
 
-    def _task(self, param: Tensor, layout: Layout, hyper: Hyper, num_steps: int) -> Task:
-        per_value = self.temporary_bytes * wide(param.dtype).itemsize // torch.float32.itemsize
-        if is_stochastic(hyper, param.dtype):
+    def _task(self, members: list[Member]) -> Task:
+        first = members[0]
+        layout, hyper, dtype = first.layout, first.hyper, first.param.dtype
+        per_value = self.temporary_bytes * wide(dtype).itemsize // torch.float32.itemsize
+        if is_stochastic(hyper, dtype):
             per_value += torch.float32.itemsize
         if getattr(hyper, "moment_bits", 32) == 8:
-            per_value += wide(param.dtype).itemsize
-        return Task(self._rule(param, layout, hyper, num_steps), layout.axes, layout.max_local * per_value)
+            per_value += wide(dtype).itemsize
+        if len(members) > 1:
+            per_value = COPIES * wide(dtype).itemsize
+        return Task(self._rule(members), layout.axes, layout.max_local * per_value * len(members))
 
-    def _rule(self, param: Tensor, layout: Layout, hyper: Hyper, num_steps: int) -> Rounds:
-        """The update of one parameter with its state allocated, its tensors flat and its step counted.
+    def _rule(self, members: list[Member]) -> Rounds:
+        """The update of a stack, from what is stored to what is stored."""
+        first = members[0]
+        states = [self.state[member.param] for member in members]
+        weights = StoredWeights(members, self.stacks)
+        stored = StoredState(members, states, self.state_spec(first.layout, first.hyper), self.stacks)
+        view = ShardView(first.layout, weights.values, self._gradients(members), first.key)
+        seen = stored.seen(view)
+        yield from self.update(view, seen, first.hyper)
+        stored.write_back(view, seen)
+        weights.write_back(view)
 
-        Storage is settled here: the rule sees 8-bit entries and stochastically rounded weights as float32.
-        """
-        assert param.grad is not None
-        state, specs = self.state[param], self.state_spec(layout, hyper)
-        if not state:
-            state["step"] = 0
-            for name, spec in specs.items():
-                state.update({part: stored.allocate(param) for part, stored in spec.stored(name).items()})
-        for name, spec in specs.items():
-            if spec.kind in ("elementwise", "low_rank"):
-                require_stored(name, state[name], spec.bits)
-        state["step"] += 1
-        local = param.detach().contiguous()
-        stochastic = is_stochastic(hyper, param.dtype)
-        values = local.to(wide(local.dtype)) if stochastic else local
-        grad = None if self.has_image(self._keys[param]) else param.grad.contiguous()
-        view = ShardView(layout, values, grad, self._keys[param])
-        seen: State = {"step": state["step"]}
-        for name, spec in specs.items():
-            seen[name] = view.flat(state[name]) if spec.kind == "elementwise" else state[name]
-            if spec.bits == 8:
-                seen[name] = dequantize(seen[name], state[f"{name}_absmax"], spec.signed).to(wide(param.dtype))
-        yield from self.update(view, seen, hyper)
-        for name, spec in specs.items():
-            if spec.bits == 8:
-                codes = view.flat(state[name]) if spec.kind == "elementwise" else state[name]
-                quantize_into(codes, state[f"{name}_absmax"], seen[name], spec.signed)
-        if stochastic:
-            round_into(view.flat(local), view.param, layout, stream(hyper.seed, view.key, num_steps))
-        if not param.is_contiguous():
-            param.copy_(local)
+    def _gradients(self, members: list[Member]) -> list[Tensor]:
+        """Whole gradients; none where an engine has handed over an image instead."""
+        grads = [member.param.grad for member in members if not self.has_image(member.key)]
+        return [grad.contiguous() for grad in grads if grad is not None]

@@ -12,7 +12,7 @@ from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.quantized import StorageHyper
 from colossal_bcd.optim.rounding import Rounding
 from colossal_bcd.optim.spec import Bits, StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Matrices, Rounds, ShardView
+from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView, matrices_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ class CAMEHyper(StorageHyper):
 def came(view: ShardView, state: State, hyper: CAMEHyper) -> Rounds:
     """One CAME update; equation and line numbers are those of the paper's algorithm 2."""
     beta1, beta2, beta3 = hyper.betas
-    matrices = Matrices(view.layout) if "exp_avg_sq_row" in state else None
+    matrices = matrices_of(view.layout) if "exp_avg_sq_row" in state else None
     if matrices is not None:
         (means,) = yield (matrices.means(view.squared_grad(hyper.eps[0])),)  # lines 5 and 6
         average = FactoredAverage(matrices, state, "exp_avg_sq")
         average.update_(means, 1 - beta2)
-        update = average.precondition_(view.grad.clone())  # lines 7 and 8
+        update = average.precondition_(view.new_grad())  # lines 7 and 8
     else:
         update = state["exp_avg_sq"].lerp_(view.squared_grad(hyper.eps[0]), 1 - beta2).rsqrt().mul_(view.grad)
     (length,) = yield (view.square_sum(update),)
@@ -91,6 +91,7 @@ class CAME(ShardedOptimizer):
 
     hyper_type = CAMEHyper
     temporary_bytes = 4
+    stacks = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colossal_bcd.optim.base import State
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import ImageMatrix, Layout, Matrices, Means
+from colossal_bcd.sharding import ImageMatrix, Layout, Matrices, Means, matrices_of
 
 
 def is_factored(layout: Layout, min_dim_size: int) -> bool:
@@ -19,7 +19,7 @@ def is_factored(layout: Layout, min_dim_size: int) -> bool:
 
 def factored_spec(layout: Layout, name: str) -> dict[str, StateSpec]:
     """State of one factored average: `<name>_row`, `<name>_col`, and `<name>_total` where the rank needs it."""
-    matrices = Matrices(layout)
+    matrices = matrices_of(layout)
     spec = {
         f"{name}_row": StateSpec(kind="row", shape=(matrices.rows.count,), total=f"{name}_total"),
         f"{name}_col": StateSpec(kind="column", shape=(matrices.matrices.count, matrices.c)),
@@ -54,7 +54,7 @@ class FactoredAverage:
         """Divide by the root of the rank-one estimate row x col / mean, in place.
 
         Args:
-            x: [n] values.
+            x: [n] or [b, n] values.
         """
         norm = self._matrices.normaliser(self._row, self._col, self._total)
         return self._matrices.scale_(x, (self._row / norm).rsqrt(), self._col.rsqrt())

@@ -96,6 +96,7 @@ class GaLore(RefreshingOptimizer):
 
     hyper_type: ClassVar[Any] = GaLoreHyper
     temporary_bytes = 4
+    stacks = False  # bases and their refreshes are a matrix's own
     momentum_entry: ClassVar[str] = "exp_avg"
     """State entry that `reproject_momentum` carries over."""
 

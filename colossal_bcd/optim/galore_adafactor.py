@@ -101,7 +101,7 @@ class GaLoreAdafactor(GaLore, Adafactor):
 
     def inner_spec(self, entry: StateSpec, hyper: GaLoreAdafactorHyper, image: ImageMatrix | None) -> Spec:
         assert image is not None
-        spec = {"RMS": StateSpec(kind="replicated")}
+        spec = {"RMS": StateSpec(kind="replicated", shape=(1,))}
         if hyper.beta1 is not None:
             spec["exp_avg"] = replace(entry, bits=hyper.moment_bits)
         if min(image.shape) < hyper.min_dim_size_to_factor:

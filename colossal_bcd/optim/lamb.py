@@ -78,6 +78,7 @@ class Lamb(ShardedOptimizer):
 
     hyper_type = LambHyper
     temporary_bytes = 4
+    stacks = True
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from colossal_bcd.sharding.collect import Collect
 from colossal_bcd.sharding.image import Image
 from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit, slice_length
-from colossal_bcd.sharding.matrix import Matrices, Means
+from colossal_bcd.sharding.matrix import Matrices, Means, matrices_of
 from colossal_bcd.sharding.mesh import Mesh
 from colossal_bcd.sharding.projection import LowRank
 from colossal_bcd.sharding.rounds import WAVE_BYTES, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
@@ -28,6 +28,7 @@ __all__ = [
     "Sum",
     "Task",
     "TensorSplit",
+    "matrices_of",
     "resolve",
     "run_rounds",
     "slice_length",

@@ -2,11 +2,13 @@
 
 A tensor of two or more dims is a batch of matrices over its last two dims.  R, C: rows and columns of one global
 matrix; r, c: of one matrix in this rank's tensor-parallel shard; n: values of data on this rank; k, m: rows and
-matrices that they touch, the first and the last of which other ranks may touch, too.
+matrices that they touch, the first and the last of which other ranks may touch, too.  Everything may have a leading
+dim, of parameters that share the layout.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,30 +43,36 @@ class Segments:
         shared = {cut // length for cut in cuts if cut < end and cut % length}
         return cls(first, -(-stop // length) - first if stop > start else 0, tuple(sorted(shared)))
 
-    def complete(self, partial: Tensor, over_runs: tuple[str, ...], within_runs: tuple[str, ...]) -> Combined:
+    def complete(
+        self, partial: Tensor, over_runs: tuple[str, ...], within_runs: tuple[str, ...], dim: int = 0
+    ) -> Combined:
         """Request the totals of the runs that this rank touches.
 
         Args:
-            partial: [count, ...] sums over this rank's values.
+            partial: sums over this rank's values; `count` along `dim`.
             over_runs: axes that divide every run.
             within_runs: axes over whose ranks a shared run is spread.
+            dim: of the runs.
         Returns:
-            Request that resolves to [count, ...].
+            Request that resolves to a tensor shaped like `partial`.
         """
+        if not self.shared:
+            return Combined((Sum(partial, over_runs),), lambda totals: totals)
         mine = [(slot, run - self.first) for slot, run in enumerate(self.shared) if 0 <= run - self.first < self.count]
-        slots = partial.new_zeros(len(self.shared), *partial.shape[1:])
+        shape = list(partial.shape)
+        shape[dim] = len(self.shared)
+        slots = partial.new_zeros(shape)
         for slot, index in mine:
-            slots[slot] = partial[index]
+            slots.select(dim, slot).copy_(partial.select(dim, index))
 
         def finish(totals: Tensor, shared: Tensor) -> Tensor:
             if mine:
                 totals = totals.clone()
             for slot, index in mine:
-                totals[index] = shared[slot]
+                totals.select(dim, index).copy_(shared.select(dim, slot))
             return totals
 
-        spread = within_runs + over_runs if self.shared else ()
-        return Combined((Sum(partial, over_runs), Sum(slots, spread)), finish)
+        return Combined((Sum(partial, over_runs), Sum(slots, within_runs + over_runs)), finish)
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,15 @@ class Matrices:
         num_rows, num_cols = self.layout.shape[-2:]
         row, col = self._row_sums(x), self._col_sums(x)
         parts = [
-            self.rows.complete(row, self.row_axes, self.zero_axes),
-            self.matrices.complete(col, self.col_axes, self.zero_axes),
+            self.rows.complete(row, self.row_axes, self.zero_axes, dim=-1),
+            self.matrices.complete(col, self.col_axes, self.zero_axes, dim=-2),
         ]
         if self.needs_total:
-            parts.append(self.matrices.complete(col.sum(1), self.row_axes, self.zero_axes))
+            parts.append(self.matrices.complete(col.sum(-1), self.row_axes, self.zero_axes, dim=-1))
 
         def finish(*sums: Tensor) -> Means:
-            row, col, *total = (part.finish(*sums[2 * i : 2 * i + 2]) for i, part in enumerate(parts))
+            left = iter(sums)
+            row, col, *total = (part.finish(*(next(left) for _ in part.sums)) for part in parts)
             return Means(row / num_cols, col / num_rows, total[0] / (num_rows * num_cols) if total else None)
 
         return Combined(tuple(part for request in parts for part in request.sums), finish)
@@ -142,13 +151,13 @@ class Matrices:
         if total is not None:
             mean = total
         elif self.row_axes:
-            mean = row.view(-1, self.r).mean(1)
+            mean = row.unflatten(-1, (-1, self.r)).mean(-1)
         else:
-            mean = col.mean(1)
-        if len(mean) == 1:
-            return mean.expand(len(row))
+            mean = col.mean(-1)
+        if mean.shape[-1] == 1:
+            return mean.expand_as(row)
         index = torch.arange(self.rows.first, self.rows.first + self.rows.count, device=row.device) // self.r
-        return mean[index - self.matrices.first]
+        return mean[..., index - self.matrices.first]
 
     def scale_(self, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
         """Multiply every value by the factor of its row and that of its column, in place.
@@ -159,18 +168,20 @@ class Matrices:
             col: [m, c] factors.
         """
         for values, rows, matrices, columns in self.pieces(x):
-            values.mul_(row[rows].view(*values.shape[:2], 1)).mul_(col[matrices, columns].unsqueeze(1))
+            values.mul_(row[..., rows].unflatten(-1, values.shape[-3:-1]).unsqueeze(-1))
+            values.mul_(col[..., matrices, columns].unsqueeze(-2))
         return x
 
     def _row_sums(self, x: Tensor) -> Tensor:
         """[k] sums over this rank's columns."""
-        return torch.cat([x[:0], *(values.sum(2).view(-1) for values, *_ in self.pieces(x))])
+        sums = [values.sum(-1).flatten(-2) for values, *_ in self.pieces(x)]
+        return sums[0] if len(sums) == 1 else torch.cat([x[..., :0], *sums], -1)
 
     def _col_sums(self, x: Tensor) -> Tensor:
         """[m, c] sums over this rank's rows."""
-        out = x.new_zeros(self.matrices.count, self.c)
+        out = x.new_zeros(*x.shape[:-1], self.matrices.count, self.c)
         for values, _, matrices, columns in self.pieces(x):
-            out[matrices, columns] += values.sum(1)
+            out[..., matrices, columns] += values.sum(-2)
         return out
 
     def pieces(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice, slice]]:
@@ -179,8 +190,15 @@ class Matrices:
         Part of a row, rows up to the end of a matrix, whole matrices, rows of the last matrix, part of a row: each as a
         view [matrices, rows, columns] with the rows, matrices and columns (counted on this rank) that it covers.
         """
+        for start, stop, shape, *where in self._cuts:
+            rows, matrices, columns = where
+            yield x[..., start:stop].view(*x.shape[:-1], *shape), rows, matrices, columns
+
+    @functools.cached_property
+    def _cuts(self) -> list[tuple[int, int, tuple[int, int, int], slice, slice, slice]]:
+        """Of every block the range of values, the shape, and what it covers."""
         start, stop = self.layout.span
-        at = start
+        at, cuts = start, []
         while at < stop:
             row, column = divmod(at, self.c)
             matrix, inside = divmod(row, self.r)
@@ -194,5 +212,12 @@ class Matrices:
             rows = slice(row - self.rows.first, row - self.rows.first + shape[0] * shape[1])
             matrices = slice(matrix - self.matrices.first, matrix - self.matrices.first + shape[0])
             columns = slice(column, column + shape[2])
-            yield x[at - start : at - start + size].view(shape), rows, matrices, columns
+            cuts.append((at - start, at - start + size, shape, rows, matrices, columns))
             at += size
+        return cuts
+
+
+@functools.lru_cache(maxsize=4096)
+def matrices_of(layout: Layout) -> Matrices:
+    """`Matrices(layout)`, made once."""
+    return Matrices(layout)

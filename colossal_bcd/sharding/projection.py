@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
-from colossal_bcd.sharding.matrix import Matrices
+from colossal_bcd.sharding.matrix import matrices_of
 from colossal_bcd.sharding.rounds import Combined, Sum
 from colossal_bcd.sharding.view import square_sum
 
@@ -38,7 +38,7 @@ class LowRank:
 
     def __init__(self, layout: Layout, side: Side, rank: int) -> None:
         self._layout, self._side, self._rank = layout, side, rank
-        self._matrices = Matrices(layout)
+        self._matrices = matrices_of(layout)
         piece = layout.slice
         parts = piece.size if piece is not None and piece.size > 1 else 1
         place = piece.rank if piece is not None else 0

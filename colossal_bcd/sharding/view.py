@@ -1,6 +1,11 @@
-"""What a rule sees of one parameter.  n: values of data on this rank."""
+"""What a rule sees of one parameter, or of several of equal layout.
+
+n: values of data on this rank; b: number of parameters.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,58 +24,91 @@ ROW = 4096
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """Squared Euclidean norm of a flat tensor, a scalar in float32 or wider that keeps its digits at any length."""
+    """Squared Euclidean norm over the last dim, which stays with length 1.
+
+    In float32 or wider; it keeps its digits at any length.
+    """
     x = x.to(wide(x.dtype))
-    whole = x.numel() // ROW * ROW
-    norms = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1)
-    return torch.dot(norms, norms) + torch.dot(x[whole:], x[whole:])
+    num_rows = x.shape[-1] // ROW
+    rest = x[..., num_rows * ROW :]
+    total = rest.square().sum(-1, keepdim=True)
+    if num_rows:
+        rows = x[..., : num_rows * ROW].view(*x.shape[:-1], num_rows, ROW)
+        total += torch.linalg.vector_norm(rows, dim=-1).square_().sum(-1, keepdim=True)
+    return total
 
 
 class ShardView:
     """The data of one parameter on this rank, flat, and requests for quantities of the whole parameter.
 
+    A stack of b parameters of equal layout has the same view with a leading dim: [b, n] instead of [n].
+
+    Args:
+        layout: of each parameter.
+        param: a tensor of `layout.local_shape`, or [b, *local_shape].
+        grad: a tensor of `layout.local_shape`, or one for each of the b parameters; none where an engine has reduced an
+            image of it only.
+        key: see below.
+
     Attributes:
-        param: [n] values to update in place; padding is not among them.
-        key: number of the parameter, the same on every rank and mesh; seeds of randomness contain it.
+        param: [n] or [b, n] values to update in place; padding is not among them.
+        key: number of the parameter, the same on every rank and mesh; seeds of randomness contain it.  Of a stack, that
+            of its first one.
     """
 
-    def __init__(self, layout: Layout, param: Tensor, grad: Tensor | None, key: int = 0) -> None:
+    def __init__(self, layout: Layout, param: Tensor, grad: Tensor | Sequence[Tensor], key: int = 0) -> None:
         self.layout = layout
         self.key = key
+        self._lead = param.shape[: param.dim() - len(layout.local_shape)]
         self.param = self.flat(param)
-        self._grad = None if grad is None else self.flat(grad)
+        self._grads = [grad] if isinstance(grad, Tensor) else list(grad)
 
     @property
     def grad(self) -> Tensor:
-        """[n] gradient, in float32 or wider; not to be written.
+        """Gradient, shaped like `param`, in float32 or wider; not to be written.
 
-        Of a low-precision gradient every read is a new copy, so that none is kept alive between rounds.
+        Of low-precision and of stacked gradients every read is a new copy, so that none is kept alive between rounds.
 
         Raises:
             RuntimeError: an engine has reduced an image of it only.
         """
-        if self._grad is None:
+        grads = self._grads
+        if not grads:
             raise RuntimeError(
                 f"the gradient of the parameter of shape {self.layout.shape} was reduced as a low-rank image, but the "
                 "step needs all of it. A hyper-parameter (update_proj_gap) was changed between backward and step: "
                 "change it after the step."
             )
-        return self._grad.to(wide(self.param.dtype))
+        joined = torch.stack(grads) if len(grads) > 1 else grads[0].view(*self._lead, *self.layout.local_shape)
+        return self.flat(joined).to(wide(self.param.dtype))
+
+    def new_grad(self) -> Tensor:
+        """The gradient in a new tensor, which may be written."""
+        return self.grad if self._grad_is_copy else self.grad.clone()
 
     def squared_grad(self, eps: float) -> Tensor:
-        """[n] square of the gradient plus `eps`, in a new tensor."""
-        return self.grad.square().add_(eps)
+        """Square of the gradient plus `eps`, in a new tensor shaped like `param`."""
+        squared = self.grad.square_() if self._grad_is_copy else self.grad.square()
+        return squared.add_(eps)
+
+    @property
+    def _grad_is_copy(self) -> bool:
+        return len(self._grads) > 1 or self._grads[0].dtype != wide(self.param.dtype)
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """[n] prefix of a local tensor (of `layout.local_shape`) that is data, as a view."""
-        return tensor.view(-1)[: self.layout.num_local]
+        """The prefix of local tensors that is data, as a view: shaped like `param`.
+
+        Args:
+            tensor: of `layout.local_shape`, or [b, *local_shape].
+        """
+        return tensor.view(*self._lead, self.layout.max_local)[..., : self.layout.num_local]
 
     def square_sum(self, x: Tensor) -> Sum:
         """Squared Euclidean norm of the whole tensor.
 
         Args:
-            x: [n] values on this rank.
+            x: [n] or [b, n] values on this rank.
         Returns:
-            Request that resolves to a scalar.
+            Request that resolves to [1] or [b, 1].
         """
         return Sum(square_sum(x), self.layout.axes)

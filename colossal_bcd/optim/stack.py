@@ -1,0 +1,118 @@
+"""Parameters of equal layout that one rule updates at once.
+
+A model has few layouts and many tensors, so most of a step's time would go into calls of small operations.  b: number
+of members of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colossal_bcd.sharding import Layout, wide
+
+STACK_BYTES = 8 * 2**20
+"""Bytes that a rule touches at once for a stack: they stay in a core's cache, and tensors that are larger gain nothing
+from company."""
+COPIES = 4
+"""Tensors of a stack's size, in the dtype of its arithmetic, that are alive at once while its rule runs: the weights,
+the gradient, the update and an intermediate result."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter that takes part in a step."""
+
+    param: Tensor
+    layout: Layout
+    hyper: Any
+    key: int
+    step: int
+    """Number of this update of the parameter, from 1."""
+    group: int
+    num_steps: int
+    """Steps that its param group has taken, where something random needs them."""
+
+
+def stacks(members: Iterable[Member], num_bytes: int) -> list[list[Member]]:
+    """Members that can be updated together: equal in layout, param group, dtype, device and number of the update.
+
+    The result follows from layouts, groups and which parameters have a gradient, so it is the same on every rank.
+
+    Args:
+        members: in the order of the param groups.
+        num_bytes: largest size of a stack with all its `COPIES`; a member that is larger is a stack of its own.
+    """
+    filling: dict[Any, list[Member]] = {}
+    found: list[list[Member]] = []
+    for member in members:
+        param = member.param
+        kind = member.layout, member.group, param.dtype, param.device, member.step, member.num_steps
+        stack = filling.get(kind)
+        size = member.layout.max_local * wide(param.dtype).itemsize * COPIES
+        if stack is None or (len(stack) + 1) * size > num_bytes:
+            stack = filling[kind] = []
+            found.append(stack)
+        stack.append(member)
+    return found
+
+
+class Stack:
+    """Tensors of equal shape as one, without copies where they lie one after the other in one storage.
+
+    Args:
+        parts: the tensors.
+        lead: whether `whole` has a leading dim; without it there is one part.
+
+    Attributes:
+        whole: [b, ...] or [...], contiguous; to be written in place.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], lead: bool) -> None:
+        self._parts = parts
+        joined = _joined(parts)
+        self._copied = joined is None
+        whole = torch.stack([part.contiguous() for part in parts]) if joined is None else joined
+        self.whole: Tensor = whole if lead else whole[0]
+
+    @classmethod
+    def of_state(cls, states: Sequence[dict[str, Any]], name: str, lead: bool) -> Stack:
+        """Entries of several parameters' state.
+
+        Entries with storages of their own, as after loading, move into a common one.  Of those that already share one
+        with others, such as parameters without a gradient now, copies are made for this step.
+        """
+        parts = [state[name] for state in states]
+        stack = cls(parts, lead)
+        if stack._copied and all(part.untyped_storage().nbytes() == part.nbytes for part in parts):
+            whole = stack.whole if lead else stack.whole.unsqueeze(0)
+            for state, part in zip(states, whole.unbind(0), strict=True):
+                state[name] = part
+            stack._copied = False
+        return stack
+
+    def write_back(self) -> None:
+        """Give the parts what was written into `whole`."""
+        if self._copied:
+            whole = self.whole if self.whole.dim() > self._parts[0].dim() else self.whole.unsqueeze(0)
+            torch._foreach_copy_(list(self._parts), list(whole.unbind(0)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """[b, ...] view of contiguous tensors that follow one another in a storage; None where they do not."""
+    first = parts[0]
+    if not first.is_contiguous():
+        return None
+    if len(parts) == 1:
+        return first.unsqueeze(0)
+    size = first.numel()
+    start, stride = first.data_ptr(), size * first.element_size()
+    if any(part.data_ptr() != start + i * stride or not part.is_contiguous() for i, part in enumerate(parts)):
+        return None
+    if first.untyped_storage().data_ptr() != parts[-1].untyped_storage().data_ptr():
+        return None
+    return first.as_strided((len(parts), *first.shape), (size, *first.stride()))
