@@ -28,6 +28,12 @@ def test_added_optimizer_of_the_walkthrough_trains():
     weight.grad = torch.tensor([0.0, 2.0])
     optimizer.step()
     assert torch.allclose(weight, torch.tensor([3.0, 3.5]))
+    weights = [torch.nn.Parameter(torch.tensor([3.0, 4.0]) * scale) for scale in (1, 2)]
+    optimizer = names["ScaledSGD"](weights, lr=0.1)
+    for weight in weights:
+        weight.grad = torch.tensor([0.0, 2.0])
+    optimizer.step()
+    assert torch.allclose(torch.stack(list(weights)), torch.tensor([[3.0, 3.5], [6.0, 7.0]]))
 
 
 def test_galore_page_makes_an_optimizer_that_trains():
