@@ -126,3 +126,9 @@ def test_residual_keeps_updates_below_the_step_of_bfloat16(residual):
     assert all((param == want).all() for param in model.parameters())
     held = sum(value.untyped_storage().nbytes() for value in optimizer.masters.residuals.values())
     assert held == (0 if residual == "drop" else 16 * 2)
+
+
+def test_residual_under_zero_is_that_of_one_process():
+    want = cases.residual_weights(under_plugin=False)
+    for weights in run_ranks(2, cases.residual_weights, True):
+        assert all(map(torch.equal, weights, want))

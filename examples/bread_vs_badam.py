@@ -1,0 +1,143 @@
+"""BREAD against BAdam, AdamW, LoRA and GaLore at equal steps: a small Llama from scratch on CPython's documentation.
+
+    python examples/bread_vs_badam.py --steps 150 --seeds 2
+
+Every method's learning rate is swept on the first seed, and the best one is run with the others.  Writes table.md (held
+out loss, peak bytes of a step, ms per step, bytes that a rank of two sends in a step) and loss.png.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+from bread_methods import METHODS, PERIOD, sent
+from data import Corpus, load_corpus
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import nn
+
+from colossal_bcd.testing import PeakBytes, live_bytes, run_ranks
+
+BATCH, LENGTH, HELD_OUT = 8, 64, 16
+
+
+@dataclass
+class Run:
+    """One training run."""
+
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """Step and held-out loss."""
+    milliseconds: float = 0.0
+    peak: int = 0
+
+    @property
+    def final(self) -> float:
+        loss = self.losses[-1][1]
+        return loss if math.isfinite(loss) else math.inf
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, corpus: Corpus) -> float:
+    """Mean loss of the first held-out sequences."""
+    model.eval()
+    batch = corpus.held_out[:HELD_OUT]
+    loss: float = model(input_ids=batch, labels=batch).loss.item()
+    model.train()
+    return loss
+
+
+def train(name: str, lr: float, seed: int, steps: int, corpus: Corpus) -> Run:
+    """Train once; the peak is that of the third step, weights and state included."""
+    method = METHODS[name]
+    before = live_bytes()
+    model = method.build(seed).train()
+    optimizer = method.make(model, lr, seed)
+    run, seconds = Run(), []
+    run.losses.append((0, held_out_loss(model, corpus)))
+    for step in range(1, steps + 1):
+        batch = corpus.batch(step, BATCH, seed)
+        resting = live_bytes() - before if step == 3 else 0
+        began = time.perf_counter()
+        if step == 3:
+            with PeakBytes() as alive:
+                _step(model, optimizer, batch)
+            run.peak = resting + alive.peak
+        else:
+            _step(model, optimizer, batch)
+            seconds.append(time.perf_counter() - began)
+        if step % max(steps // 10, 1) == 0:
+            run.losses.append((step, held_out_loss(model, corpus)))
+    run.milliseconds = 1000 * statistics.median(seconds)
+    return run
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> None:
+    model(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def table(best: dict[str, tuple[float, list[Run]]], traffic: dict[str, int], head: str) -> str:
+    """Markdown, one row per method."""
+    lines = [
+        head,
+        "",
+        "| method | lr | held-out loss | peak MB | ms/step | kB sent/step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (lr, runs) in best.items():
+        loss = statistics.mean(run.final for run in runs)
+        spread = max(run.final for run in runs) - min(run.final for run in runs)
+        peak, ms = max(run.peak for run in runs) / 1e6, statistics.median(run.milliseconds for run in runs)
+        row = f"{lr:g} | {loss:.3f} ({spread:.3f}) | {peak:.1f} | {ms:.0f} | {traffic[name] / 1e3:.0f}"
+        lines.append(f"| {name} | {row} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(best: dict[str, tuple[float, list[Run]]], path: Path) -> None:
+    """Mean held-out loss over steps, one curve per method."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, (lr, runs) in best.items():
+        steps = [step for step, _ in runs[0].losses]
+        means = [statistics.mean(run.losses[index][1] for run in runs) for index in range(len(steps))]
+        axes.plot(steps, means, label=f"{name} (lr {lr:g})", linestyle="--" if name in ("LoRA", "GaLore") else "-")
+    axes.set(xlabel="optimizer steps", ylabel="held-out loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+@click.command(help=(__doc__ or "").partition("\n")[0])
+@click.option("--steps", default=150, show_default=True, type=click.IntRange(min=10))
+@click.option("--seeds", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--method", "chosen", multiple=True, type=click.Choice(list(METHODS)), help="Default: all of them.")
+@click.option("--output", default=Path("runs/bread"), show_default=True, type=click.Path(path_type=Path))
+def main(steps: int, seeds: int, chosen: tuple[str, ...], output: Path) -> None:
+    """Sweep, train, measure, write."""
+    torch.set_num_threads(1)
+    console = Console(highlight=False)
+    corpus = load_corpus(None, None, "byte", 257, LENGTH, HELD_OUT)
+    best: dict[str, tuple[float, list[Run]]] = {}
+    for name in chosen or METHODS:
+        swept = {lr: train(name, lr, 0, steps, corpus) for lr in METHODS[name].rates}
+        lr = min(swept, key=lambda rate: swept[rate].final)
+        best[name] = lr, [swept[lr], *(train(name, lr, seed, steps, corpus) for seed in range(1, seeds))]
+        finals = ", ".join(f"{rate:g}: {run.final:.3f}" for rate, run in swept.items())
+        console.print(f"{name}: held-out loss by learning rate {finals}")
+    traffic = {name: max(run_ranks(2, sent, name)) for name in best}
+    output.mkdir(parents=True, exist_ok=True)
+    head = f"{steps} steps of {BATCH}x{LENGTH} tokens, {seeds} seeds (spread in brackets), blocks of {PERIOD} steps"
+    (output / "table.md").write_text(table(best, traffic, head))
+    plot(best, output / "loss.png")
+    console.print((output / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
