@@ -1,6 +1,7 @@
 """BREAD's adapters against a plain loop, on one process and under the plugins."""
 
 import copy
+from types import SimpleNamespace
 
 import bread_lora_cases as cases
 import models
@@ -8,6 +9,7 @@ import pytest
 import torch
 from bread_lora_cases import LAYERS, PERIOD
 
+from colossal_bcd.booster.checkpoint.parts import contributors_of
 from colossal_bcd.testing import run_ranks
 
 STEPS = PERIOD * (2 * LAYERS)
@@ -132,3 +134,16 @@ def test_residual_under_zero_is_that_of_one_process():
     want = cases.residual_weights(under_plugin=False)
     for weights in run_ranks(2, cases.residual_weights, True):
         assert all(map(torch.equal, weights, want))
+
+
+@pytest.mark.parametrize(
+    ("mode", "state"), [("partial", "keep"), ("adapter_only", "keep"), ("all", "keep"), ("partial", "reset")]
+)
+def test_lora_checkpoints_of_plugins_refuse_adapters_that_wait(mode, state):
+    optimizer = cases.wrap(cases.peft_model(torch.float32), mode, adapter_state=state)
+    boosted = SimpleNamespace(block=optimizer, wrapper=None)
+    if (mode, state) in (("all", "keep"), ("partial", "reset")):
+        assert contributors_of(boosted) == {}
+    else:
+        with pytest.raises(ValueError, match=f"checkpoint of an optimizer with lora_mode='{mode}'"):
+            contributors_of(boosted)
