@@ -79,7 +79,7 @@ class ShardView:
                 "step needs all of it. A hyper-parameter (update_proj_gap) was changed between backward and step: "
                 "change it after the step."
             )
-        joined = torch.stack(grads) if len(grads) > 1 else grads[0].view(*self._lead, *self.layout.local_shape)
+        joined = torch.stack(grads) if len(grads) > 1 else grads[0].view((*self._lead, *self.layout.local_shape))
         return self.flat(joined).to(wide(self.param.dtype))
 
     def new_grad(self) -> Tensor:
