@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import block_cases
 import engine_cases
 import models
