@@ -61,10 +61,10 @@ class StoredState:
             if not state:
                 for name, spec in specs.items():
                     state.update({part: stored.allocate(member.param) for part, stored in spec.stored(name).items()})
-            state["step"] = member.step
             for name, spec in specs.items():
                 if spec.kind in ("elementwise", "low_rank"):
                     require_stored(name, state[name], spec.bits)
+            state["step"] = member.step
         tensors = [part for name, spec in specs.items() if spec.kind != "scalar" for part in spec.stored(name)]
         self._stacks = {name: Stack.of_state(states, name, lead) for name in tensors}
 
