@@ -86,10 +86,10 @@ def injected(
     return {"error": worst, "replicas": equal, "held": held, "missed": (missed / way) ** 0.5, "codes": codes}
 
 
-def inside_blocks(world: int, options: dict[str, Any] | None = None) -> list[float]:
+def inside_blocks(world: int, options: dict[str, Any] | None = None, rule: str = "adamw") -> list[float]:
     """Losses of block coordinate descent with GaLore as base; a period spans a refresh."""
     model = models.llama(layers=2)
-    base = GaLoreAdamW(groups(model, **(options or {"svd_method": "random"})), lr=1e-2)
+    base = RULES[rule](groups(model, **(options or {"svd_method": "random"})))
     wrapped = BlockOptimizer(base, model.named_parameters(), switch_block_every=8, switch_mode="ascending", verbose=0)
     booster, engine = None, wrapped
     if world > 1:

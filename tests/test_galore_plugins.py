@@ -72,7 +72,9 @@ def test_galore_plugin_shards_its_states() -> None:
     assert max(parts) <= 0.51 * whole
 
 
-def test_galore_inside_blocks_equals_one_process() -> None:
-    alone = run_ranks(1, galore_plugin_cases.inside_blocks, 1)[0]
-    for losses in run_ranks(2, galore_plugin_cases.inside_blocks, 2):
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "adafactor"])
+def test_galore_inside_blocks_equals_one_process(rule: str) -> None:
+    alone = run_ranks(1, galore_plugin_cases.inside_blocks, 1, None, rule)[0]
+    for losses in run_ranks(2, galore_plugin_cases.inside_blocks, 2, None, rule):
         assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) <= 1e-4
+    assert len(set(alone)) == len(alone)
