@@ -520,7 +520,8 @@ def test_relora_refresh_refuses_an_optimizer_that_does_not_train_the_factors() -
 
 
 def test_relora_refresh_refuses_moments_of_bitsandbytes() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
+
     model = wrapped()
     optimizer = bitsandbytes.optim.AdamW(model.parameters(), lr=1e-3)
     model._config.forward_type = True

@@ -6,8 +6,9 @@ from optim_cases import errors, make_params, set_grads, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colossal_bcd import CAME, Adafactor, AdamW, Lamb
+from colossal_bcd import CAME, Adafactor, AdamW, BlockOptimizer, Lamb
 from colossal_bcd.optim import base, stack
+from colossal_bcd.sharding import Layout, Mesh
 from colossal_bcd.testing import storages
 
 SHAPES = [(6, 10), (5,), (6, 10), (5,), (6, 10), (4, 3, 3), (6, 10), (6, 10)]
@@ -128,3 +129,32 @@ def test_tensors_beyond_the_size_of_a_stack_are_alone():
     optimizer.step()
     entries = [optimizer.state[param]["exp_avg"].untyped_storage() for param in large]
     assert all(entry.nbytes() == large[0].numel() * 4 for entry in entries)
+
+
+def test_state_that_is_dropped_is_freed_though_others_shared_its_storage():
+    params = make_params(shapes=[(6, 10)] * 4)
+    optimizer = AdamW(params)
+    train(optimizer, params, num_steps=2)
+    assert len(storages(dict(optimizer.state))) == 2
+    moment = optimizer.state[params[3]]["exp_avg"].clone()
+    optimizer.param_groups[0]["params"] = params[3:]
+    optimizer.bind({params[3]: Layout.whole((6, 10))}, Mesh())
+    assert sum(storages(dict(optimizer.state)).values()) == 2 * 60 * 8
+    assert torch.equal(optimizer.state[params[3]]["exp_avg"], moment)
+
+
+def test_state_of_an_earlier_block_is_freed_though_what_stays_active_shared_its_storage():
+    model = nn.Sequential(*(nn.Linear(6, 10, bias=False) for _ in range(4)))
+    base_optimizer = AdamW(model.parameters())
+    optimizer = BlockOptimizer(
+        base_optimizer,
+        model.named_parameters(),
+        [["0."], ["1."], ["2."]],
+        active_modules=["3."],
+        switch_block_every=2,
+        switch_mode="ascending",
+    )
+    for step in range(3):
+        set_grads(list(model.parameters()), step)
+        optimizer.step()
+        assert sum(storages(dict(base_optimizer.state)).values()) == (4 if step != 1 else 2) * 60 * 4

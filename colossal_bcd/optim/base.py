@@ -109,6 +109,11 @@ class ShardedOptimizer(Optimizer):
         self._mesh = mesh
         for param in [param for param in self.state if param not in self._layouts]:
             del self.state[param]
+        for state in self.state.values():
+            for name, entry in state.items():
+                # What shares a storage with state that was dropped (see `Stack.of_state`) must not keep it alive.
+                if isinstance(entry, Tensor) and entry.untyped_storage().nbytes() > entry.nbytes:
+                    state[name] = entry.clone()
 
     @property
     def is_elementwise(self) -> bool:
