@@ -62,13 +62,10 @@ def test_compat_log_fn_gets_every_line():
         BlockOptimizer(adamw(Net()), names(model), log_fn=3)
 
 
-def test_compat_zero3_warns_or_refuses():
-    model = Net()
-    with pytest.warns(UserWarning, match="ds_zero3_enabled=True has no effect: .* colossal_bcd.booster"):
-        BlockOptimizer(adamw(model), names(model), ds_zero3_enabled=True)
+def test_compat_refuses_parameters_of_deepspeed():
     partitioned = Net()
     partitioned.norm.weight.ds_id = 3
-    with pytest.raises(ValueError, match="partitioned by DeepSpeed, .* Use booster.boost"):
+    with pytest.raises(ValueError, match=r"ZeRO-3 has partitioned.*LowLevelZeroPlugin.*HybridParallelPlugin"):
         BlockOptimizer(adamw(partitioned), names(partitioned))
 
 

@@ -1,6 +1,5 @@
 """Code of the documents whose systems this package replaces, run as it stands with only the import changed.
 
-Open, because what they call is not in this version: DeepSpeed's ZeRO-3 (002).
 Document 004 is in test_seeds_golore.py, the parameter-ratio form of 001 and 002 in test_seeds_ratio.py, the callback of
 002 in test_trainer.py.
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -18,177 +18,26 @@ import torch
 import torch.distributed as dist
 import transformers
 from colossalai.booster import Booster
+from seed_code import (
+    BADAM_ASCENDING,
+    BADAM_MATRICES,
+    BADAM_MATRICES_RANDOM,
+    BADAM_MODULES,
+    BADAM_RANDOM,
+    BREAD_BADAM,
+    BREAD_LORA,
+    BREAD_PEFT,
+    BREAD_SGD,
+    GALORE,
+    TUTORIAL,
+    ZERO3,
+    renamed,
+)
 from torch import nn
 
 from colossal_bcd import BlockOptimizer, compat
 from colossal_bcd.booster import LowLevelZeroPlugin
 from colossal_bcd.testing import run_ranks
-
-# Document 000 (README of BlockOptimizers), Usage, first block.
-BREAD_BADAM = """
-from block_optim import BlockOptimizer
-
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer, # can be any torch.Optimizer
-    named_parameters_list=list(model.named_parameters()), 
-    switch_block_every=100, # optimize each block sub-problem by 100 steps
-    switch_mode="random", # update order of blocks, one can choose "random" (random reshuffling update order), "ascending" (update from input layer to output layer), or "descending" (update from output layer to input layer). The default is "random".
-)
-"""  # noqa: E501, W291
-
-# Document 000, On-the-fly SGD Based Correction, with "same arguments as BAdam" written out.
-BREAD_SGD = """
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer, named_parameters_list=list(model.named_parameters()), # same arguments as BAdam
-    sgd_mode="all", # options: ["all", "partial", "disabled"]
-    sgd_lr_scaling=5., # the learning rate scaling of SGD update. SGD usually uses larger lr than Adam.
-    sgd_use_sign=False # if True, use signSGD update. SignSGD update usually converges faster than SGD when the model is not well trained, e.g. under the scenario of training from scratch.
-)
-"""  # noqa: E501
-
-# Document 000, Low-rank Based Correction, cut where the user makes the base optimizer.
-BREAD_PEFT = """
-# NOTE: make sure that the model has been transformed into peft model with LoRA adapeters, as shown below
-from peft import LoraConfig, TaskType, get_peft_model
-peft_config = LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, inference_mode=False, r=8, lora_alpha=32, lora_dropout=0.1)
-model = get_peft_model(original_model, peft_config)
-"""
-BREAD_LORA = """
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer, named_parameters_list=list(model.named_parameters()), # same arguments as BAdam
-    lora_mode="all" # options: ["all", "partial"]
-)
-"""
-
-# Document 001 (first README of BAdam), Quick Start, first block.
-BADAM_ASCENDING = """
-from block_optim import BlockOptimizer
-
-# before training, add this line to wrap the original optimizer
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer, # can be any torch.Optimizer
-    named_parameters_list=list(model.named_parameters()), 
-    switch_block_every=50, # switch to the new block every 50 updates
-    switch_mode="ascending", # update order of blocks, "ascending" means update the input layers first
-    verbose=2 # information level, will print trainable parameters when setting to 2
-)
-"""  # noqa: W291
-
-# Document 001, Quick Start, second block.
-BADAM_MATRICES = """
-block_prefix_list = []
-for i in range(31):
-    layer_prefix = [
-        [f"model.layers.{i}.self_attn.q_proj."],
-        [f"model.layers.{i}.self_attn.k_proj."],
-        [f"model.layers.{i}.self_attn.v_proj."],
-        [f"model.layers.{i}.self_attn.o_proj."],
-        [f"model.layers.{i}.mlp.gate_proj."],
-        [f"model.layers.{i}.mlp.up_proj."],
-        [f"model.layers.{i}.mlp.down_proj."],
-    ]
-    block_prefix_list.extend(layer_prefix)
-
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer,
-    named_parameters_list=list(model.named_parameters_list), 
-    switch_block_every=50,
-    switch_mode="ascending",
-    verbose=2,
-    block_prefix_list=block_prefix_list # set the block list
-)
-"""  # noqa: W291
-
-# Document 002 (later README of BAdam), Partition by Module (A Single GPU), first block.
-BADAM_RANDOM = """
-from badam import BlockOptimizer
-
-# before training, add this line to wrap the original optimizer
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer, # can be any torch.Optimizer
-    named_parameters_list=list(model.named_parameters()), 
-    switch_block_every=100, # switch to the new block every 50 updates, the $K$ Adam steps in paper. It can be set adaptively by $K = n/(BD)$, where $n$ is the number of training data points, $B$ is the batch size, and $D$ is the number of blocks in BAdam; see "Hyperparameter Suggestion" section for a detailed explaination about setting this hyperparameter. 
-    switch_mode="random", # update order of blocks, one can choose "random" (random reshuffling update order), "ascending" (update from input layer to output layer), or "descending" (update from output layer to input layer). The default is "random".
-    verbose=2 # information level, will print trainable parameters when setting to 2
-)
-"""  # noqa: E501, W291
-
-# Document 002, more partition strategies, blocks of self_attn and mlp modules.
-BADAM_MODULES = """
-# block partition by self_attn and mlp modules
-block_prefix_list = []
-for i in range(32):
-    layer_prefix = [
-        [f"model.layers.{i}.self_attn."],
-        [f"model.layers.{i}.mlp."],
-    ]
-    block_prefix_list.extend(layer_prefix)
-
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer,
-    named_parameters_list=list(model.named_parameters()), 
-    switch_block_every=100,
-    switch_mode="random",
-    verbose=2,
-    block_prefix_list=block_prefix_list # set the block list
-)
-"""  # noqa: W291
-
-# Document 002, more partition strategies, blocks of matrix modules.
-BADAM_MATRICES_RANDOM = """
-#block partition by matrix modules
-block_prefix_list = []
-for i in range(32):
-    layer_prefix = [
-        [f"model.layers.{i}.self_attn.q_proj."],
-        [f"model.layers.{i}.self_attn.k_proj."],
-        [f"model.layers.{i}.self_attn.v_proj."],
-        [f"model.layers.{i}.self_attn.o_proj."],
-        [f"model.layers.{i}.mlp.gate_proj."],
-        [f"model.layers.{i}.mlp.up_proj."],
-        [f"model.layers.{i}.mlp.down_proj."],
-    ]
-    block_prefix_list.extend(layer_prefix)
-
-optimizer = BlockOptimizer(
-    base_optimizer=original_optimizer,
-    named_parameters_list=list(model.named_parameters_list), 
-    switch_block_every=100,
-    switch_mode="random",
-    verbose=2,
-    block_prefix_list=block_prefix_list # set the block list
-)
-"""  # noqa: W291
-
-# Document 003 (ColossalAI's tutorial on distributed optimizers), steps 1 to 5.
-TUTORIAL = """
-from transformers import LlamaModel, LlamaConfig
-from colossalai.nn.optimizer.distributed_adafactor import DistributedAdaFactor
-from colossalai.booster import Booster
-from colossalai.booster.plugin import HybridParallelPlugin
-import colossalai
-import torch
-colossalai.launch_from_torch()
-# Init Llama from huggingface
-configuration = LlamaConfig()
-model = LlamaModel(configuration).cuda()
-criterion = lambda x: x.mean()
-dist_optim = DistributedAdaFactor(model.parameters())
-
-plugin = HybridParallelPlugin(tp_size=2, zero_stage=2, pp_size=1, enable_all_optimization=True)
-booster = Booster(plugin=plugin)
-# You should also pass in your own dataset.
-model, dist_optim, criterion, dataloader, _ = booster.boost(model, dist_optim, criterion)
-steps = 10
-for step in range(steps):
-    input_ids = torch.ones(1, 100, device="cuda", dtype=torch.int)
-    attention_mask = input_ids.clone()
-    outputs = model(input_ids.cuda(), attention_mask.cuda())
-    loss = criterion(outputs.last_hidden_state)
-    booster.backward(loss, dist_optim)
-    dist_optim.step()
-    dist_optim.zero_grad()
-"""
 
 CASES = {
     "bread-badam": (BREAD_BADAM, 3, 3, 100, "random"),
@@ -205,11 +54,9 @@ def wrapped(code: str, model: Any) -> BlockOptimizer:
     """Run the code on a model; blocks without an import line use that of the block before them."""
     # Two documents write `model.named_parameters_list` where they mean `model.named_parameters()`.
     model.named_parameters_list = list(model.named_parameters())
-    for package in ("block_optim", "badam"):
-        code = code.replace(f"from {package} import", "from colossal_bcd.compat import")
     names: dict[str, Any] = {"model": model, "original_optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
     names["BlockOptimizer"] = compat.BlockOptimizer
-    exec(code, names)
+    exec(renamed(code), names)
     return names["optimizer"]
 
 
@@ -305,8 +152,7 @@ class Records(logging.Handler):
 
 def tutorial(optimizer: str, port: int) -> dict[str, Any]:
     """The tutorial with this package's optimizer and plugin; its model of 7 billion parameters becomes a tiny one."""
-    code = TUTORIAL.replace("colossalai.nn.optimizer.distributed_adafactor", "colossal_bcd.compat")
-    code = code.replace("DistributedAdaFactor", optimizer)
+    code = renamed(TUTORIAL).replace("DistributedAdaFactor", optimizer)
     code = code.replace("colossalai.booster.plugin", "colossal_bcd.booster")
     code = code.replace("LlamaConfig()", f"LlamaConfig(**{TINY})")
     if not torch.cuda.is_available():
@@ -367,30 +213,11 @@ def test_bread_sgd_code_corrects_what_it_says() -> None:
     assert changed(before, model) == set(before)
 
 
-# Document 003 (ColossalAI's tutorial of distributed optimizers), "GaLore special handling".
-GALORE = """
-from colossalai.nn.optimizer.galore import get_galore_param_groups
-from colossalai.nn.optimizer import DistGaloreAwamW
-optim = DistGaloreAwamW(
-    get_galore_param_groups(model, decay=1e-2, rank=8),
-    lr=lr,
-    betas=(beta1, beta2),
-    eps=eps,
-    nbits=8,
-    percentile_clipping=100,
-    block_wise=True,
-    min_8bit_size=4096,
-)
-"""
-
-
 def galore_of_the_tutorial() -> dict[str, Any]:
     """The block with our names, and training under ZeRO stage 2, whose support the document says is underway."""
-    code = GALORE.replace("colossalai.nn.optimizer.galore", "colossal_bcd.compat")
-    code = code.replace("colossalai.nn.optimizer", "colossal_bcd.compat")
     model = models.llama(vocab=1024)
     names: dict[str, Any] = {"model": model, "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-    exec(code, names)
+    exec(renamed(GALORE), names)
     optimizer = names["optim"]
     booster = Booster(plugin=LowLevelZeroPlugin(stage=2, precision="bf16"))
     model, engine, *_ = booster.boost(model, optimizer)
@@ -431,3 +258,39 @@ def test_bread_lora_code_trains_adapters_everywhere() -> None:
     base = {name for block in optimizer.active_blocks() for name in block.parameters}
     assert adapters
     assert changed(before, model) == adapters | base
+
+
+class DeepSpeed:
+    """As much of DeepSpeed as document 002 calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def initialize(self, model: Any, optimizer: Any, config: Any) -> tuple[Any, Any]:
+        self.calls += 1
+        return model, SimpleNamespace(optimizer=optimizer)
+
+
+@pytest.mark.parametrize(("argument", "calls"), [("ds_zero3_enabled", 0), ("ds_optimizer", 1)])
+def test_zero3_code_says_what_to_use_instead(argument: str, calls: int) -> None:
+    """Whether it asks for ZeRO-3 by the argument or, as later releases let it, by the reference alone."""
+    code = ZERO3 if argument == "ds_zero3_enabled" else ZERO3.replace("ds_zero3_enabled=True #", "#")
+    model = models.llama()
+    before, deepspeed = weights(model), DeepSpeed()
+    names: dict[str, Any] = {"model": model, "original_optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
+    with pytest.raises(
+        ValueError,
+        match=rf"^{argument}: got .*, expected None.*DeepSpeed.*not supported.*colossal_bcd\.booster.*"
+        r"LowLevelZeroPlugin\(stage=2\).*HybridParallelPlugin\(tp_size=",
+    ):
+        exec(renamed(code), {**names, "deepspeed": deepspeed, "ds_config": {"zero_optimization": {"stage": 3}}})
+    assert deepspeed.calls == calls
+    assert not changed(before, model)
+
+
+def test_zero3_arguments_that_ask_for_nothing_are_taken() -> None:
+    """As trainers pass them: the flag always, and the reference where there is one."""
+    code = ZERO3.replace("=True #", "=False #").replace("deepspeed.initialize(", "(lambda **_: (model, None))(")
+    model = models.llama()
+    names: dict[str, Any] = {"model": model, "original_optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
+    exec(renamed(code), {**names, "ds_config": None})

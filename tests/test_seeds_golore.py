@@ -10,42 +10,10 @@ from typing import Any
 import models
 import pytest
 import torch
+from seed_code import FORWARD_TYPE, REFRESH, WRAP, renamed
 
 from colossal_bcd import AdamW
 from colossal_bcd.compat import ReLoRaLinear, ReLoRaModel
-
-# First block.
-WRAP = """
-from peft_pretraining.GoLore import ReLoRaModel, ReLoRaLinear
-model = ReLoRaModel(
-            model,
-            r=args.rank,
-            lora_dropout=0,
-            target_modules=["attn", "attention", "mlp"],
-            scale = args.scale,
-            keep_original_weights=True,
-            lora_only=not need_linear_weight,
-            quantize=args.quantize,
-            use_double_quant=args.use_double_quant,
-        )
-"""
-
-# Second block.
-FORWARD_TYPE = """
-if isinstance(model, ReLoRaModel):
-    reset_relora = (step % args.gradient_accumulation_steps == 0 or step == len(train_dataloader) - 1) and completed_steps % args.update_proj_gap == 0
-    model._config.forward_type = reset_relora
-"""  # noqa: E501
-
-# Third block.
-REFRESH = """
-if isinstance(model, ReLoRaModel):
-    if reset_relora:
-        use_rand = (completed_steps / args.max_train_steps) >= args.rand_ratio
-        logger.info(f"Performing lora reset at step {completed_steps}, use {'rand' if use_rand else 'svd'}")
-        n_lora_restarts += 1
-        model.merge_and_reinit(optimizer.optimizer, use_rand)
-"""
 
 # What the document leaves to the reader between its blocks, as in its run_glue.py: a loop for accelerate.
 LOOP = """
@@ -101,7 +69,7 @@ def test_golore_code_trains(make: Any, accumulation: int, caplog: pytest.LogCapt
         "make": make,
         "Accelerated": Accelerated,
     }
-    exec(WRAP.replace("peft_pretraining.GoLore", "colossal_bcd.compat"), names)
+    exec(renamed(WRAP), names)
     model = names["model"]
     assert isinstance(model, ReLoRaModel)
     assert len(model.layers()) == 2 * 7
@@ -124,4 +92,4 @@ def test_golore_code_with_values_that_cannot_be_honoured() -> None:
         names: dict[str, Any] = {"model": models.llama(), "args": SimpleNamespace(**values)}
         names["need_linear_weight"] = values.get("need_linear_weight", True)
         with pytest.raises(ValueError, match=message):
-            exec(WRAP.replace("peft_pretraining.GoLore", "colossal_bcd.compat"), names)
+            exec(renamed(WRAP), names)

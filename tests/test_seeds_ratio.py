@@ -9,51 +9,18 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from seed_code import RATIO, SPARSE, renamed
 
 from colossal_bcd import BlockOptimizerRatio, compat
 from colossal_bcd.testing import run_ranks
 
-# Document 001, Partition by parameter ratio.
-SPARSE = """
-# param_groups = optimizer.param_groups
-from block_optim import SparseGradOptimizer
-
-optimizer = SparseGradOptimizer(
-    param_groups=param_groups, # param_group of torch.Optimizer, the same as the original optimizer
-    named_parameters_list=list(self.model.named_parameters()),
-    switch_every=100, # switch to the new block every 100 updates
-    update_ratio=0.1, # ratio of trainable weight for each parameter
-    mask_mode = "adjacent", # choices: ["adjacent", "scatter"], see Note below for more explanation
-    lr=1e-5,
-    betas=(0.9, 0.999), # betas for Adam update
-    eps=1e-8, # eps of Adam update
-)
-"""
-
-# Document 002, Partition by Parameter Ratio.
-RATIO = """
-from badam import BlockOptimizerRatio
-
-optimizer = BlockOptimizerRatio(
-    param_groups=param_groups, # param_group of torch.Optimizer, the same as the original optimizer
-    named_parameters_list=list(self.model.named_parameters()),
-    switch_every=100, # switch to the new block every 100 updates
-    update_ratio=0.1, # ratio of trainable weight for each parameter
-    mask_mode = "adjacent", # choices: ["adjacent", "scatter"], see Note below for more explanation
-    lr=1e-6,
-    betas=(0.9, 0.999), # betas for Adam update
-    eps=1e-8, # eps of Adam update
-)
-"""
 CASES = {"sparse": (SPARSE, "SparseGradOptimizer"), "ratio": (RATIO, "BlockOptimizerRatio")}
 
 
 def made(code: str, model: Any) -> BlockOptimizerRatio:
-    for package in ("block_optim", "badam"):
-        code = code.replace(f"from {package} import", "from colossal_bcd.compat import")
     groups = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0).param_groups
     names: dict[str, Any] = {"param_groups": groups, "self": SimpleNamespace(model=model)}
-    exec(code, names)
+    exec(renamed(code), names)
     return names["optimizer"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from seed_code import CALLBACK, renamed
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -17,16 +18,6 @@ from colossal_bcd import AdamW, BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.compat import BAdamCallback
 
 STEPS, PERIOD, ACCUMULATION = 8, 3, 2
-# Document 002, Partition by Module (Model Parallel), third block.
-CALLBACK = """
-from badam.utils import BAdamCallback
-
-callbacks = original_callbacks.append(BAdamCallback) # add the callback
-trainer = YourTrainerClass(
-    ...,
-    callbacks=callbacks
-)
-"""
 
 
 def dataset() -> list[dict[str, torch.Tensor]]:
@@ -160,7 +151,7 @@ def test_callback_code_runs(tmp_path: Path) -> None:
         return trainer_of(model, optimizer, tmp_path, callbacks=callbacks, save_strategy="no")
 
     names: dict[str, Any] = {"original_callbacks": Callbacks(), "YourTrainerClass": your_trainer_class}
-    exec(CALLBACK.replace("badam.utils", "colossal_bcd.compat"), names)
+    exec(renamed(CALLBACK), names)
     trainer = names["trainer"]
     assert any(type(callback) is BAdamCallback for callback in trainer.callback_handler.callbacks)
     trainer.train()

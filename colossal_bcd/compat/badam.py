@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +13,11 @@ from colossal_bcd.block.partition import PrefixList, place
 from colossal_bcd.block.roster import read_roster
 from colossal_bcd.block.schedule import Mode
 
+_REMEDY = (
+    "Boost the model and this optimizer with a plugin of colossal_bcd.booster: LowLevelZeroPlugin(stage=2) shards "
+    "gradients and states, HybridParallelPlugin(tp_size=..., pp_size=..., zero_stage=1) weights, too."
+)
+
 
 class BlockOptimizer(_BlockOptimizer):
     """`colossal_bcd.BlockOptimizer` with the call of BAdam's and BREAD's class of that name.
@@ -24,10 +28,10 @@ class BlockOptimizer(_BlockOptimizer):
 
     Args:
         log_fn: called with every line that is logged.
-        ds_zero3_enabled: for DeepSpeed's ZeRO-3, which this package does not run under; None or False is right.
+        ds_zero3_enabled: for DeepSpeed's ZeRO-3, which this package does not run under; only None and False are taken.
         options: every other argument of `colossal_bcd.BlockOptimizer`, by name.
     Raises:
-        ValueError: also where the parameters are partitioned by DeepSpeed.
+        ValueError: also where ZeRO-3 of DeepSpeed is asked for, or has partitioned the parameters.
     """
 
     def __init__(
@@ -64,6 +68,18 @@ class BlockOptimizer(_BlockOptimizer):
             verbose=verbose,
             **options,
         )
+
+    @property
+    def ds_optimizer(self) -> None:
+        """DeepSpeed's optimizer around this one: there is none, and one that is set raises ValueError."""
+
+    @ds_optimizer.setter
+    def ds_optimizer(self, value: Any) -> None:
+        if value is not None:
+            raise ValueError(
+                f"ds_optimizer: got a {type(value).__name__}, expected None: DeepSpeed's engine is not supported. "
+                f"{_REMEDY}"
+            )
 
     def _report(self, message: str) -> None:
         super()._report(message)
@@ -104,14 +120,11 @@ def _check_zero3(ds_zero3_enabled: bool | None, named_parameters: Any) -> None:
     items = named_parameters if isinstance(named_parameters, list) else []
     if any(hasattr(item[-1], "ds_id") for item in items if isinstance(item, tuple) and item):
         raise ValueError(
-            "ds_zero3_enabled: the parameters are partitioned by DeepSpeed, whose ZeRO-3 engine is not supported, "
-            "expected a model that DeepSpeed has not taken over. Use booster.boost with a plugin of "
-            "colossal_bcd.booster, stage 1 or 2."
+            "named_parameters_list: got parameters that DeepSpeed's ZeRO-3 has partitioned, expected those of a model "
+            f"that it has not taken over. {_REMEDY}"
         )
     if ds_zero3_enabled:
-        warnings.warn(
-            "ds_zero3_enabled=True has no effect: DeepSpeed's ZeRO-3 is not used here. To shard the training, boost "
-            "the "
-            "model and this optimizer with a plugin of colossal_bcd.booster.",
-            stacklevel=3,
+        raise ValueError(
+            f"ds_zero3_enabled: got {ds_zero3_enabled}, expected None or False: DeepSpeed's ZeRO-3 is not supported. "
+            f"{_REMEDY}"
         )
