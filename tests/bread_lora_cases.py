@@ -104,26 +104,3 @@ def boosted(mode: str, plugin: str, steps: int, by_booster: bool) -> dict[str, A
     weights = {name: param.detach() for name, param in model.unwrap(unwrap_peft=False).named_parameters()}
     state = sum(master.numel() for master in engine.masters.of.values())
     return {"weights": weights, "aside": aside, "held": state}
-
-
-def residual_weights(under_plugin: bool) -> list[torch.Tensor]:
-    """bfloat16 weights after two rounds of all blocks with residuals kept; every rank sees the same batches."""
-    model: Any = models.llama(layers=LAYERS).bfloat16()
-    optimizer = wrap(model, None, residual="keep")
-    if under_plugin:
-        booster = Booster(plugin=LowLevelZeroPlugin(stage=2, precision="bf16"))
-        model, engine, *_ = booster.boost(model, optimizer)
-    for step in range(PERIOD * 2 * LAYERS):
-        loss = models.loss(model, models.tokens(step))
-        if under_plugin:
-            booster.backward(loss, engine)
-            engine.step()
-            engine.zero_grad()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    if under_plugin:
-        held = sum(value.numel() for value in engine.masters.residuals.values())
-        assert 0 < held < 0.6 * sum(param.numel() for param in engine.layouts), "residuals are sharded"
-    return [param.detach() for param in model.parameters()]

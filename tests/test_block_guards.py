@@ -36,6 +36,14 @@ class Sparse(nn.Module):
         ({"lora_mode": "all"}, ValueError, "lora_mode: got 'all' and a model without trainable LoRA adapters"),
         ({"adapter_state": "lose"}, ValueError, "adapter_state: got 'lose', expected one of 'keep', 'reset'"),
         ({"residual": "double"}, ValueError, "residual: got 'double', expected one of 'drop', 'keep'"),
+        ({"residual": "keep", "residual_bits": 4}, ValueError, "residual_bits: got 4, expected one of 8, 16"),
+        ({"residual_bits": 8}, ValueError, "residual: got 'drop' with residual_bits=8 .* Set residual='keep'"),
+        (
+            {"residual_offload": True},
+            ValueError,
+            "residual: got 'drop' with residual_bits=16 and residual_offload=True",
+        ),
+        ({"residual": "keep", "residual_offload": "cpu"}, ValueError, "residual_offload: got 'cpu', expected one of"),
         ({"lora_mode": "some"}, ValueError, "lora_mode: got 'some', expected one of None, 'all'"),
     ],
 )

@@ -106,36 +106,6 @@ def test_lora_needs_the_weights_below_the_adapters_in_the_base():
         cases.BlockOptimizer(base, list(model.named_parameters()), lora_mode="all")
 
 
-@pytest.mark.parametrize("residual", ["drop", "keep"])
-def test_residual_keeps_updates_below_the_step_of_bfloat16(residual):
-    """Two layers take turns of one step of 2^-11 at weights of 1, where bfloat16 has steps of 2^-8 below."""
-    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2))).to(torch.bfloat16)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.fill_(1.0)
-    base = torch.optim.SGD(model.parameters(), lr=2.0**-11)
-    optimizer = cases.BlockOptimizer(
-        base, list(model.named_parameters()), switch_block_every=1, switch_mode="ascending", residual=residual
-    )
-    for step in range(64):
-        for param in model.parameters():
-            param.grad = torch.ones_like(param) if param.requires_grad else None
-        optimizer.step()
-        if step == 20:
-            saved = copy.deepcopy(optimizer.state_dict())
-            optimizer.load_state_dict(saved)
-    want = 1.0 if residual == "drop" else 1 - 32 * 2.0**-11
-    assert all((param == want).all() for param in model.parameters())
-    held = sum(value.untyped_storage().nbytes() for value in optimizer.masters.residuals.values())
-    assert held == (0 if residual == "drop" else 16 * 2)
-
-
-def test_residual_under_zero_is_that_of_one_process():
-    want = cases.residual_weights(under_plugin=False)
-    for weights in run_ranks(2, cases.residual_weights, True):
-        assert all(map(torch.equal, weights, want))
-
-
 @pytest.mark.parametrize(
     ("mode", "state"), [("partial", "keep"), ("adapter_only", "keep"), ("all", "keep"), ("partial", "reset")]
 )

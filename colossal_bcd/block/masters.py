@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.block.residual import ResidualOptions, Residuals
+
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -46,35 +48,26 @@ class LocalMasters:
 
     Args:
         names: name of each parameter, for errors.
-        keep_residuals: remember, in bfloat16, what rounding cuts off a master that goes, and give it to the next one.
+        residual: how to remember what rounding cuts off a master that goes, for the next one; None: forget it.
 
     Attributes:
         aside: masters of kept parameters that are not active.
-        residuals: master minus weight of parameters that are not active.
+        residuals: of parameters that are not active.
     """
 
-    def __init__(self, names: Mapping[Parameter, str], *, keep_residuals: bool = False) -> None:
+    def __init__(self, names: Mapping[Parameter, str], *, residual: ResidualOptions | None = None) -> None:
         self._names = names
         self.tensors: dict[Parameter, Tensor] = {}
         """Master of every active parameter; the parameter itself where it is its own."""
         self._versions: dict[Parameter, int] = {}
-        self._keep_residuals = keep_residuals
         self.aside: dict[Parameter, Tensor] = {}
-        self.residuals: dict[Parameter, Tensor] = {}
+        self.residuals = Residuals(residual)
 
     def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
         active = {param for group in groups for param in group}
+        for param in [param for param in self.tensors if param not in keep]:
+            self.residuals.keep(param, self.tensors.pop(param), param)
         held = {**self.aside, **self.tensors}
-        if self._keep_residuals:
-            going = {param: master for param, master in self.tensors.items() if param not in keep}
-            self.residuals.update(
-                {
-                    param: (master - param).detach().to(torch.bfloat16)
-                    for param, master in going.items()
-                    if master is not param
-                }
-            )
-            del going
         self.tensors = {param: master for param, master in held.items() if param in keep}
         self.aside = {param: master for param, master in self.tensors.items() if param not in active}
         del held
@@ -135,8 +128,7 @@ class LocalMasters:
         if param.dtype not in LOW_PRECISION:
             return param
         master = param.detach().to(torch.float32)
-        if param in self.residuals:
-            master += self.residuals.pop(param)
+        self.residuals.give_back(param, master)
         return master.requires_grad_()
 
     def _follow(self, param: Parameter, master: Tensor) -> None:

@@ -27,6 +27,7 @@ from colossal_bcd.block.guards import (
 from colossal_bcd.block.masters import LocalMasters, Masters
 from colossal_bcd.block.partition import PrefixList, partition
 from colossal_bcd.block.plan import LoraMode, Plan
+from colossal_bcd.block.residual import ResidualBits, ResidualOptions
 from colossal_bcd.block.roster import read_roster, set_active
 from colossal_bcd.block.rules import Correction
 from colossal_bcd.block.schedule import Mode, Schedule
@@ -72,7 +73,9 @@ class BlockOptimizer(Wrapper):
             besides train "all" adapters, or, "partial", those from the active layer on; "adapter_only": blocks are the
             adapters alone. None: the same, as BAdam does.
         adapter_state: with a `lora_mode` adapters keep masters and state while they do not train, or start anew.
-        residual: "keep" 2 bytes per trained bfloat16 or float16 value of what rounding cuts off a master at a switch.
+        residual: "keep" what rounding cuts off a master at a switch, of bfloat16 and float16 weights that have trained.
+        residual_bits: 16 or 8 per value; see `ResidualOptions`.
+        residual_offload: keep residuals on the CPU.
         sgd_mode: BREAD's correction of what is not active, within backward: "all" of it, embedding, head and norms
             included; "partial" what comes after the first active parameter; "disabled". Clipping leaves it alone.
         sgd_lr_scaling: its learning rate, as a multiple of that of the parameter's group.
@@ -114,6 +117,8 @@ class BlockOptimizer(Wrapper):
         accumulation_steps: int = 1,
         adapter_state: Literal["keep", "reset"] = "keep",
         residual: Literal["drop", "keep"] = "drop",
+        residual_bits: ResidualBits = 16,
+        residual_offload: bool = False,
     ) -> None:
         if isinstance(base_optimizer, BlockOptimizer):
             raise ValueError("base_optimizer: got a BlockOptimizer, expected the optimizer that it wraps. Wrap once.")
@@ -122,7 +127,7 @@ class BlockOptimizer(Wrapper):
         require_int("lr_warmup_step_afterswitch", lr_warmup_step_afterswitch, 0)
         require_choice("lora_mode", lora_mode, (None, "all", "partial", "adapter_only"))
         require_choice("adapter_state", adapter_state, ("keep", "reset"))
-        require_choice("residual", residual, ("drop", "keep"))
+        self.residual = ResidualOptions.asked(residual, residual_bits, residual_offload)
         corrector = CorrectionOptions(
             sgd_mode=sgd_mode,
             sgd_lr_scaling=sgd_lr_scaling,
@@ -158,8 +163,8 @@ class BlockOptimizer(Wrapper):
             options["warm_up_steps"] = lr_warmup_step_afterswitch
         if lora_mode is not None:
             options["lora"] = [lora_mode, adapter_state]
-        if residual == "keep":
-            options["residual"] = residual
+        if self.residual is not None:
+            options["residual"] = [residual, residual_bits]
         plan = Plan(
             names=tuple(name for name in roster.parameters if name in roster.trainable),
             blocks=blocks,
@@ -177,10 +182,9 @@ class BlockOptimizer(Wrapper):
         super().__init__(base_optimizer, plan, {name: roster.parameters[name] for name in plan.names})
         self.verbose = verbose
         names = {param: name for name, param in roster.parameters.items()}
-        self.residual = residual
         kept = roster.adapters if lora_mode is not None and adapter_state == "keep" else frozenset[str]()
         self._kept = {self.named_parameters[name] for name in kept.union(plan.always_active)}
-        self.masters: Masters = LocalMasters(names, keep_residuals=residual == "keep")
+        self.masters: Masters = LocalMasters(names, residual=self.residual)
         self.warm_up_steps = lr_warmup_step_afterswitch
         self.corrector = corrector
         """Updates what is not active; None: nothing does."""

@@ -130,14 +130,18 @@ def _waiting(optimizer: BlockOptimizer) -> dict[str, Any]:
     entries = {
         "aside_masters": {name: masters.aside[p].detach() for name, p in named if masters.aside.get(p, p) is not p},
         "aside_states": {name: dict(states[p]) for name, p in named if p in states},
-        "residuals": {name: masters.residuals[p] for name, p in named if p in masters.residuals},
+        "residuals": {name: masters.residuals.of[p] for name, p in named if p in masters.residuals.of},
     }
     return {key: entry for key, entry in entries.items() if entry}
 
 
 def _load_waiting(optimizer: BlockOptimizer, block: Mapping[str, Any]) -> None:
     masters, named = _local(optimizer), optimizer.named_parameters
-    masters.residuals = {named[name]: value.clone() for name, value in block.get("residuals", {}).items()}
+    residuals = masters.residuals
+    residuals.of = {
+        named[name]: residuals.empty(named[name], tuple(value.shape)).copy_(value)
+        for name, value in block.get("residuals", {}).items()
+    }
     states = {named[name]: copy.deepcopy(state) for name, state in block.get("aside_states", {}).items()}
     optimizer.put_aside(states)
     saved = {named[name]: master.clone().requires_grad_() for name, master in block.get("aside_masters", {}).items()}

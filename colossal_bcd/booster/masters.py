@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.block.residual import ResidualOptions, Residuals
 from colossal_bcd.booster.gather import gather_weights
 from colossal_bcd.sharding import Layout, wide
 
@@ -23,7 +24,7 @@ class ShardedMasters:
         low_precision: masters have the weights' own dtype instead of float32.
         offload: masters live on the CPU.
         whole_rows: see `slice_length`.
-        keep_residuals: remember, in bfloat16, what rounding cuts off a master that goes, and give it to the next one.
+        residual: how to remember what rounding cuts off a master that goes, for the next one; None: forget it.
 
     Attributes:
         of: working parameter -> master; a flat part [slice_length], or the shard in its shape if there are no groups.
@@ -37,16 +38,15 @@ class ShardedMasters:
         low_precision: bool = False,
         offload: bool = False,
         whole_rows: bool = False,
-        keep_residuals: bool = False,
+        residual: ResidualOptions | None = None,
     ) -> None:
         self._layouts, self.groups, self.whole_rows = layouts, tuple(groups), whole_rows
         self._low_precision, self._offload = low_precision, offload
         self.of: dict[Parameter, Tensor] = {}
-        self._keep_residuals = keep_residuals
         self.aside: dict[Parameter, Tensor] = {}
         """Masters of kept parameters that are not active."""
-        self.residuals: dict[Parameter, Tensor] = {}
-        """Master minus weight of parameters that are not active."""
+        self.residuals = Residuals(residual)
+        """Of parameters that are not active."""
         self.num_shards = math.prod(dist.get_world_size(group) for group in groups)
         self.shard = 0
         for group in groups:  # of several groups, the last one counts fastest
@@ -63,17 +63,9 @@ class ShardedMasters:
     def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:
         """Hold masters of exactly these parameters; the old ones are freed first, except those of `keep`."""
         survivors, active = set(keep), set(params)
+        for param in [param for param in self.of if param not in survivors]:
+            self.residuals.keep(param, self.of.pop(param), self._weight(param))
         held = {**self.aside, **self.of}
-        if self._keep_residuals:
-            going = {param: master for param, master in self.of.items() if param not in survivors}
-            self.residuals.update(
-                {
-                    param: master.sub(self._new(param)).to(torch.bfloat16)
-                    for param, master in going.items()
-                    if param.dtype != master.dtype
-                }
-            )
-            del going
         held = {param: master for param, master in held.items() if param in survivors}
         self.aside = {param: master for param, master in held.items() if param not in active}
         self.of = {param: held[param] for param in params if param in held}
@@ -127,19 +119,24 @@ class ShardedMasters:
 
     def _restored(self, param: Parameter) -> Tensor:
         master = self._new(param)
-        return master.add_(self.residuals.pop(param)) if param in self.residuals else master
+        self.residuals.give_back(param, master)
+        return master
 
     def _new(self, param: Parameter) -> Tensor:
         """The weight itself where a master would be no different."""
         dtype = self.dtype(param)
         device = torch.device("cpu") if self._offload else param.device
+        return self._weight(param).to(device, dtype, copy=self.num_shards > 1)
+
+    def _weight(self, param: Parameter) -> Tensor:
+        """What the master stands for: this rank's part of the weight, or the weight itself."""
         # `data` is a plain tensor where ColossalAI has changed the parameter's class (overlap_allgather); everything
         # else of such a parameter is of a class whose in-place operations are not in place.
         weight = param.data
-        if not self.groups:
-            return weight.to(device, dtype)
-        length = math.prod(self.layout(param).local_shape)
-        return self._part(weight.reshape(-1), length).to(device, dtype, copy=self.num_shards > 1)
+        return weight if not self.groups else self._part(weight.reshape(-1), self._length(param))
+
+    def _length(self, param: Parameter) -> int:
+        return math.prod(self.layout(param).local_shape)
 
     def _part(self, tensor: Tensor, length: int) -> Tensor:
         """[length] this rank's part of a flat tensor; zeros where it reaches beyond the end."""

@@ -85,7 +85,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             low_precision=not config.master_weights,
             offload=config.cpu_offload,
             whole_rows=prefers_whole_rows(self._base),
-            keep_residuals=getattr(optimizer, "residual", "drop") == "keep",
+            residual=getattr(optimizer, "residual", None),
         )
         self._mesh = self._make_mesh()
         self._low_rank = LowRankGradients(self._base, config, self.shared_params)

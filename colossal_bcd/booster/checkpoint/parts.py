@@ -34,7 +34,7 @@ def contributors_of(boosted: Boosted) -> dict[str, Contributor]:
     corrector = boosted.block.corrector
     if corrector is not None:
         parts["correction"] = CorrectionState(corrector, boosted.wrapper.layouts)
-    if getattr(boosted.block, "residual", "drop") == "keep":
+    if getattr(boosted.block, "residual", None) is not None:
         parts["residual"] = ResidualState(boosted.wrapper.masters)
     return parts
 
@@ -85,7 +85,7 @@ class ResidualState:
 
     def entries(self) -> Iterator[tuple[Parameter, str, Tensor, Layout]]:
         """See `Contributor`."""
-        for param, tensor in self._masters.residuals.items():
+        for param, tensor in self._masters.residuals.of.items():
             yield param, "value", tensor, self._masters.layout(param)
 
     def numbers(self) -> dict[str, Any]:
@@ -94,7 +94,5 @@ class ResidualState:
 
     def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
         """See `Contributor`."""
-        self._masters.residuals = {
-            param: torch.zeros(self._masters.layout(param).local_shape, dtype=torch.bfloat16, device=param.device)
-            for param in saved
-        }
+        residuals = self._masters.residuals
+        residuals.of = {param: residuals.empty(param, self._masters.layout(param).local_shape) for param in saved}
