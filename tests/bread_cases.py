@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colossal_bcd.block import LionCorrection, MomentumCorrection, SignCorrection
+from colossal_bcd import GaLoreSGD
+from colossal_bcd.block import LionCorrection, MomentumCorrection, OptimizerCorrection, SignCorrection
 from colossal_bcd.testing import CollectiveCounter, PeakBytes, live_bytes
 
 RULES: dict[str, Any] = {
@@ -22,6 +23,8 @@ RULES: dict[str, Any] = {
     "sign": SignCorrection(),
     "momentum": MomentumCorrection(),
     "lion": LionCorrection(),
+    "plain galore": OptimizerCorrection(GaLoreSGD),
+    "galore": OptimizerCorrection(GaLoreSGD, rank=2, update_proj_gap=3, scale=0.7, momentum=0.5),
 }
 
 
@@ -74,10 +77,10 @@ def step_once(model: Any, engine: Any, booster: Any, batches: Sequence[Tensor], 
     engine.zero_grad()
 
 
-def overflow(plugin: str, options: dict[str, Any], bad_tp_rank: int | None) -> dict[str, Any]:
+def overflow(plugin: str, options: dict[str, Any], bad_tp_rank: int | None, rule: str = "sign") -> dict[str, Any]:
     """A step in which one corrected gradient is infinite on one rank: what moved, and the loss scale."""
     model, engine, booster = block_cases.boosted(
-        plugin, options, base="sgd", model=block_cases.build(dtype=torch.float16), block=options_of("sign")
+        plugin, options, base="sgd", model=block_cases.build(dtype=torch.float16), block=options_of(rule)
     )
     names = {id(param): name for name, param in engine.optim.named_parameters.items()}
     bad = next(param for param in engine.layouts if "layers.2.mlp.down_proj" in names[id(param)])
@@ -101,10 +104,10 @@ def overflow(plugin: str, options: dict[str, Any], bad_tp_rank: int | None) -> d
     }
 
 
-def scaled(options: dict[str, Any]) -> float:
+def scaled(options: dict[str, Any], rule: str) -> float:
     """Largest difference of corrected float16 weights from those by the gradient without loss scale."""
     model, engine, booster = block_cases.boosted(
-        "zero", options, base="sgd", model=block_cases.build(dtype=torch.float16), block=options_of("sgd")
+        "zero", options, base="sgd", model=block_cases.build(dtype=torch.float16), block=options_of(rule)
     )
     plain = block_cases.build(dtype=torch.float16)
     (models.loss(plain, models.tokens(0)) * engine.mixed_precision_mixin.loss_scale).backward()
@@ -131,6 +134,18 @@ def traffic(options: dict[str, Any], block: dict[str, Any], width: int = 64) -> 
     with PeakBytes() as alive:
         step_once(model, engine, booster, [batch])
     return {"calls": dict(counter.calls), "peak": resting + alive.peak}
+
+
+def calls(options: dict[str, Any], rule: str) -> list[int]:
+    """Collectives of a step between refreshes of the bases, and of one with a refresh."""
+    block = options_of(rule, switch_mode="fixed")
+    model, engine, booster = block_cases.boosted("hybrid", options, model=block_cases.build(torch.float32), block=block)
+    totals = []
+    for step in range(4):
+        with CollectiveCounter() as counter:
+            step_once(model, engine, booster, [models.tokens(step)])
+        totals.append(counter.total)
+    return totals[2:]
 
 
 def wide_llama(width: int) -> torch.nn.Module:

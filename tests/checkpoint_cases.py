@@ -13,7 +13,7 @@ from torch import nn
 
 import colossal_bcd
 from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
-from colossal_bcd.block.rules import MomentumCorrection
+from colossal_bcd.block import MomentumCorrection, OptimizerCorrection
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 
 LR = 1e-3
@@ -53,6 +53,18 @@ MAKE: dict[str, Any] = {
     "badam": lambda model: blocks(model, torch.optim.AdamW(model.parameters(), lr=LR)),
     "bread": lambda model: blocks(
         model, torch.optim.AdamW(model.parameters(), lr=LR), sgd_mode="all", correction=MomentumCorrection()
+    ),
+    "bread-galore": lambda model: blocks(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=LR),
+        sgd_mode="all",
+        correction=OptimizerCorrection(colossal_bcd.GaLoreSGD, rank=4, update_proj_gap=4, momentum=0.9),
+    ),
+    "bread-adafactor-8bit": lambda model: blocks(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=LR),
+        sgd_mode="all",
+        correction=OptimizerCorrection(colossal_bcd.Adafactor, relative_step=False, beta1=0.9, moment_bits=8),
     ),
     "badam-residual": lambda model: blocks(
         model, torch.optim.AdamW(model.parameters(), lr=LR), residual="keep", switch_mode="ascending"

@@ -18,6 +18,7 @@ from colossalai.booster import Booster
 from torch import Tensor
 
 from colossal_bcd.booster import CheckpointError, CheckpointFolder, TorchDDPPlugin
+from colossal_bcd.optim.entries import entry_like
 from colossal_bcd.testing import PeakBytes
 
 
@@ -270,7 +271,10 @@ class Buffers:
         }
 
     def entries(self) -> Any:
-        return [(param, "buffer", tensor, self.layouts[param]) for param, tensor in self.of.items()]
+        return [
+            (param, {"buffer": tensor}, [entry_like("buffer", tensor, self.layouts[param])])
+            for param, tensor in self.of.items()
+        ]
 
     def numbers(self) -> dict[str, Any]:
         return {"count": self.count}

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-def direction(rule: str, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
+def direction(rule: str, grad: Tensor, state: dict[str, Any]) -> Tensor:
     """Textbook update of one parameter; momentum and Lion keep their average in bfloat16."""
     if rule == "sgd":
         return grad
     if rule == "sign":
         return torch.sign(grad)
+    if rule == "galore":
+        return galore(grad, state)
     old = state.get("m", torch.zeros_like(grad, dtype=torch.bfloat16)).to(grad.dtype)
     if rule == "momentum":
         new = 0.9 * old + grad
@@ -23,6 +25,22 @@ def direction(rule: str, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
     update = torch.sign(torch.lerp(old, grad, 1 - 0.9))
     state["m"] = torch.lerp(old, grad, 1 - 0.99).bfloat16()
     return update
+
+
+def galore(grad: Tensor, state: dict[str, Any]) -> Tensor:
+    """Rank 2 of every matrix, by the singular vectors of each third gradient; momentum of the projected gradients."""
+    if grad.dim() < 2:
+        state["m"] = 0.5 * state["m"] + grad if "m" in state else grad.clone()
+        return state["m"]
+    count = state["count"] = state.get("count", -1) + 1
+    if count % 3 == 0:
+        left, _, right = torch.linalg.svd(grad, full_matrices=False)
+        state["basis"] = right[:2] if grad.shape[0] >= grad.shape[1] else left[:, :2]
+    basis = state["basis"]
+    tall = grad.shape[0] >= grad.shape[1]
+    image = grad @ basis.T if tall else basis.T @ grad
+    state["m"] = 0.5 * state["m"] + image if "m" in state else image
+    return 0.7 * (state["m"] @ basis if tall else basis @ state["m"])
 
 
 def split(names: Sequence[str], blocks: Sequence[str], chosen: Sequence[int], mode: str) -> tuple[list[str], list[str]]:
@@ -51,7 +69,7 @@ def train(
 
     Args:
         model, blocks, order, period, micro_batches, make_optimizer, loss_of, accumulate, max_norm: as of plain_badam.
-        rule: "sgd", "sign", "momentum" or "lion".
+        rule: "sgd", "sign", "momentum", "lion" or "galore".
         mode: "all" or "partial" inactive parameters are corrected.
         lr: of the corrections.
     """

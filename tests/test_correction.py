@@ -9,7 +9,8 @@ import torch
 from block_net import Net, adamw, layer, same, tokens, train, weights, wrap
 
 import colossal_bcd
-from colossal_bcd.block import LionCorrection, MomentumCorrection
+from colossal_bcd import GaLoreSGD
+from colossal_bcd.block import LionCorrection, MomentumCorrection, OptimizerCorrection
 from colossal_bcd.testing import PeakBytes
 
 RULES = {
@@ -17,6 +18,7 @@ RULES = {
     "sign": {"sgd_use_sign": True},
     "momentum": {"correction": MomentumCorrection()},
     "lion": {"correction": LionCorrection()},
+    "galore": {"correction": OptimizerCorrection(GaLoreSGD, rank=2, update_proj_gap=3, scale=0.7, momentum=0.5)},
 }
 PERIOD, LR, SCALING = 2, 0.01, 5.0
 
@@ -296,9 +298,10 @@ def test_correction_refuses_an_engine_that_does_not_correct():
         optimizer.attach(optimizer.masters)
 
 
-def test_correction_resumes_in_the_middle_of_a_block():
-    """Momentum of what is corrected, and of what was corrected before it trained, is in the state dict."""
-    options = {"sgd_mode": "all", "correction": MomentumCorrection(), "correction_rounding": "stochastic"}
+@pytest.mark.parametrize("rule", ["momentum", "galore"])
+def test_correction_resumes_in_the_middle_of_a_block(rule):
+    """State of what is corrected, and of what was corrected before it trained, is in the state dict."""
+    options = {"sgd_mode": "all", **RULES[rule], "correction_rounding": "stochastic"}
     model = Net(dtype=torch.bfloat16)
     optimizer = wrap(model, switch_block_every=3, **options)
     train(model, optimizer, 4)

@@ -74,6 +74,10 @@ WITHIN_ROUNDING: dict[str, tuple[int, bool, dict[str, Any], str, str]] = {
     "tp2-zero2": (4, True, {"tp_size": 2, "zero_stage": 2}, "sgd", "all"),
     "tp2-zero2-partial": (4, True, {"tp_size": 2, "zero_stage": 2}, "momentum", "partial"),
     "zero2-4": (4, True, {"tp_size": 1, "zero_stage": 2}, "sgd", "all"),
+    "zero1-1-galore": (1, False, {"tp_size": 1, "zero_stage": 1}, "galore", "all"),
+    "zero2-2-galore": (2, True, {"tp_size": 1, "zero_stage": 2}, "galore", "partial"),
+    "tp2-galore": (2, False, {"tp_size": 2, "zero_stage": 0}, "galore", "all"),
+    "tp2-zero2-galore": (4, True, {"tp_size": 2, "zero_stage": 2}, "galore", "all"),
 }
 
 
@@ -151,9 +155,30 @@ def test_correction_overflow_skips_the_bucket_on_all_ranks(num_ranks: int, plugi
         assert (result["steps"], result["scale"]) == (0, 0.5)
 
 
-def test_correction_undoes_the_loss_scale() -> None:
+@pytest.mark.parametrize("rule", ["sgd", "plain galore"])
+def test_correction_undoes_the_loss_scale(rule: str) -> None:
     options = {"stage": 1, "precision": "fp16", "initial_scale": 2.0**8}
-    assert run_ranks(1, bread_cases.scaled, options) == [0.0]
+    assert run_ranks(1, bread_cases.scaled, options, rule) == [0.0]
+
+
+def test_correction_by_an_optimizer_skips_buckets_with_an_overflow() -> None:
+    options = {"tp_size": 2, "pp_size": 1, "zero_stage": 1, "precision": "fp16", "initial_scale": 2.0**8}
+    options |= {"hysteresis": 1, "zero_bucket_size_in_m": 0}
+    for result in run_ranks(4, bread_cases.overflow, "hybrid", options, 1, "galore"):
+        assert result["finite"]
+        assert result["replicas"]
+        assert result["bad"] not in result["moved"]
+        assert "lm_head.weight" in result["moved"], "what came before the overflow stays"
+        assert (result["steps"], result["scale"]) == (0, 0.5)
+
+
+def test_correction_by_an_optimizer_asks_once_a_bucket() -> None:
+    """GaLore's rounds over tp: two all-reduces a bucket, and at a refresh the gradients to owners and bases back."""
+    options = {"tp_size": 2, "pp_size": 1, "zero_stage": 0, "precision": "fp32"}
+    sgd, galore = (run_ranks(2, bread_cases.calls, options, rule)[0] for rule in ("sgd", "galore"))
+    buckets = 2  # above and below the active block, which comes between them in model order
+    assert galore[0] - sgd[0] <= 2 * buckets
+    assert galore[1] - sgd[1] <= 6 * buckets
 
 
 @pytest.mark.parametrize("stage", [1, 2])

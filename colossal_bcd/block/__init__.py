@@ -2,6 +2,7 @@
 
 from colossal_bcd.block.masters import LocalMasters, Masters
 from colossal_bcd.block.optimizer import BlockOptimizer
+from colossal_bcd.block.optimizer_correction import OptimizerCorrection
 from colossal_bcd.block.partition import Block, partition
 from colossal_bcd.block.ratio import BlockOptimizerRatio
 from colossal_bcd.block.rules import (
@@ -22,6 +23,7 @@ __all__ = [
     "LocalMasters",
     "Masters",
     "MomentumCorrection",
+    "OptimizerCorrection",
     "Schedule",
     "SgdCorrection",
     "SignCorrection",

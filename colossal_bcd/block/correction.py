@@ -2,12 +2,10 @@
 
 Source: "Accelerating Block Coordinate Descent for LLM Finetuning via Landscape Correction", openreview zs6bRl05g8.  A
 gradient is used and freed as soon as backward has made it, so that no more than a few exist at any time.
-n: values of data on this rank.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +16,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.checks import require_choice, require_int
+from colossal_bcd.block.corrector import Corrector, ElementwiseCorrector
+from colossal_bcd.block.optimizer_correction import OptimizerCorrection, OptimizerCorrector
 from colossal_bcd.block.rules import Correction, SgdCorrection, SignCorrection
-from colossal_bcd.optim.rounding import (
-    CPU_CHUNK,
-    DEVICE_CHUNK,
-    LOW_PRECISION,
-    Rounding,
-    random_bits,
-    stochastic_round,
-    stream,
-)
-from colossal_bcd.sharding import Layout, wide
-
-logger = logging.getLogger(__name__)
+from colossal_bcd.optim.rounding import Rounding
 
 CorrectionMode: TypeAlias = Literal["all", "partial", "disabled"]
 
@@ -46,7 +35,7 @@ class CorrectionOptions:
     sgd_mode: CorrectionMode = "disabled"
     sgd_lr_scaling: float = 1.0
     sgd_use_sign: bool = False
-    correction: Correction | None = None
+    correction: Correction | OptimizerCorrection | None = None
     correction_rounding: Rounding = "nearest"
     accumulation_steps: int = 1
     seed: int = 0
@@ -58,9 +47,11 @@ class CorrectionOptions:
         scaling = self.sgd_lr_scaling
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 <= scaling < float("inf"):
             raise ValueError(f"sgd_lr_scaling: got {scaling!r}, expected a non-negative number")
-        if self.correction is not None and not callable(getattr(self.correction, "direction", None)):
+        elementwise = callable(getattr(self.correction, "direction", None))
+        if self.correction is not None and not elementwise and not isinstance(self.correction, OptimizerCorrection):
             raise TypeError(
-                f"correction: got a {type(self.correction).__name__}, expected a Correction, such as LionCorrection()"
+                f"correction: got a {type(self.correction).__name__}, expected a Correction, such as LionCorrection(), "
+                "or an OptimizerCorrection"
             )
         if self.sgd_mode == "disabled":
             given = {"sgd_use_sign": self.sgd_use_sign, "correction": self.correction is not None}
@@ -84,7 +75,17 @@ class CorrectionOptions:
         """What these arguments ask for; None for nothing."""
         if self.sgd_mode == "disabled":
             return None
-        return Corrector(self.correction or (SignCorrection() if self.sgd_use_sign else SgdCorrection()), self)
+        said: dict[str, Any] = {
+            "mode": self.sgd_mode,
+            "lr_scaling": self.sgd_lr_scaling,
+            "rounding": self.correction_rounding,
+            "accumulation_steps": self.accumulation_steps,
+            "seed": self.seed,
+        }
+        if isinstance(self.correction, OptimizerCorrection):
+            return OptimizerCorrector(self.correction, **said)
+        rule = self.correction or (SignCorrection() if self.sgd_use_sign else SgdCorrection())
+        return ElementwiseCorrector(rule, **said)
 
 
 def inactive(names: Sequence[str], active: Iterable[str], mode: CorrectionMode) -> list[str]:
@@ -98,111 +99,6 @@ def inactive(names: Sequence[str], active: Iterable[str], mode: CorrectionMode) 
     held = set(active)
     first = next((index for index, name in enumerate(names) if name in held), 0) if mode == "partial" else 0
     return [name for name in names[first:] if name not in held]
-
-
-class Corrector:
-    """A rule with its state, applied to whole local weights.
-
-    Args:
-        rule: what is subtracted.
-        options: where, how strongly, and how it is rounded.
-
-    Attributes:
-        state: entries of each parameter, flat and in their storage dtype; they stay while the parameter is active.
-        num_steps: applied steps of the optimizer; counts the streams of stochastic rounding.
-    """
-
-    def __init__(self, rule: Correction, options: CorrectionOptions) -> None:
-        self.rule, self.options = rule, options
-        self.state: dict[Parameter, dict[str, Tensor]] = {}
-        self.num_steps = 0
-        self._groups: dict[Parameter, dict[str, Any]] = {}
-        self._keys: dict[Parameter, int] = {}
-        self._announced = False
-
-    def adopt(
-        self, named: Mapping[str, Parameter], groups: Sequence[tuple[dict[str, Any], Sequence[Parameter]]]
-    ) -> None:
-        """Note each parameter's number and the param group that has its learning rate."""
-        self._keys = {param: key for key, param in enumerate(named.values())}
-        for group, params in groups:
-            self._groups.update(dict.fromkeys(params, group))
-
-    def identity(self) -> dict[str, Any]:
-        """What says how inactive parameters are updated: plain numbers and strings."""
-        options = self.options
-        return {
-            "mode": options.sgd_mode,
-            "rule": repr(self.rule),
-            "lr_scaling": options.sgd_lr_scaling,
-            "rounding": options.correction_rounding,
-            "accumulation_steps": options.accumulation_steps,
-        }
-
-    def wait(self, grad: Tensor, waiting: Tensor | None) -> Tensor:
-        """A gradient that waits for the next micro-batch's, in bfloat16, added to what waits already."""
-        if not self._announced:
-            self._announced = True
-            logger.info("corrections wait for the last micro-batch: 2 bytes more for every corrected parameter")
-        return grad.to(torch.bfloat16) if waiting is None else waiting.add_(grad)
-
-    def load(self, named: Mapping[str, Parameter], state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over copies of saved entries by canonical name."""
-        self.state = {
-            named[name]: {key: entry.to(named[name].device, copy=True) for key, entry in entries.items()}
-            for name, entries in state.items()
-        }
-
-    @torch.no_grad()
-    def apply(
-        self, param: Parameter, grad: Tensor, layout: Layout, *, loss_scale: float = 1.0, finite: Tensor | None = None
-    ) -> None:
-        """Update one weight, in chunks, so that temporaries do not grow with it.
-
-        Args:
-            param: written; the whole local weight.
-            grad: [numel] averaged gradient, padding included.
-            layout: of the weight on this rank; stochastic rounding draws by the global place.
-            loss_scale: factor in the gradient that is to be undone.
-            finite: scalar bool; where it is False nothing changes.
-        """
-        # `data`: ColossalAI's own parameter classes have in-place operations that are not in place.
-        weight = param.data.contiguous()
-        values, n = weight.view(-1), layout.num_local
-        if param not in self.state:
-            entries = self.rule.state.items()
-            self.state[param] = {name: values.new_zeros(n, dtype=dtype) for name, dtype in entries}
-        stochastic = self.options.correction_rounding == "stochastic" and param.dtype in LOW_PRECISION
-        numbers = stream(self.options.seed, self._keys[param], self.num_steps) if stochastic else None
-        lr = self._groups[param]["lr"] * self.options.sgd_lr_scaling
-        size = CPU_CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
-        for start in range(0, n, size):
-            part = slice(start, min(start + size, n))
-            new = values[part].to(wide(param.dtype))
-            direction = self._direction(param, grad, part, loss_scale, finite)
-            new = new.sub(direction * lr) if isinstance(lr, Tensor) else new.add_(direction, alpha=-lr)
-            if numbers is not None:
-                bits = random_bits(layout.positions(part.start, part.stop, weight.device), numbers)
-                new = stochastic_round(new, bits, param.dtype)
-            values[part] = new
-        if not param.data.is_contiguous():
-            param.data.copy_(weight)
-
-    def _direction(
-        self, param: Parameter, grad: Tensor, part: slice, loss_scale: float, finite: Tensor | None
-    ) -> Tensor:
-        """[n of the part] the rule's direction, with its state updated."""
-        dtype = wide(param.dtype)
-        values = grad[part].to(dtype)
-        if loss_scale != 1:
-            values = values / loss_scale
-        stored = {name: entry[part] for name, entry in self.state[param].items()}
-        entries = {name: entry.to(dtype, copy=True) for name, entry in stored.items()}
-        direction = self.rule.direction(values, entries)
-        for name, entry in entries.items():
-            stored[name].copy_(entry if finite is None else torch.where(finite, entry, stored[name]))
-        # Not a product: what is not finite times zero is not zero.
-        return direction if finite is None else torch.where(finite, direction, 0)
 
 
 class Corrections(Protocol):
@@ -240,7 +136,7 @@ class LocalCorrections:
     def settle(self) -> None:
         for param in list(self._waiting):
             grad = self._waiting.pop(param)
-            self._corrector.apply(param, grad.view(-1), Layout.whole(tuple(param.shape)))
+            self._corrector.apply({param: grad.view(-1)})
         self._counts.clear()
 
     def clear(self) -> None:
@@ -257,13 +153,13 @@ class LocalCorrections:
                 "with sparse=False."
             )
         count = self._counts[param] = self._counts.get(param, 0) + 1
-        require_open(count, self._corrector.options.accumulation_steps, f"parameter {self._names[param]!r}")
+        require_open(count, self._corrector.accumulation_steps, f"parameter {self._names[param]!r}")
         waiting = self._waiting.pop(param, None)
-        if count < self._corrector.options.accumulation_steps:
+        if count < self._corrector.accumulation_steps:
             self._waiting[param] = self._corrector.wait(grad, waiting)
         else:
             total = grad if waiting is None else waiting.to(grad.dtype).add_(grad)
-            self._corrector.apply(param, total.reshape(-1), Layout.whole(tuple(param.shape)))
+            self._corrector.apply({param: total.reshape(-1)})
 
 
 def require_open(count: int, accumulation_steps: int, subject: str) -> None:

@@ -25,6 +25,7 @@ from colossal_bcd.block.guards import (
     require_same_parameters,
 )
 from colossal_bcd.block.masters import LocalMasters, Masters
+from colossal_bcd.block.optimizer_correction import OptimizerCorrection
 from colossal_bcd.block.partition import PrefixList, partition
 from colossal_bcd.block.plan import LoraMode, Plan
 from colossal_bcd.block.residual import ResidualBits, ResidualOptions
@@ -112,7 +113,7 @@ class BlockOptimizer(Wrapper):
         lr_warmup_step_afterswitch: int = 0,
         seed: int = 0,
         block_ranges: Sequence[tuple[int, int]] | None = None,
-        correction: Correction | None = None,
+        correction: Correction | OptimizerCorrection | None = None,
         correction_rounding: Rounding = "nearest",
         accumulation_steps: int = 1,
         adapter_state: Literal["keep", "reset"] = "keep",
@@ -200,7 +201,7 @@ class BlockOptimizer(Wrapper):
         self._log_active()
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
-            fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.options.sgd_mode})"
+            fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.mode})"
             logger.info("%d blocks; %d trainable parameters are in none and %s", len(self.blocks), untrained, fate)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.masters import LOW_PRECISION, LocalMasters
 from colossal_bcd.block.schedule import Schedule
-from colossal_bcd.sharding import Layout
+from colossal_bcd.optim.entries import Entry
 
 if TYPE_CHECKING:
     from colossal_bcd.block.optimizer import BlockOptimizer
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 class Contributor(Protocol):
     """A part of a BlockOptimizer with state of its own, under a name in `optimizer.contributors`."""
 
-    def entries(self) -> Iterable[tuple[Parameter, str, Tensor, Layout]]:
-        """Tensors with one value for each value of a parameter.
+    def entries(self) -> Iterable[tuple[Parameter, dict[str, Any], Sequence[Entry]]]:
+        """State of parameters.
 
         Returns:
-            Working parameter, name of the state, tensor, layout of the tensor; the same parameters and names on every
-            rank that holds the parameter.
+            Working parameter, its state by name, and a description of every tensor in that; the rest of it are plain
+            numbers.  Parameters and names are the same on every rank that holds the parameter.
         """
 
     def numbers(self) -> dict[str, Any]:
         """Plain numbers, strings, and lists and dicts of them; the same on every rank."""
 
     def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
-        """Take what `numbers` returned, and make room for the tensors, which are then written into `entries`.
+        """Take what `numbers` returned, and make room for state, which is then written into `entries`.
 
         Args:
             numbers: see above.
-            saved: parameters of this rank and the states that the file has of them.
+            saved: parameters of this rank and the tensors that the file has of them.
         """
 
 
@@ -118,7 +118,7 @@ def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> Non
         for name, master in block["masters"].items():
             tensors[optimizer.named_parameters[name]].copy_(master)
     if optimizer.corrector is not None:
-        optimizer.corrector.load(optimizer.named_parameters, block["corrections"])
+        optimizer.corrector.load({optimizer.named_parameters[name]: s for name, s in block["corrections"].items()})
     _load_waiting(optimizer, block)
     optimizer.load_base_state({key: value for key, value in snapshot.items() if key != "block"})
 

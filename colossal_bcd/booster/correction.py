@@ -8,34 +8,25 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction import Corrector, require_open
+from colossal_bcd.block.correction import require_open
+from colossal_bcd.block.corrector import Corrector
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig, _Bucket
-
-
-class Correct(Protocol):
-    """What updates a weight."""
-
-    def __call__(self, param: Parameter, grad: Tensor, *, loss_scale: float, finite: Tensor | None) -> None:
-        """Update a weight with its averaged gradient [numel], unless `finite` is False."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
     """How inactive parameters get their gradients."""
 
-    correct: Correct
-    wait: Callable[[Tensor, Tensor | None], Tensor]
-    """See `Corrector.wait`."""
-    accumulation_steps: int
+    corrector: Corrector
     by_pipeline: bool
     """Whether a pipeline's passes, ended by `finish`, are a micro-batch, instead of one backward pass."""
     tied: Set[Parameter]
@@ -72,6 +63,7 @@ class CorrectingReducer(GradientReducer):
     ) -> None:
         self._corrected, self._corrections = frozenset(corrected), corrections
         self._waiting: dict[Parameter, Tensor] = {}
+        self._together: dict[Parameter, Tensor] = {}
         self._flying: deque[_Bucket] = deque()
         self._overflow: list[Tensor] = []
         self._finite: Tensor | None = None
@@ -130,7 +122,7 @@ class CorrectingReducer(GradientReducer):
         """Another micro-batch; the last one of a step if it is the declared number, or the first with collectives."""
         self._require_open()
         self._passes += 1
-        self._final = synced and self._passes >= self._corrections.accumulation_steps
+        self._final = synced and self._passes >= self._corrections.corrector.accumulation_steps
 
     def _require_open(self) -> None:
         if self._applied:
@@ -157,7 +149,7 @@ class CorrectingReducer(GradientReducer):
             super()._on_grad(param)
         elif param not in self._corrections.tied:
             assert param.grad is not None
-            self._waiting[param] = self._corrections.wait(param.grad, self._waiting.get(param))
+            self._waiting[param] = self._corrections.corrector.wait(param.grad, self._waiting.get(param))
             param.grad = None
 
     def _launch(self) -> None:
@@ -188,6 +180,9 @@ class CorrectingReducer(GradientReducer):
         bucket = self._flying.popleft()
         self._finite = None if self._corrections.loss_scale is None else self._check(bucket)
         super()._receive(bucket)
+        if self._together:
+            gradients, self._together = self._together, {}
+            self._correct(gradients)
 
     def _check(self, bucket: _Bucket) -> Tensor:
         """Scalar bool: whether no rank that holds a part of the bucket found an overflow; the same on all of them."""
@@ -203,10 +198,15 @@ class CorrectingReducer(GradientReducer):
         return finite > 0
 
     def _add(self, param: Parameter, grad: Tensor) -> None:
-        if param in self._corrected:
-            self._corrections.correct(param, grad, loss_scale=self._loss_scale, finite=self._finite)
-        else:
+        if param not in self._corrected:
             super()._add(param, grad)
+        elif self._corrections.corrector.by_bucket:
+            self._together[param] = grad
+        else:
+            self._correct({param: grad})
+
+    def _correct(self, gradients: Mapping[Parameter, Tensor]) -> None:
+        self._corrections.corrector.apply(gradients, loss_scale=self._loss_scale, finite=self._finite)
 
 
 class EngineCorrections:
@@ -223,16 +223,15 @@ class EngineCorrections:
         shard_config = getattr(engine.model, "shard_config", None)
         if shard_config is not None and shard_config.enable_sequence_parallelism:
             raise ValueError(
-                f"sgd_mode: got {corrector.options.sgd_mode!r} with sequence parallelism "
+                f"sgd_mode: got {corrector.mode!r} with sequence parallelism "
                 f"({shard_config.sequence_parallelism_mode!r}), whose gradients are partial sums within backward. Use "
                 "sgd_mode='disabled' or enable_sequence_parallelism=False."
             )
-        self._engine, self._corrector = engine, corrector
+        self._engine = engine
+        corrector.bind(engine.layouts, engine._mesh)
         scaler = engine.mixed_precision_mixin
         self._config = CorrectionConfig(
-            correct=self._correct,
-            wait=corrector.wait,
-            accumulation_steps=corrector.options.accumulation_steps,
+            corrector=corrector,
             by_pipeline=engine.pp_pg is not None,
             tied=frozenset(param for shared in engine.shared_params for param in shared.values()),
             loss_scale=None if scaler is None else lambda: scaler.loss_scale,
@@ -243,7 +242,8 @@ class EngineCorrections:
         engine = self._engine
         engine._reducer.detach()
         config = engine._reducer_config()
-        if math.prod(config.sizes) == 1:
+        asks = self._config.corrector.by_bucket and self._config.tp_group is not None
+        if math.prod(config.sizes) == 1 and not asks:
             # Nothing is sent: no gradient needs to wait for a bucket to fill.
             config = replace(config, bucket_size=0)
         engine._reducer = CorrectingReducer(list(engine.masters.of), params, list(engine.layouts), config, self._config)
@@ -253,9 +253,6 @@ class EngineCorrections:
 
     def clear(self) -> None:
         self._engine._reducer.clear()
-
-    def _correct(self, param: Parameter, grad: Tensor, *, loss_scale: float, finite: Tensor | None) -> None:
-        self._corrector.apply(param, grad, self._engine.layouts[param], loss_scale=loss_scale, finite=finite)
 
 
 def corrections_of(engine: Any, corrector: Corrector | None) -> EngineCorrections | None:

@@ -53,6 +53,7 @@ class ShardedOptimizer(Optimizer):
         self._mesh = Mesh()
         self.wave_bytes = wave_bytes
         self._warned = False
+        self._handed: Mapping[Tensor, Tensor] | None = None
         defaults = dataclasses.asdict(hyper)
         # Options of storage are in a group only where they are asked for: groups and checkpoints of everybody else stay
         # those of the originals.
@@ -141,6 +142,18 @@ class ShardedOptimizer(Optimizer):
         run_rounds(map(self._task, self._stacked(active)), self._mesh, self.wave_bytes)
         return loss
 
+    def step_on(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """One step of some parameters on gradients that are handed over; `param.grad` is neither read nor written.
+
+        Args:
+            gradients: by parameter, in its shape, of any floating dtype.
+        """
+        self._handed = gradients
+        try:
+            self.step()
+        finally:
+            self._handed = None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, tensors in the dtype in which they were saved."""
         seen: dict[str, Any] = {}
@@ -166,6 +179,7 @@ class ShardedOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_mesh", Mesh())
         self.__dict__.setdefault("_warned", False)
+        self.__dict__.setdefault("_handed", None)
 
     def has_image(self, key: int) -> bool:
         """Whether an engine has handed over an image of the gradient of this parameter (see `ImageOptimizer`)."""
@@ -184,7 +198,8 @@ class ShardedOptimizer(Optimizer):
             hyper, num_steps = self._hyper(group), group.get("num_steps", 0)
             for param in group["params"]:
                 index += 1
-                if param.grad is None:
+                grad = self._grad(param)
+                if grad is None:
                     continue
                 if param not in self._layouts:
                     raise ValueError(
@@ -193,7 +208,7 @@ class ShardedOptimizer(Optimizer):
                         "of which tensor it is. Use the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
                     )
                 self._check(index, param, self._layouts[param])
-                if param.grad.is_sparse:
+                if grad.is_sparse:
                     raise ValueError(
                         f"{type(self).__name__}: parameter {index} of shape {tuple(param.shape)} has a sparse "
                         "gradient, expected a dense one. Build its embedding with sparse=False."
@@ -202,6 +217,9 @@ class ShardedOptimizer(Optimizer):
                 key, layout = self._keys[param], self._layouts[param]
                 active.append(Member(param, layout, hyper, key, step, number, num_steps))
         return active
+
+    def _grad(self, param: Tensor) -> Tensor | None:
+        return param.grad if self._handed is None else self._handed.get(param)
 
     def _check(self, index: int, param: Tensor, layout: Layout) -> None:
         if tuple(param.shape) != layout.local_shape:
@@ -267,5 +285,5 @@ class ShardedOptimizer(Optimizer):
 
     def _gradients(self, members: list[Member]) -> list[Tensor]:
         """Whole gradients; none where an engine has handed over an image instead."""
-        grads = [member.param.grad for member in members if not self.has_image(member.key)]
+        grads = [self._grad(member.param) for member in members if not self.has_image(member.key)]
         return [grad.contiguous() for grad in grads if grad is not None]

@@ -64,23 +64,37 @@ def entries_of(optimizer: Optimizer, param: Tensor, layout: Layout, group: Mappi
     ]
 
 
-def numbers_of(optimizer: Optimizer, param: Tensor) -> dict[str, Number]:
+def numbers_of(owner: str, state: Mapping[str, Any]) -> dict[str, Number]:
     """The numbers in one parameter's state.
 
+    Args:
+        owner: whose state it is, for the error.
+        state: the parameter's.
     Raises:
         ValueError: something is neither a tensor nor a number.
     """
     numbers: dict[str, Number] = {}
-    for name, value in optimizer.state.get(param, {}).items():
+    for name, value in state.items():
         if isinstance(value, Tensor):
             continue
         if value is not None and not isinstance(value, (int, float, bool, str)):
             raise ValueError(
-                f"state {name!r} of {type(optimizer).__name__}: got a {type(value).__name__}, expected tensors and "
+                f"state {name!r} of {owner}: got a {type(value).__name__}, expected tensors and "
                 "plain numbers. Files hold nothing else."
             )
         numbers[name] = value
     return numbers
+
+
+def entry_like(name: str, tensor: Tensor, layout: Layout) -> Entry:
+    """An entry with one value for each value of a parameter.
+
+    Args:
+        name: of the entry.
+        tensor: of the parameter's local shape, or its data alone, [n].
+        layout: of the parameter.
+    """
+    return Entry(name=name, cut=elements(layout), dtype=tensor.dtype, kind="elementwise")
 
 
 def read(entry: Entry, state: Mapping[str, Any]) -> Tensor:
@@ -137,7 +151,7 @@ def _declared(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group:
 
 def _observed(optimizer: str, name: str, tensor: Tensor, layout: Layout) -> Entry:
     if name != "step" and tuple(tensor.shape) == layout.local_shape:
-        return Entry(name=name, cut=elements(layout), dtype=tensor.dtype, kind="elementwise")
+        return entry_like(name, tensor, layout)
     if tensor.numel() == 1:
         return Entry(name=name, cut=whole(tuple(tensor.shape)), dtype=tensor.dtype, kind="whole")
     raise ValueError(

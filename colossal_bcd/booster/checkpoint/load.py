@@ -232,14 +232,14 @@ def _load(
     state = base.state[tensor]
     state.update(numbers)
     for entry in entries:
-        write(entry, state, entry.cut.pick(_whole(checkpoint, held, entry)))
+        write(entry, state, entry.cut.pick(_whole(checkpoint, held.name, entry)))
 
 
-def _whole(checkpoint: Checkpoint, held: Held, entry: Entry) -> Tensor:
-    name = f"{held.name}.{entry.name}"
+def _whole(checkpoint: Checkpoint, owner: str, entry: Entry) -> Tensor:
+    name = f"{owner}.{entry.name}"
     if name in checkpoint.entries:
         return checkpoint.tensor(name)
-    return checkpoint.tensor(f"{held.name}.{entry.mean_of}").mean(-1)
+    return checkpoint.tensor(f"{owner}.{entry.mean_of}").mean(-1)
 
 
 def _tensors(
@@ -267,13 +267,15 @@ def _load_parts(boosted: Boosted, checkpoint: Checkpoint) -> None:
     for part, contributor in contributors_of(boosted).items():
         if part not in checkpoint.manifest["parts"]:
             continue
-        saved: dict[Parameter, list[str]] = {}
+        numbers = checkpoint.manifest["part_numbers"].get(part, {})
+        saved: dict[Parameter, list[str]] = {here[name]: [] for name in numbers if name in here}
         for said in checkpoint.entries.values():
             if said["part"] == part and said["parameter"] in here:
-                saved.setdefault(here[said["parameter"]], []).append(said["state"].removeprefix(f"{part}."))
+                saved[here[said["parameter"]]].append(said["state"].removeprefix(f"{part}."))
         contributor.load(checkpoint.manifest["parts"][part], saved)
-        for param, state, tensor, layout in contributor.entries():
-            name = f"{boosted.names[id(param)]}.{part}.{state}"
-            if name in checkpoint.entries:
-                cut = elements(layout)
-                cut.write(tensor, cut.pick(checkpoint.tensor(name)))
+        for param, state, entries in contributor.entries():
+            name = boosted.names[id(param)]
+            state.update(numbers.get(name, {}))
+            for entry in entries:
+                if entry.held and name in numbers:
+                    write(entry, state, entry.cut.pick(_whole(checkpoint, f"{name}.{part}", entry)))

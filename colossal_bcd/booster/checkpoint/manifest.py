@@ -37,6 +37,7 @@ def manifest_of(boosted: Boosted, plan: Plan) -> dict[str, Any]:
         ],
         "keys": plan.keys,
         "numbers": plan.numbers,
+        "part_numbers": plan.part_numbers,
         "entries": {tensor.name: _entry(tensor) for tensor in plan.tensors},
         "block": None if boosted.block is None else progress(boosted.block),
         "parts": {name: part.numbers() for name, part in contributors_of(boosted).items()},

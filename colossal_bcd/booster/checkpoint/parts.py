@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction import Corrector
+from colossal_bcd.block.corrector import Corrector
 from colossal_bcd.block.snapshot import Contributor
 from colossal_bcd.booster.checkpoint.held import Boosted
 from colossal_bcd.booster.masters import ShardedMasters
-from colossal_bcd.sharding import Layout
+from colossal_bcd.optim.entries import Entry, entry_like
 
 
 def contributors_of(boosted: Boosted) -> dict[str, Contributor]:
@@ -33,7 +31,7 @@ def contributors_of(boosted: Boosted) -> dict[str, Contributor]:
     parts: dict[str, Contributor] = dict(getattr(boosted.block, "contributors", {}))
     corrector = boosted.block.corrector
     if corrector is not None:
-        parts["correction"] = CorrectionState(corrector, boosted.wrapper.layouts)
+        parts["correction"] = CorrectionState(corrector)
     if getattr(boosted.block, "residual", None) is not None:
         parts["residual"] = ResidualState(boosted.wrapper.masters)
     return parts
@@ -44,17 +42,15 @@ class CorrectionState:
 
     Args:
         corrector: whose state it is.
-        layouts: of the working parameters on this rank.
     """
 
-    def __init__(self, corrector: Corrector, layouts: Mapping[Parameter, Layout]) -> None:
-        self._corrector, self._layouts = corrector, layouts
+    def __init__(self, corrector: Corrector) -> None:
+        self._corrector = corrector
 
-    def entries(self) -> Iterator[tuple[Parameter, str, Tensor, Layout]]:
+    def entries(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[Entry]]]:
         """See `Contributor`."""
-        for param, layout in self._layouts.items():
-            for name, tensor in self._corrector.state.get(param, {}).items():
-                yield param, name, tensor, layout
+        for param, state in self._corrector.state.items():
+            yield param, state, self._corrector.entries(param)
 
     def numbers(self) -> dict[str, Any]:
         """See `Contributor`."""
@@ -63,14 +59,7 @@ class CorrectionState:
     def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
         """See `Contributor`."""
         self._corrector.num_steps = numbers["num_steps"]
-        dtypes = self._corrector.rule.state
-        self._corrector.state = {
-            param: {
-                name: torch.zeros(self._layouts[param].num_local, dtype=dtypes[name], device=param.device)
-                for name in names
-            }
-            for param, names in saved.items()
-        }
+        self._corrector.allocate(saved)
 
 
 class ResidualState:
@@ -83,10 +72,10 @@ class ResidualState:
     def __init__(self, masters: ShardedMasters) -> None:
         self._masters = masters
 
-    def entries(self) -> Iterator[tuple[Parameter, str, Tensor, Layout]]:
+    def entries(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[Entry]]]:
         """See `Contributor`."""
         for param, tensor in self._masters.residuals.of.items():
-            yield param, "value", tensor, self._masters.layout(param)
+            yield param, {"value": tensor}, [entry_like("value", tensor, self._masters.layout(param))]
 
     def numbers(self) -> dict[str, Any]:
         """See `Contributor`."""

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from colossalai.utils import get_current_device
 from torch import Tensor
 
+from colossal_bcd.block.snapshot import Contributor
 from colossal_bcd.booster.checkpoint.held import Boosted, Held
 from colossal_bcd.booster.checkpoint.parts import contributors_of
-from colossal_bcd.optim.entries import Entry, entries_of, numbers_of, read
-from colossal_bcd.sharding.canonical import Cut, covers, elements
+from colossal_bcd.optim.entries import Entry, entries_of, entry_like, numbers_of, read
+from colossal_bcd.sharding.canonical import Cut, covers
 
 MASTER = "master"
 """What the float32 master of a parameter is called among its state."""
@@ -86,11 +87,10 @@ class Own:
     """
 
     def __init__(self, boosted: Boosted) -> None:
-        self._base = boosted.base
-        self._entries: dict[str, tuple[Entry, Tensor]] = {}
-        self._plain: dict[str, tuple[Cut, Tensor]] = {}
+        self._entries: dict[str, tuple[Entry, dict[str, Any]]] = {}
         self.pieces: list[Piece] = []
         self.numbers: dict[str, dict[str, Any]] = {}
+        self.part_numbers: dict[str, dict[str, dict[str, Any]]] = {}
         self.groups: list[list[tuple[int, str]]] = [[] for _ in boosted.groups()]
         if boosted.block is not None and boosted.block._tenants.aside:
             raise ValueError(
@@ -99,58 +99,52 @@ class Own:
             )
         for held in boosted.held():
             self._add(boosted, held)
-        for name, contributor in contributors_of(boosted).items():
-            for place, (param, state, tensor, layout) in enumerate(contributor.entries()):
-                order = boosted.wrapper._keys[id(param)], LATER + place
-                parameter = boosted.names[id(param)]
-                self._add_plain(parameter, f"{name}.{state}", order, elements(layout), tensor, part=name)
+        for part, contributor in contributors_of(boosted).items():
+            self._add_part(boosted, part, contributor)
 
     def values(self, name: str) -> Tensor:
         """[n] this rank's data of a tensor."""
-        if name in self._plain:
-            cut, tensor = self._plain[name]
-            return cut.values(tensor.detach())
-        entry, tensor = self._entries[name]
-        return read(entry, self._base.state[tensor])
+        entry, state = self._entries[name]
+        return read(entry, state)
 
     def _add(self, boosted: Boosted, held: Held) -> None:
         tensor = boosted.tensor(held)
         self.groups[held.group].append((held.key, held.name))
         if held.has_master:
-            self._add_plain(held.name, MASTER, (held.key, 0), elements(held.layout), tensor)
-        if not self._base.state.get(tensor):
+            self._announce(held.name, entry_like(MASTER, tensor, held.layout), {MASTER: tensor.detach()}, (held.key, 0))
+        state = boosted.base.state.get(tensor)
+        if not state:
             return
-        self.numbers[held.name] = numbers_of(self._base, tensor)
-        entries = entries_of(self._base, tensor, held.layout, boosted.groups()[held.group])
+        self.numbers[held.name] = numbers_of(boosted.rule, state)
+        entries = entries_of(boosted.base, tensor, held.layout, boosted.groups()[held.group])
         for place, entry in enumerate(entries, start=1):
-            piece = Piece(
-                parameter=held.name,
-                state=entry.name,
-                kind=entry.kind,
-                dtype=entry.dtype,
-                cut=entry.cut,
-                order=(held.key, place),
-                mean_of=None if entry.mean_of is None else f"{held.name}.{entry.mean_of}",
-                held=entry.held,
-            )
-            self._entries[piece.name] = entry, tensor
-            self.pieces.append(piece)
+            self._announce(held.name, entry, state, (held.key, place))
 
-    def _add_plain(
-        self, parameter: str, state: str, order: tuple[int, int], cut: Cut, tensor: Tensor, part: str | None = None
+    def _add_part(self, boosted: Boosted, part: str, contributor: Contributor) -> None:
+        place = LATER
+        for param, state, entries in contributor.entries():
+            name = boosted.names[id(param)]
+            self.part_numbers.setdefault(part, {})[name] = numbers_of(part, state)
+            for entry in entries:
+                self._announce(name, entry, state, (boosted.wrapper._keys[id(param)], place), part)
+                place += 1
+
+    def _announce(
+        self, parameter: str, entry: Entry, state: dict[str, Any], order: tuple[int, int], part: str | None = None
     ) -> None:
+        before = "" if part is None else f"{part}."
         piece = Piece(
             parameter=parameter,
-            state=state,
-            kind="elementwise",
-            dtype=tensor.dtype,
-            cut=cut,
+            state=f"{before}{entry.name}",
+            kind=entry.kind,
+            dtype=entry.dtype,
+            cut=entry.cut,
             order=order,
-            mean_of=None,
-            held=True,
+            mean_of=None if entry.mean_of is None else f"{parameter}.{before}{entry.mean_of}",
+            held=entry.held,
             part=part,
         )
-        self._plain[piece.name] = cut, tensor
+        self._entries[piece.name] = entry, state
         self.pieces.append(piece)
 
 
@@ -160,6 +154,9 @@ class Plan:
 
     tensors: list[Whole]
     numbers: dict[str, dict[str, Any]]
+    """In the state of each parameter."""
+    part_numbers: dict[str, dict[str, dict[str, Any]]]
+    """The same of contributors, by their names."""
     groups: list[list[str]]
     """Names of the parameters of each group."""
     keys: dict[str, int]
@@ -167,18 +164,21 @@ class Plan:
 
 def make_plan(own: Own) -> Plan:
     """Agree who sends what: one exchange of names."""
-    reports: list[Any] = [(own.pieces, own.numbers, own.groups)]
+    reports: list[Any] = [(own.pieces, own.numbers, own.part_numbers, own.groups)]
     if _world() > 1:
-        reports = [None] * _world()
-        dist.all_gather_object(reports, (own.pieces, own.numbers, own.groups))
+        mine, reports = reports[0], [None] * _world()
+        dist.all_gather_object(reports, mine)
     pieces: dict[str, list[tuple[int, Piece]]] = {}
     numbers: dict[str, dict[str, Any]] = {}
+    part_numbers: dict[str, dict[str, dict[str, Any]]] = {}
     members: list[set[tuple[int, str]]] = [set() for _ in own.groups]
-    for rank, (announced, of_state, groups) in enumerate(reports):
+    for rank, (announced, of_state, of_parts, groups) in enumerate(reports):
         for piece in announced:
             pieces.setdefault(piece.name, []).append((rank, piece))
         for name, values in of_state.items():
             numbers.setdefault(name, values)
+        for part, of_part in of_parts.items():
+            part_numbers[part] = {**of_part, **part_numbers.get(part, {})}
         for index, group in enumerate(groups):
             members[index].update(group)
     ordered = sorted(pieces.values(), key=lambda parts: (parts[0][1].order, parts[0][1].name))
@@ -186,6 +186,7 @@ def make_plan(own: Own) -> Plan:
     return Plan(
         tensors=tensors,
         numbers=numbers,
+        part_numbers=part_numbers,
         groups=[[name for _, name in sorted(group)] for group in members],
         keys={name: key for group in members for key, name in group},
     )
