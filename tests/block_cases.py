@@ -40,8 +40,7 @@ def wrap(model: nn.Module, base: str = "adamw", block: dict[str, Any] | None = N
     return BlockOptimizer(
         base_optimizer=base_optimizer(base, model.parameters()),
         named_parameters_list=list(model.named_parameters()),
-        switch_block_every=PERIOD,
-        **{"switch_mode": "ascending", "verbose": 0, **(block or {})},
+        **{"switch_block_every": PERIOD, "switch_mode": "ascending", "verbose": 0, **(block or {})},
     )
 
 

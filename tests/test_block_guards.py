@@ -44,6 +44,19 @@ class Sparse(nn.Module):
             "residual: got 'drop' with residual_bits=16 and residual_offload=True",
         ),
         ({"residual": "keep", "residual_offload": "cpu"}, ValueError, "residual_offload: got 'cpu', expected one of"),
+        ({"switch_mode": "importance", "importance": "loss"}, ValueError, "importance: got 'loss', expected one of"),
+        (
+            {"switch_mode": "importance", "importance_floor": 1.5},
+            ValueError,
+            "importance_floor: got 1.5, expected a nu",
+        ),
+        (
+            {"switch_mode": "importance", "importance_floor": "0"},
+            ValueError,
+            "importance_floor: got '0', expected a nu",
+        ),
+        ({"importance": "weight"}, ValueError, "importance: got 'weight' .* switch_mode='ascending', expected"),
+        ({"importance_floor": 0.5}, ValueError, "importance: got 'gradient' with importance_floor=0.5"),
         ({"lora_mode": "some"}, ValueError, "lora_mode: got 'some', expected one of None, 'all'"),
     ],
 )

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_bcd.block import Schedule
+from colossal_bcd.block.schedule import probabilities
 
 modes = st.sampled_from(["random", "ascending", "descending"])
 
@@ -130,3 +132,61 @@ def test_schedule_switches_after_exactly_period_steps():
 def test_schedule_refuses_wrong_numbers(change, error, message):
     with pytest.raises(error, match=message):
         Schedule(**{"num_blocks": 4, "period": 2, **change})
+
+
+def test_probabilities_are_shares_of_norms_and_an_equal_part():
+    assert probabilities([3.0, 1.0], 0.0) == [0.75, 0.25]
+    assert probabilities([3.0, 1.0], 0.2) == pytest.approx([0.8 * 0.75 + 0.1, 0.8 * 0.25 + 0.1])
+    assert probabilities([3.0, 1.0], 1.0) == [0.5, 0.5]
+    assert probabilities([2.0, None, 1.0, None], 0.0) == pytest.approx([2 / 7, 2 / 7, 1 / 7, 2 / 7])
+    assert probabilities([None] * 4, 0.1) == pytest.approx([0.25] * 4)
+    assert probabilities([0.0, 0.0], 0.0) == [0.5, 0.5]
+
+
+def importance(**options):
+    return Schedule(**{"num_blocks": 4, "period": 1, "mode": "importance", **options})
+
+
+def test_schedule_importance_draws_by_probability():
+    """Of 4000 epochs of 4 draws; within four standard deviations of a binomial."""
+    norms, floor, counts = [8.0, 4.0, 0.0, 1.0], 0.2, [0] * 4
+    schedule = importance(seed=11)
+    for epoch in range(1, 4001):
+        schedule = schedule.draw(4 * epoch, norms, floor)
+        for step in range(4 * epoch, 4 * epoch + 4):
+            counts[schedule.active(step)[0]] += 1
+    for count, share in zip(counts, probabilities(norms, floor), strict=True):
+        assert abs(count - 16000 * share) < 4 * math.sqrt(16000 * share * (1 - share))
+    assert counts[2] > 0, "the floor keeps every block alive"
+
+
+def test_schedule_importance_draws_epochs_apart_and_with_replacement():
+    orders = [importance(seed=seed).draw(4 * epoch, [1.0] * 4, 0.1).drawn[0][1] for seed in (0, 1) for epoch in (1, 2)]
+    assert len(set(orders)) == 4
+    assert any(len(set(order)) < 4 for order in orders)
+
+
+@settings(max_examples=30, deadline=None)
+@given(schedules())
+def test_schedule_importance_begins_with_a_permutation(schedule):
+    first = dataclasses.replace(schedule, mode="importance")
+    for index, (start, stop) in enumerate(first.ranges):
+        assert sorted(first.order(index, 0)) == list(range(start, stop))
+        assert first.order(index, 0) == dataclasses.replace(schedule, mode="random").order(index, 0)
+
+
+def test_schedule_importance_draws_when_an_epoch_of_a_range_begins():
+    schedule = importance(num_blocks=6, period=2, ranges=((0, 2), (2, 3), (3, 3), (3, 6)))
+    begins = {step: schedule.epochs_that_begin(step) for step in range(13)}
+    assert {step: ranges for step, ranges in begins.items() if ranges} == {4: (0,), 6: (3,), 8: (0,), 12: (0, 3)}
+    norms = [1.0] * 6
+    drawn = schedule.draw(4, norms, 0.1).draw(6, norms, 0.1)
+    assert [epoch for epoch, _ in drawn.drawn] == [1, 0, 0, 1]
+    assert all(3 <= index < 6 for index in drawn.drawn[3][1])
+    assert drawn.active(6)[1] == 2
+    with pytest.raises(ValueError, match="a step in epoch 2 of blocks 0 to 1, expected one in epoch 1, whose order"):
+        drawn.active(8)
+
+
+def test_schedule_other_modes_draw_nothing():
+    assert Schedule(num_blocks=4, period=1).epochs_that_begin(4) == ()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.block.importance import squared_norms
 from colossal_bcd.block.residual import ResidualOptions, Residuals
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -38,6 +39,9 @@ class Masters(Protocol):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of active parameters and of their masters, or make them zero."""
+
+    def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
+        """[number of blocks] float64 squared norms of the weights in the model, over all ranks; for "importance"."""
 
 
 class LocalMasters:
@@ -121,6 +125,10 @@ class LocalMasters:
                 param.grad = None
             elif param.grad is not None:
                 param.grad = torch.zeros_like(param.grad)
+
+    @torch.no_grad()
+    def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
+        return squared_norms([[param.reshape(-1) for param in params] for params in blocks])
 
     def _master(self, param: Parameter) -> Tensor:
         if param in self.tensors:

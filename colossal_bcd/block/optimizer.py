@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,33 +14,30 @@ from colossal_bcd.block.checks import require_choice, require_int
 from colossal_bcd.block.correction import (
     CorrectionMode,
     CorrectionOptions,
-    Corrections,
-    LocalCorrections,
 )
 from colossal_bcd.block.guards import (
-    always_active,
     require_base,
     require_rates,
     require_same_parameters,
 )
-from colossal_bcd.block.masters import LocalMasters, Masters
+from colossal_bcd.block.importance import Importance, ImportanceOptions, Norm
+from colossal_bcd.block.masters import LocalMasters
 from colossal_bcd.block.optimizer_correction import OptimizerCorrection
-from colossal_bcd.block.partition import PrefixList, partition
-from colossal_bcd.block.plan import LoraMode, Plan
+from colossal_bcd.block.partition import PrefixList
+from colossal_bcd.block.plan import LoraMode, make_plan
 from colossal_bcd.block.residual import ResidualBits, ResidualOptions
-from colossal_bcd.block.roster import read_roster, set_active
+from colossal_bcd.block.roster import read_roster
 from colossal_bcd.block.rules import Correction
-from colossal_bcd.block.schedule import Mode, Schedule
+from colossal_bcd.block.schedule import Mode
 from colossal_bcd.block.snapshot import load_snapshot, take_snapshot
+from colossal_bcd.block.switching import Switching
 from colossal_bcd.block.tenants import scaled_rates, warm_up
-from colossal_bcd.block.wrapper import Wrapper
-from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
 
-class BlockOptimizer(Wrapper):
+class BlockOptimizer(Switching):
     """Trains one block of a model at a time with the base optimizer and freezes the rest.
 
     After exactly `switch_block_every` applied steps the next block becomes active: the base optimizer's state is
@@ -63,7 +59,8 @@ class BlockOptimizer(Wrapper):
         block_prefix_list: the blocks, each a list of prefixes of parameter names (or one prefix); a prefix is whole
             components from the start of a name.  None: one block per layer.
         switch_block_every: applied steps per block, K in the paper.
-        switch_mode: "random" (a new permutation every epoch of blocks), "ascending", "descending", "fixed" (one block).
+        switch_mode: "random" (a new permutation every epoch of blocks), "ascending", "descending", "fixed" (one block),
+            or "importance" (as many draws an epoch as there are blocks, by their norms; the first is a permutation).
         start_block: index of the first block; None: the first by the order, 0 for "fixed".
         active_modules: prefixes of parameters that always train, adapters or not; their masters and state survive
             switches.
@@ -86,6 +83,8 @@ class BlockOptimizer(Wrapper):
         accumulation_steps: micro-batches per step, so that corrections wait for the last one; see `LocalCorrections`.
         lr_warmup_step_afterswitch: steps in which the base optimizer's rate grows to its value after a switch.
         n_layer_per_block: layers in a default block: neighbours, or in "random" mode drawn by `seed`.
+        importance: norms by which "importance" draws: of "gradient" or "weight"; see `ImportanceOptions`.
+        importance_floor: share of the probability that all blocks have in equal parts.
         seed: of the orders; the same on every process.
         block_ranges: half-open ranges of blocks, each with its own order and active block; None: one over all.
     Raises:
@@ -120,6 +119,8 @@ class BlockOptimizer(Wrapper):
         residual: Literal["drop", "keep"] = "drop",
         residual_bits: ResidualBits = 16,
         residual_offload: bool = False,
+        importance: Norm = "gradient",
+        importance_floor: float = 0.1,
     ) -> None:
         if isinstance(base_optimizer, BlockOptimizer):
             raise ValueError("base_optimizer: got a BlockOptimizer, expected the optimizer that it wraps. Wrap once.")
@@ -139,24 +140,6 @@ class BlockOptimizer(Wrapper):
             seed=seed,
         ).corrector()
         roster = read_roster(named_parameters_list, lora_mode)
-        blocks = partition(
-            roster.parameters,
-            aliases=roster.aliases,
-            trainable=roster.in_blocks,
-            block_prefix_list=block_prefix_list,
-            include_embedding=include_embedding,
-            include_lm_head=include_lm_head,
-            num_layers_per_block=n_layer_per_block,
-            merge_seed=seed if switch_mode == "random" else None,
-        )
-        schedule = Schedule(
-            num_blocks=len(blocks),
-            period=switch_block_every,
-            mode=switch_mode,
-            seed=seed,
-            start_block=start_block,
-            ranges=tuple(block_ranges or ()),
-        )
         self.ranges_given = block_ranges is not None
         """Whether the user chose the ranges; a pipeline then leaves them as they are."""
         options: dict[str, Any] = {} if corrector is None else {"corrections": corrector.identity()}
@@ -166,12 +149,21 @@ class BlockOptimizer(Wrapper):
             options["lora"] = [lora_mode, adapter_state]
         if self.residual is not None:
             options["residual"] = [residual, residual_bits]
-        plan = Plan(
-            names=tuple(name for name in roster.parameters if name in roster.trainable),
-            blocks=blocks,
-            schedule=schedule,
-            always_active=always_active(active_modules, roster),
-            adapters=roster.adapters,
+        drawing = ImportanceOptions.asked(switch_mode, importance, importance_floor)
+        if drawing is not None:
+            options["importance"] = [importance, importance_floor]
+        plan = make_plan(
+            roster,
+            block_prefix_list=block_prefix_list,
+            include_embedding=include_embedding,
+            include_lm_head=include_lm_head,
+            n_layer_per_block=n_layer_per_block,
+            switch_block_every=switch_block_every,
+            switch_mode=switch_mode,
+            start_block=start_block,
+            seed=seed,
+            block_ranges=block_ranges,
+            active_modules=active_modules,
             lora_mode=lora_mode,
             sgd_mode=sgd_mode,
             options=options,
@@ -180,25 +172,20 @@ class BlockOptimizer(Wrapper):
         require_same_parameters(base_optimizer, roster, trained if corrector is None else roster.trainable)
         if lr_warmup_step_afterswitch or corrector is not None:
             require_rates(base_optimizer, "lr_warmup_step_afterswitch" if corrector is None else "sgd_mode")
-        super().__init__(base_optimizer, plan, {name: roster.parameters[name] for name in plan.names})
-        self.verbose = verbose
+        self.warm_up_steps = lr_warmup_step_afterswitch
         names = {param: name for name, param in roster.parameters.items()}
         kept = roster.adapters if lora_mode is not None and adapter_state == "keep" else frozenset[str]()
-        self._kept = {self.named_parameters[name] for name in kept.union(plan.always_active)}
-        self.masters: Masters = LocalMasters(names, residual=self.residual)
-        self.warm_up_steps = lr_warmup_step_afterswitch
-        self.corrector = corrector
-        """Updates what is not active; None: nothing does."""
-        self._corrections: Corrections | None = None
-        if corrector is not None:
-            corrector.adopt(self.named_parameters, list(zip(base_optimizer.param_groups, self.members, strict=True)))
-            self._corrections = LocalCorrections(corrector, names)
-        self.attached = False
-        """Whether an engine has taken over; it then feeds gradients, writes weights back and calls `switch_if_due`."""
-        if base_optimizer.state:
-            logger.warning("the base optimizer has taken steps; its state is cleared, as at every switch")
-        self._activate(keep=frozenset())
-        self._log_active()
+        super().__init__(
+            base_optimizer,
+            plan,
+            {name: roster.parameters[name] for name in plan.names},
+            names=names,
+            masters=LocalMasters(names, residual=self.residual),
+            kept=kept.union(plan.always_active),
+            corrector=corrector,
+            importance=None if drawing is None else Importance(drawing, len(plan.blocks)),
+            verbose=verbose,
+        )
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
             fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.mode})"
@@ -223,6 +210,8 @@ class BlockOptimizer(Wrapper):
         self.masters.load_gradients()
         if self._corrections is not None:
             self._corrections.settle()
+        if self.importance is not None and self.importance.by_gradient:
+            self.importance.note_local(self._tenants.tensors)
         self._base_step()
         self.masters.write_back()
         self.switch_if_due()
@@ -232,60 +221,6 @@ class BlockOptimizer(Wrapper):
         self.masters.zero_grad(set_to_none)
         if self._corrections is not None:
             self._corrections.clear()
-
-    def switch_if_due(self) -> bool:
-        """Activate the next blocks if the last applied step ended a period; whether it did.
-
-        Must be called once after every applied step.
-        """
-        if not self.schedule.is_switch(self.num_steps):
-            return False
-        self._activate(keep=self._kept)
-        self._log_active()
-        return True
-
-    def attach(
-        self, masters: Masters, *, held: Iterable[Parameter] | None = None, corrections: Corrections | None = None
-    ) -> None:
-        """Let an engine take over: its masters replace the local ones, and the active blocks are activated anew.
-
-        Args:
-            masters: the engine's.
-            corrections: the engine's; needed where there is a `corrector`.
-            held: parameters on this rank; others are never activated here.  None: all.
-        Raises:
-            ValueError: steps were taken, whose state would be lost, or there is nobody for the corrections.
-        """
-        if self.num_steps or self.base_optimizer.state:
-            raise ValueError(
-                f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
-            )
-        if self._corrections is not None:
-            if corrections is None:
-                raise ValueError("attach: got an engine without corrections, expected some, as sgd_mode asks for them")
-            self._corrections.activate([])
-            self._corrections = corrections
-        self.masters, self.attached = masters, True
-        if held is not None:
-            here = set(held)
-            for param in set(self.named_parameters.values()) - here:
-                set_active(param, False)
-            self.named_parameters = {name: param for name, param in self.named_parameters.items() if param in here}
-            self.members = [[param for param in group if param in here] for group in self.members]
-        self._activate(keep=frozenset())
-
-    def reschedule(self, block_ranges: Sequence[tuple[int, int]]) -> None:
-        """Give the blocks other ranges.
-
-        Raises:
-            ValueError: steps were taken, or the ranges do not cover the blocks.
-        """
-        if self.num_steps:
-            raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
-        schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
-        self.plan = dataclasses.replace(self.plan, schedule=schedule)
-        self._activate(keep=frozenset())
-        self._log_active()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, and under "block" what resumes in the middle of a block.
@@ -306,45 +241,7 @@ class BlockOptimizer(Wrapper):
         """
         load_snapshot(self, state_dict)
 
-    def resume_at(self, num_steps: int) -> None:
-        """Activate what trains after `num_steps` applied steps, with fresh masters and without state."""
-        require_int("num_steps", num_steps, 0)
-        self._count(num_steps)
-        self._activate(keep=frozenset())
-        self._log_active()
-
-    def _activate(self, keep: Set[Parameter]) -> None:
-        """Freeze and unfreeze, and hand the active masters to the base optimizer; old ones are freed first."""
-        names, corrected = set(self.active_names()), set(self.corrected_names())
-        active = {param for name, param in self.named_parameters.items() if name in names}
-        for name, param in self.named_parameters.items():
-            set_active(param, name in names or name in corrected)
-        groups = [[param for param in members if param in active] for members in self.members]
-        self._tenants.replace(self.base_optimizer, self.masters, groups, keep)
-        if self.attached:
-            self.masters.bind()
-        elif isinstance(self.base_optimizer, ShardedOptimizer):
-            self._tenants.bind_whole(self.base_optimizer, self.members)
-        if self._corrections is not None:
-            self._corrections.activate([param for name, param in self.named_parameters.items() if name in corrected])
-
     def _base_step(self) -> None:
         with scaled_rates(self.param_groups, warm_up(self.num_steps, self.schedule.period, self.warm_up_steps)):
             self.base_optimizer.step()
         self._count(self.num_steps + 1)
-
-    def _count(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        if self.corrector is not None:
-            self.corrector.num_steps = num_steps
-
-    def _log_active(self) -> None:
-        if not self.verbose:
-            return
-        blocks = ", ".join(f"{index} ({self.blocks[index].name})" for index in self.schedule.active(self.num_steps))
-        self._report(f"step {self.num_steps}: block {blocks} of {len(self.blocks)} is active")
-        if self.verbose >= 2:
-            self._report(f"trainable: {', '.join(self.active_names())}")
-
-    def _report(self, message: str) -> None:
-        logger.info(message)

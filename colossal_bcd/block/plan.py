@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from colossal_bcd.block.correction import CorrectionMode, inactive
-from colossal_bcd.block.partition import Block
-from colossal_bcd.block.schedule import Schedule
+from colossal_bcd.block.guards import always_active
+from colossal_bcd.block.partition import Block, PrefixList, partition
+from colossal_bcd.block.roster import Roster
+from colossal_bcd.block.schedule import Mode, Schedule
 
 LoraMode: TypeAlias = Literal["all", "partial", "adapter_only"]
+
+SCHEDULE = tuple(field.name for field in dataclasses.fields(Schedule) if field.name != "drawn")
+"""Fields of a schedule that the user decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class Plan:
         """What says which parameters train at which step: plain numbers, strings, lists."""
         schedule = self.schedule
         return {
-            **{field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)},
+            **{name: getattr(schedule, name) for name in SCHEDULE},
             "ranges": [list(bounds) for bounds in schedule.ranges],
             "blocks": [[block.name, list(block.parameters)] for block in self.blocks],
             "always_active": list(self.always_active),
@@ -70,6 +76,58 @@ class Plan:
 
     def fingerprint(self, num_steps: int) -> list[int]:
         """Two 62-bit ints: of the blocks and their schedule, and of the progress in it.  Equal on ranks that agree."""
-        progress = num_steps, self.schedule.active(num_steps)
+        progress = num_steps, self.schedule.active(num_steps), self.schedule.drawn
         digests = (hashlib.sha256(repr(value).encode()).digest() for value in (self.identity(), progress))
         return [int.from_bytes(digest[:8], "big") >> 2 for digest in digests]
+
+
+def make_plan(
+    roster: Roster,
+    *,
+    block_prefix_list: PrefixList | None,
+    include_embedding: bool,
+    include_lm_head: bool,
+    n_layer_per_block: int,
+    switch_block_every: int,
+    switch_mode: Mode,
+    start_block: int | None,
+    seed: int,
+    block_ranges: Sequence[tuple[int, int]] | None,
+    active_modules: Sequence[str],
+    lora_mode: LoraMode | None,
+    sgd_mode: CorrectionMode,
+    options: dict[str, Any],
+) -> Plan:
+    """The plan that the arguments of a BlockOptimizer, which see, ask for.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+    blocks = partition(
+        roster.parameters,
+        aliases=roster.aliases,
+        trainable=roster.in_blocks,
+        block_prefix_list=block_prefix_list,
+        include_embedding=include_embedding,
+        include_lm_head=include_lm_head,
+        num_layers_per_block=n_layer_per_block,
+        merge_seed=seed if switch_mode == "random" else None,
+    )
+    schedule = Schedule(
+        num_blocks=len(blocks),
+        period=switch_block_every,
+        mode=switch_mode,
+        seed=seed,
+        start_block=start_block,
+        ranges=tuple(block_ranges or ()),
+    )
+    return Plan(
+        names=tuple(name for name in roster.parameters if name in roster.trainable),
+        blocks=blocks,
+        schedule=schedule,
+        always_active=always_active(active_modules, roster),
+        adapters=roster.adapters,
+        lora_mode=lora_mode,
+        sgd_mode=sgd_mode,
+        options=options,
+    )

@@ -1,7 +1,11 @@
-"""Which blocks are active at which step: a pure function of the schedule and of the number of applied steps."""
+"""Which blocks are active at which step: a pure function of the schedule and of the number of applied steps.
+
+n: blocks of a range.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +13,11 @@ from typing import Literal, TypeAlias
 
 from colossal_bcd.block.checks import require_choice, require_int
 
-Mode: TypeAlias = Literal["random", "ascending", "descending", "fixed"]
+Mode: TypeAlias = Literal["random", "ascending", "descending", "fixed", "importance"]
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
+Drawn: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 
-MODES: tuple[Mode, ...] = ("random", "ascending", "descending", "fixed")
+MODES: tuple[Mode, ...] = ("random", "ascending", "descending", "fixed", "importance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +25,8 @@ class Schedule:
     """Order of the blocks.
 
     A period is `period` applied optimizer steps with one active block per range.  An epoch of a range is as many
-    periods as the range has blocks; each of them is active once in it (but for "fixed").  Nothing is drawn from a
-    global generator, so every process that knows the numbers knows the order.
+    periods as the range has blocks; each of them is active once in it (but for "fixed" and "importance").  Nothing is
+    drawn from a global generator, so every process that knows the numbers knows the order.
 
     Raises:
         TypeError: a number is not an int.
@@ -32,12 +37,15 @@ class Schedule:
     period: int
     """Applied optimizer steps between two switches."""
     mode: Mode = "random"
-    """"random": a new permutation every epoch; "ascending", "descending": by index, wrapping; "fixed": one block."""
+    """"random": a new permutation every epoch; "ascending", "descending": by index, wrapping; "fixed": one block;
+    "importance": see `draw`."""
     seed: int = 0
     start_block: int | None = None
     """First active block of the range that it is in; None: the first one by the order."""
     ranges: Ranges = ()
     """Half-open ranges of blocks, each with its own order and its own active block; (): one over all blocks."""
+    drawn: Drawn = ()
+    """For "importance", by range: the epoch that was drawn last, and its order; (): the first epoch goes on."""
 
     def __post_init__(self) -> None:
         require_int("number of blocks", self.num_blocks, 1)
@@ -76,7 +84,9 @@ class Schedule:
         first = self.start_block if self.start_block in blocks else None
         if self.mode == "fixed":
             return (first if first is not None else start,) if blocks else ()
-        if self.mode == "random":
+        if self.mode == "importance" and epoch > 0 and len(blocks) > 1:
+            return self._drawn_order(range_index, epoch)
+        if self.mode in ("random", "importance"):
             # A str seed goes through SHA-512, independent of PYTHONHASHSEED and of the platform.
             random.Random(f"blocks {start}-{stop} of seed {self.seed}, epoch {epoch}").shuffle(blocks)
             if first is not None and epoch == 0:
@@ -105,3 +115,54 @@ class Schedule:
     def is_switch(self, num_steps: int) -> bool:
         """Whether a period ends with the applied step that makes them `num_steps`."""
         return num_steps > 0 and num_steps % self.period == 0
+
+    def epochs_that_begin(self, num_steps: int) -> tuple[int, ...]:
+        """Indices of the ranges whose order is to be drawn after `num_steps` applied steps; follows from numbers."""
+        if self.mode != "importance" or not self.is_switch(num_steps):
+            return ()
+        turn = num_steps // self.period
+        sizes = [stop - start for start, stop in self.ranges]
+        return tuple(index for index, size in enumerate(sizes) if size > 1 and turn % size == 0)
+
+    def draw(self, num_steps: int, norms: Sequence[float | None], floor: float) -> Schedule:
+        """This schedule with the orders of the epochs that begin after `num_steps` applied steps.
+
+        The n blocks of an epoch are drawn with replacement; see `probabilities`.  The first epoch is a permutation.
+
+        Args:
+            num_steps: see above.
+            norms: of all blocks, the same on every process; None: not known.
+            floor: share of the probability that all blocks of a range have in equal parts.
+        """
+        drawn = list(self.drawn or ((0, ()),) * len(self.ranges))
+        for index in self.epochs_that_begin(num_steps):
+            start, stop = self.ranges[index]
+            epoch = num_steps // self.period // (stop - start)
+            generator = random.Random(f"blocks {start}-{stop} of seed {self.seed}, epoch {epoch}, by importance")
+            weights = probabilities(norms[start:stop], floor)
+            drawn[index] = epoch, tuple(generator.choices(range(start, stop), weights, k=stop - start))
+        return dataclasses.replace(self, drawn=tuple(drawn))
+
+    def _drawn_order(self, range_index: int, epoch: int) -> tuple[int, ...]:
+        known, order = self.drawn[range_index] if self.drawn else (0, ())
+        if known != epoch:
+            start, stop = self.ranges[range_index]
+            raise ValueError(
+                f"switch_mode='importance': got a step in epoch {epoch} of blocks {start} to {stop - 1}, expected one "
+                f"in epoch {known}, whose order is known: orders are drawn from norms when an epoch begins. Load the "
+                "state of a run that is there."
+            )
+        return order
+
+
+def probabilities(norms: Sequence[float | None], floor: float) -> list[float]:
+    """[n] probability of each block: proportional to its norm, plus an equal part of `floor`.
+
+    A norm that is not known counts as the largest one that is.
+    """
+    largest = max((norm for norm in norms if norm is not None), default=1.0)
+    filled = [largest if norm is None else norm for norm in norms]
+    total = sum(filled)
+    if total == 0:
+        return [1 / len(norms)] * len(norms)
+    return [(1 - floor) * norm / total + floor / len(norms) for norm in filled]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.masters import LOW_PRECISION, LocalMasters
-from colossal_bcd.block.schedule import Schedule
+from colossal_bcd.block.schedule import Drawn, Schedule
 from colossal_bcd.optim.entries import Entry
 
 if TYPE_CHECKING:
@@ -45,30 +45,40 @@ class Contributor(Protocol):
 
 def progress(optimizer: BlockOptimizer) -> dict[str, Any]:
     """Where in which schedule the optimizer is; plain numbers, strings, lists."""
-    return {"num_steps": optimizer.num_steps, "identity": optimizer.identity()}
+    where: dict[str, Any] = {"num_steps": optimizer.num_steps, "identity": optimizer.identity()}
+    if optimizer.schedule.drawn:
+        where["drawn"] = [[epoch, list(order)] for epoch, order in optimizer.schedule.drawn]
+    return where
 
 
-def schedule_of(optimizer: BlockOptimizer, identity: Mapping[str, Any]) -> Schedule:
-    """The schedule with which a saved run goes on: the optimizer's own, with the ranges of the run.
+def schedule_of(optimizer: BlockOptimizer, saved: Mapping[str, Any]) -> Schedule:
+    """The schedule with which a saved run goes on: the optimizer's own, with the ranges and draws of the run.
 
     Ranges that nobody chose follow from the mesh (one per pipeline stage); a run keeps those with which it began.
 
+    Args:
+        optimizer: that goes on.
+        saved: what `progress` returned.
     Raises:
         ValueError: the run has other blocks or another schedule.
     """
+    identity = saved["identity"]
     # As it comes out of a file, which has lists only.
     ours: dict[str, Any] = json.loads(json.dumps(optimizer.identity()))
     if not optimizer.ranges_given and ours["blocks"] == identity.get("blocks"):
         ours["ranges"] = identity.get("ranges")
     require_identity(ours, identity)
     ranges = tuple((start, stop) for start, stop in ours["ranges"])
-    return dataclasses.replace(optimizer.schedule, ranges=ranges)
+    return dataclasses.replace(optimizer.schedule, ranges=ranges, drawn=_drawn(saved))
+
+
+def _drawn(saved: Mapping[str, Any]) -> Drawn:
+    return tuple((epoch, tuple(order)) for epoch, order in saved.get("drawn", ()))
 
 
 def names_at(optimizer: BlockOptimizer, schedule: Schedule, num_steps: int) -> list[list[str]]:
     """`optimizer.group_names(num_steps)` by another schedule."""
-    active = {name for index in schedule.active(num_steps) for name in optimizer.blocks[index].parameters}
-    active.update(optimizer.always_active)
+    active = set(dataclasses.replace(optimizer.plan, schedule=schedule).active_names(num_steps))
     names = {param: name for name, param in optimizer.named_parameters.items() if name in active}
     return [[names[param] for param in members if param in names] for members in optimizer.members]
 
@@ -88,14 +98,15 @@ def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:
         if param in tensors and tensors[param] is not param
     }
     block = {
-        "num_steps": optimizer.num_steps,
-        "identity": optimizer.identity(),
+        **progress(optimizer),
         "groups": optimizer.group_names(optimizer.num_steps),
         "masters": masters,
     }
     if optimizer.corrector is not None:
         state = optimizer.corrector.state
         block["corrections"] = {name: state[p] for name, p in optimizer.named_parameters.items() if p in state}
+    if optimizer.importance is not None:
+        block["importance"] = optimizer.importance.numbers()
     block.update(_waiting(optimizer))
     return {**optimizer.base_optimizer.state_dict(), "block": block}
 
@@ -110,9 +121,12 @@ def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> Non
         )
     block = snapshot["block"]
     require_identity(optimizer.identity(), block["identity"])
-    _check_groups(optimizer.group_names(block["num_steps"]), block["groups"])
+    schedule = dataclasses.replace(optimizer.schedule, drawn=_drawn(block))
+    _check_groups(names_at(optimizer, schedule, block["num_steps"]), block["groups"])
     _check_masters(optimizer, block)
-    optimizer.resume_at(block["num_steps"])
+    resume(optimizer, schedule, block["num_steps"])
+    if optimizer.importance is not None:
+        optimizer.importance.load(block["importance"], {})
     tensors = _local(optimizer).tensors
     with torch.no_grad():
         for name, master in block["masters"].items():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from torch import Tensor
+
+from colossal_bcd.sharding import Mesh
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -54,6 +58,22 @@ class EngineConfig:
     """How gradients of projected parameters travel."""
     fp16: Mapping[str, float] | None = None
     """Arguments of the loss scaler; None is no loss scaling."""
+
+
+def mesh_of(config: EngineConfig, device: torch.device) -> Mesh:
+    """The process groups of this rank by axis; `data`: ranks with other batches, whether masters are sharded or not.
+
+    Args:
+        config: has the groups.
+        device: where they communicate.
+    """
+    zero: Any = config.zero_groups
+    if len(zero) > 1 and math.prod(map(dist.get_world_size, zero)) == dist.get_world_size():
+        zero = dist.group.WORLD
+    groups: dict[str, Any] = {"zero": zero, "data": config.data_groups}
+    for axis, group in (("tp", config.tp_group), ("pp", config.pp_group)):
+        groups[axis] = () if group is None else (group,)
+    return Mesh(groups, device)
 
 
 class LossScaler(FP16MixedPrecisionMixin):

@@ -64,7 +64,7 @@ class ShardedMasters:
         """Hold masters of exactly these parameters; the old ones are freed first, except those of `keep`."""
         survivors, active = set(keep), set(params)
         for param in [param for param in self.of if param not in survivors]:
-            self.residuals.keep(param, self.of.pop(param), self._weight(param))
+            self.residuals.keep(param, self.of.pop(param), self.weight(param))
         held = {**self.aside, **self.of}
         held = {param: master for param, master in held.items() if param in survivors}
         self.aside = {param: master for param, master in held.items() if param not in active}
@@ -126,9 +126,9 @@ class ShardedMasters:
         """The weight itself where a master would be no different."""
         dtype = self.dtype(param)
         device = torch.device("cpu") if self._offload else param.device
-        return self._weight(param).to(device, dtype, copy=self.num_shards > 1)
+        return self.weight(param).to(device, dtype, copy=self.num_shards > 1)
 
-    def _weight(self, param: Parameter) -> Tensor:
+    def weight(self, param: Parameter) -> Tensor:
         """What the master stands for: this rank's part of the weight, or the weight itself."""
         # `data` is a plain tensor where ColossalAI has changed the parameter's class (overlap_allgather); everything
         # else of such a parameter is of a class whose in-place operations are not in place.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +28,18 @@ from colossal_bcd.booster.checkpoint.load import check_opened
 from colossal_bcd.booster.checkpoint.save import whole_state
 from colossal_bcd.booster.checkpoint.source import opened_state
 from colossal_bcd.booster.clipping import scale_gradients
-from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler
+from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler, mesh_of
 from colossal_bcd.booster.correction import corrections_of
 from colossal_bcd.booster.factors import EngineFactors
 from colossal_bcd.booster.faults import LateCheck, named
+from colossal_bcd.booster.importance import squared_weights
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.booster.sequence import add_sequence_parallel
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.sharding import Layout, Mesh, Request, Sum, square_sum
+from colossal_bcd.sharding import Layout, Request, Sum, square_sum
 
 
 class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
@@ -87,7 +89,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             whole_rows=prefers_whole_rows(self._base),
             residual=getattr(optimizer, "residual", None),
         )
-        self._mesh = self._make_mesh()
+        self._mesh = mesh_of(config, self._device)
         self._low_rank = LowRankGradients(self._base, config, self.shared_params)
         self._reducer = GradientReducer([], self._reducer_config())
         self.mixed_precision_mixin = None
@@ -135,6 +137,12 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         size = self.config.reduce_bucket_size
         done = self._low_rank.replicate(self.masters, size)
         self.masters.write_back(size, defer=self.config.overlap_allgather, done=done)
+
+    @named("switch of blocks")
+    def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
+        """See `Masters`."""
+        self._force_wait_all_gather()
+        return squared_weights(blocks, self.masters, self._mesh, self._device, self._tied_elsewhere)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients of what is active."""
@@ -197,9 +205,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._drop_gradients()
         self.write_back()
         if isinstance(self.optim, BlockOptimizer):
-            if self.optim.schedule.is_switch(self.optim.num_steps):
-                self._agree(self.optim)
-            self.optim.switch_if_due()
+            self.optim.switch_if_due(partial(self._agree, self.optim))
 
     def get_grad_norm(self, norm_type: float = 2, **kwargs: Any) -> float | None:
         """Euclidean norm of the last step's gradients (and images), before clipping, without the loss scale."""
@@ -282,14 +288,6 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
     def _agree(self, optimizer: BlockOptimizer) -> None:
         require_agreement("block schedule", optimizer.fingerprint(), self._device)
 
-    def _make_mesh(self) -> Mesh:
-        whole_world = len(self.config.zero_groups) > 1 and self.masters.num_shards == dist.get_world_size()
-        groups: dict[str, Any] = {"zero": dist.group.WORLD if whole_world else self.config.zero_groups}
-        groups["data"] = self.config.data_groups
-        for axis, group in (("tp", self.tp_pg), ("pp", self.pp_pg)):
-            groups[axis] = () if group is None else (group,)
-        return Mesh(groups, self._device)
-
     def _zero_pg(self) -> dist.ProcessGroup | Groups | None:
         groups = self.config.zero_groups
         return groups[0] if len(groups) == 1 else groups or None
@@ -325,19 +323,20 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
     @named("norm of gradients")
     def _scale_gradients(self, loss_scale: float) -> None:
         """Undo the loss scale and clip by the global norm of what is active."""
-        squares, grads = list[Request](), []
+        squares, grads = dict[Parameter, Request](), []
         for param, master in self.masters.of.items():
             if master.grad is None:
                 continue
             image = self._low_rank.held.get(param)
             grads.append(master.grad if image is None else image)
             if image is not None:
-                squares.append(self._low_rank.square_sum(param))
+                squares[param] = self._low_rank.square_sum(param)
             elif param not in self._tied_elsewhere:
                 layout = self.masters.layout(param)
-                squares.append(Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes))
+                squares[param] = Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes)
         settings = self._mesh, self._device, self.config.max_norm, loss_scale
-        self._current_grad_norm = scale_gradients(grads, squares, *settings)
+        importance = getattr(self.optim, "importance", None)
+        self._current_grad_norm = scale_gradients(grads, squares, *settings, importance)
         self.late_check.note(self._current_grad_norm)
 
     def _force_wait_all_gather(self) -> None:

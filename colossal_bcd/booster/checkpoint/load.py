@@ -103,7 +103,7 @@ def _target(boosted: Boosted, manifest: dict[str, Any]) -> Target:
         )
     if block is None or saved is None:
         return Target(held=boosted.held())
-    schedule = schedule_of(block, saved["identity"])
+    schedule = schedule_of(block, saved)
     held = boosted.held(names_at(block, schedule, saved["num_steps"]))
     return Target(held=held, schedule=schedule, num_steps=saved["num_steps"])
 

@@ -1,0 +1,189 @@
+"""What changes when other blocks become active: at a switch, under an engine, and where a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Sequence, Set
+
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from colossal_bcd.block.checks import require_int
+from colossal_bcd.block.correction import Corrections, LocalCorrections
+from colossal_bcd.block.corrector import Corrector
+from colossal_bcd.block.importance import Importance
+from colossal_bcd.block.masters import Masters
+from colossal_bcd.block.plan import Plan
+from colossal_bcd.block.roster import set_active
+from colossal_bcd.block.snapshot import Contributor
+from colossal_bcd.block.wrapper import Wrapper
+from colossal_bcd.optim import ShardedOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+class Switching(Wrapper):
+    """A wrapper whose base optimizer holds what a plan activates.
+
+    Args:
+        base_optimizer: the optimizer inside.
+        plan: which parameters train when.
+        named_parameters: canonical name -> trainable parameter.
+        names: name of every parameter, for errors.
+        masters: makes what the base optimizer holds.
+        kept: names of parameters whose masters and state survive switches.
+        corrector: updates what is not active; None: nothing does.
+        importance: norms by which blocks are drawn, if they are.
+        verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        plan: Plan,
+        named_parameters: dict[str, Parameter],
+        *,
+        names: dict[Parameter, str],
+        masters: Masters,
+        kept: Set[str],
+        corrector: Corrector | None,
+        importance: Importance | None,
+        verbose: int,
+    ) -> None:
+        super().__init__(base_optimizer, plan, named_parameters)
+        self.verbose = verbose
+        self.masters = masters
+        self._kept = {named_parameters[name] for name in kept}
+        self.importance = importance
+        self.contributors: dict[str, Contributor] = {} if importance is None else {"importance": importance}
+        """Parts with state of their own, for checkpoints."""
+        self.corrector = corrector
+        """Updates what is not active; None: nothing does."""
+        self._corrections: Corrections | None = None
+        if corrector is not None:
+            corrector.adopt(self.named_parameters, list(zip(base_optimizer.param_groups, self.members, strict=True)))
+            self._corrections = LocalCorrections(corrector, names)
+        self.attached = False
+        """Whether an engine has taken over; it then feeds gradients, writes weights back and calls `switch_if_due`."""
+        if base_optimizer.state:
+            logger.warning("the base optimizer has taken steps; its state is cleared, as at every switch")
+        self._activate(keep=frozenset())
+        self._log_active()
+
+    def switch_if_due(self, agree: Callable[[], None] | None = None) -> bool:
+        """Activate the next blocks if the last applied step ended a period; whether it did.
+
+        Must be called once after every applied step.
+
+        Args:
+            agree: called before anything is activated, when it is known what will be.
+        """
+        if not self.schedule.is_switch(self.num_steps):
+            return False
+        if self.importance is not None:
+            schedule = self.importance.end(self.schedule, self.num_steps, self._weights)
+            self.plan = dataclasses.replace(self.plan, schedule=schedule)
+        if agree is not None:
+            agree()
+        self._activate(keep=self._kept)
+        self._log_active()
+        return True
+
+    def attach(
+        self, masters: Masters, *, held: Iterable[Parameter] | None = None, corrections: Corrections | None = None
+    ) -> None:
+        """Let an engine take over: its masters replace the local ones, and the active blocks are activated anew.
+
+        Args:
+            masters: the engine's.
+            corrections: the engine's; needed where there is a `corrector`.
+            held: parameters on this rank; others are never activated here.  None: all.
+        Raises:
+            ValueError: steps were taken, whose state would be lost, or there is nobody for the corrections.
+        """
+        if self.num_steps or self.base_optimizer.state:
+            raise ValueError(
+                f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
+            )
+        if self._corrections is not None:
+            if corrections is None:
+                raise ValueError("attach: got an engine without corrections, expected some, as sgd_mode asks for them")
+            self._corrections.activate([])
+            self._corrections = corrections
+        self.masters, self.attached = masters, True
+        if held is not None:
+            here = set(held)
+            for param in set(self.named_parameters.values()) - here:
+                set_active(param, False)
+            self.named_parameters = {name: param for name, param in self.named_parameters.items() if param in here}
+            self.members = [[param for param in group if param in here] for group in self.members]
+        self._activate(keep=frozenset())
+
+    def reschedule(self, block_ranges: Sequence[tuple[int, int]]) -> None:
+        """Give the blocks other ranges.
+
+        Raises:
+            ValueError: steps were taken, or the ranges do not cover the blocks.
+        """
+        if self.num_steps:
+            raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
+        schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
+        self.plan = dataclasses.replace(self.plan, schedule=schedule)
+        self._activate(keep=frozenset())
+        self._log_active()
+
+    def resume_at(self, num_steps: int) -> None:
+        """Activate what trains after `num_steps` applied steps, with fresh masters and without state.
+
+        Raises:
+            ValueError: with "importance", the order of that epoch was not drawn here.
+        """
+        require_int("num_steps", num_steps, 0)
+        self.schedule.active(num_steps)  # raises where that is not known
+        self._count(num_steps)
+        self._activate(keep=frozenset())
+        self._log_active()
+
+    def _activate(self, keep: Set[Parameter]) -> None:
+        """Freeze and unfreeze, and hand the active masters to the base optimizer; old ones are freed first."""
+        names, corrected = set(self.active_names()), set(self.corrected_names())
+        active = {param for name, param in self.named_parameters.items() if name in names}
+        for name, param in self.named_parameters.items():
+            set_active(param, name in names or name in corrected)
+        groups = [[param for param in members if param in active] for members in self.members]
+        self._tenants.replace(self.base_optimizer, self.masters, groups, keep)
+        if self.attached:
+            self.masters.bind()
+        elif isinstance(self.base_optimizer, ShardedOptimizer):
+            self._tenants.bind_whole(self.base_optimizer, self.members)
+        if self._corrections is not None:
+            self._corrections.activate([param for name, param in self.named_parameters.items() if name in corrected])
+        if self.importance is not None:
+            indices = self.schedule.active(self.num_steps)
+            self.importance.begin(indices, [self._members_of(index) for index in indices])
+
+    def _members_of(self, block: int) -> list[Parameter]:
+        """Parameters of a block on this rank."""
+        named = self.named_parameters
+        return [named[name] for name in self.blocks[block].parameters if name in named]
+
+    def _weights(self, blocks: Sequence[int]) -> Tensor:
+        return self.masters.squared_weights([self._members_of(block) for block in blocks])
+
+    def _count(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        if self.corrector is not None:
+            self.corrector.num_steps = num_steps
+
+    def _log_active(self) -> None:
+        if not self.verbose:
+            return
+        blocks = ", ".join(f"{index} ({self.blocks[index].name})" for index in self.schedule.active(self.num_steps))
+        self._report(f"step {self.num_steps}: block {blocks} of {len(self.blocks)} is active")
+        if self.verbose >= 2:
+            self._report(f"trainable: {', '.join(self.active_names())}")
+
+    def _report(self, message: str) -> None:
+        logger.info(message)
