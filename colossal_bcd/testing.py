@@ -8,12 +8,14 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +27,46 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRELOAD = ("torch", "transformers.models.llama.modeling_llama", "colossalai.booster.plugin", "colossal_bcd.testing")
+PRELOAD = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "colossalai.booster.plugin",
+    "colossalai.shardformer.policies.llama",
+    "rich.console",  # as the next one imported by ColossalAI when it first logs
+    "rich.logging",
+    "colossal_bcd.booster",
+    "colossal_bcd.testing",
+)
 """Imported once by the server process from which the ranks are forked."""
 
 
 class RankError(AssertionError):
     """A rank failed or did not end in time; the message holds every rank's traceback."""
+
+
+def start_server(*modules: str) -> Any:
+    """Start the process from which ranks are forked, unless it runs; it imports while this one goes on.
+
+    Args:
+        modules: to be imported besides `PRELOAD`; what is not would be imported by every rank that needs it.
+    Returns:
+        The context that makes processes of it.
+    """
+    # Else importing ColossalAI starts processes that compile kernels, and a thread that listens to them.
+    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, *modules])
+    path = os.environ.get("PYTHONPATH")
+    # Before 3.13 the server is not told of sys.path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+    return context
 
 
 def run_ranks(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -42,9 +78,7 @@ def run_ranks(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout: float
     Raises:
         RankError: a rank raised, died, or was still running after `timeout` seconds; all ranks are ended.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context = start_server()
     with tempfile.TemporaryDirectory() as folder:
         ranks, pipes = [], []
         for rank in range(num_ranks):
@@ -91,6 +125,7 @@ def _rank_main(
     pipe: Connection, rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported: neither walked by collections nor among the tensors of this rank
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
@@ -194,9 +229,28 @@ def storages(*roots: Any) -> dict[int, int]:
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that some live tensor of this process refers to."""
+    """Bytes of all storages that some live tensor of this process refers to.
+
+    Threads of gloo let go of what they have sent a moment after `wait` has returned, so this reads until it stays.
+    """
     gc.collect()
-    return sum(storages([item for item in gc.get_objects() if issubclass(type(item), Tensor)]).values())
+    found = -1
+    while True:
+        time.sleep(0.05)
+        before, found = found, _held_bytes()
+        if found == before:
+            return found
+
+
+def _held_bytes() -> int:
+    held: dict[int, int] = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), Tensor):
+            try:
+                held |= storages(item)
+            except NotImplementedError:  # freed by another thread since it was listed: it has no storage any more
+                continue
+    return sum(held.values())
 
 
 class PeakBytes(TorchDispatchMode):

@@ -1,11 +1,17 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from colossal_bcd.testing import start_server
+
 # On a machine that does much else a rank may be late; the tests that need the time limit set their own.
 os.environ.setdefault("COLOSSAL_BCD_TIMEOUT", "600")
 torch.set_num_threads(1)
+# Importing ColossalAI would start processes that wait for kernels to compile.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -14,3 +20,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+def pytest_collection_finish(session):
+    """Ranks are forked from a process that has imported what the collected tests have; it does while the first run."""
+    modules = {item.module for item in session.items}
+    if session.config.option.collectonly or not any(hasattr(module, "run_ranks") for module in modules):
+        return
+    here = Path(__file__).parent
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    start_server(*(name for name, file in files.items() if file and Path(file).parent == here and name != "conftest"))

@@ -1,6 +1,8 @@
 """The tools that other tests stand on."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -59,6 +61,46 @@ def test_run_ranks_returns_results_by_rank():
 
 def test_run_ranks_runs_again_and_on_one_rank():
     assert run_ranks(1, describe) == run_ranks(1, describe) == [(0, 1, "gloo", 1, ())]
+
+
+OLD = torch.ones(1000)
+"""Older than any rank."""
+
+
+def describe_server():
+    """Threads of the process that this rank was forked from, what came with it, and whose tensors are found here."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{os.getppid()}/status").read_text().splitlines())
+    mine = torch.ones(10)
+    return int(status["Threads"]), "colossal_bcd.booster" in sys.modules, live_bytes(), mine.nbytes
+
+
+def test_run_ranks_forks_from_one_thread_that_has_imported_everything():
+    """Each rank imported this package anew, which took longer than what it then computed.
+
+    A rank finds no tensors but its own, whatever the modules hold that came with it.
+    """
+    path = os.environ.get("PYTHONPATH")
+    for threads, imported, found, mine in run_ranks(2, describe_server):
+        assert threads == 1
+        assert imported
+        assert found == mine
+    assert os.environ.get("PYTHONPATH") == path
+
+
+def name_of_a_module_besides():
+    return "block_net" in sys.modules
+
+
+def test_start_server_imports_what_it_is_told():
+    """In a process of its own, whose path the server has to be given."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_testing\n"
+        "from colossal_bcd.testing import run_ranks, start_server\n"
+        "start_server('block_net')\nprint(run_ranks(1, test_testing.name_of_a_module_besides))"
+    )
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, str(here)], cwd=here.parent, capture_output=True, text=True)
+    assert done.stdout == "[True]\n", done.stderr
 
 
 def test_run_ranks_leaves_no_process_after_success(tmp_path):
