@@ -54,7 +54,7 @@ def arm(where: str, run: Run) -> None:
     """Let this rank end itself at a place of its next steps."""
     engine: Any = run.engine
     if where == "average":
-        engine._reducer._reduce = die
+        engine._reducer._launch = die
         engine._reducer.finish = die
     elif where == "rule":
         engine.optim.base_optimizer.step = die
