@@ -59,12 +59,18 @@ def test_pipeline_every_stage_trains_a_block_of_its_own(num_ranks: int, options:
     assert max(norms) - min(norms) < 1e-6, "stages clip by different norms"
 
 
-def test_pipeline_one_block_leaves_a_stage_without_work() -> None:
+@pytest.mark.parametrize(("num_ranks", "options"), [(2, {}), (4, {"tp_size": 2})], ids=["pp2", "pp2-tp2"])
+def test_pipeline_one_block_leaves_a_stage_without_work(num_ranks: int, options: dict[str, Any]) -> None:
     """The stage without an active block neither hangs in the norm's collectives nor breaks backward."""
     case = partial(block_cases.pipeline_losses, block={"block_ranges": [(0, 4)]})
-    results = run_ranks(2, case, OPTIONS, STEPS, 4)
-    assert worst(results, plain(1, [0, 1, 2, 3], 4)) <= SUM_BOUND
-    assert [[len(held) for held in result["held"][::PERIOD]] for result in results] == [[9, 9, 0, 0], [0, 0, 9, 9]]
+    results = run_ranks(num_ranks, case, {**OPTIONS, **options}, STEPS, 4)
+    data_ranks = max(result["rank"] for result in results) + 1
+    assert worst(results, plain(data_ranks, [0, 1, 2, 3], 4)) <= SUM_BOUND
+    for result in results:
+        held = [len(names) for names in result["held"][::PERIOD]]
+        assert held == ([0, 0, 9, 9] if result["last"] else [9, 9, 0, 0])
+    norms = [result["norm"] for result in results]
+    assert max(norms) - min(norms) < 1e-6, "stages clip by different norms"
 
 
 def test_pipeline_weights_tied_across_stages_are_active_together() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -34,8 +33,6 @@ from colossal_bcd.block.switching import Switching
 from colossal_bcd.block.tenants import scaled_rates, warm_up
 from colossal_bcd.optim.rounding import Rounding
 
-logger = logging.getLogger(__name__)
-
 
 class BlockOptimizer(Switching):
     """Trains one block of a model at a time with the base optimizer and freezes the rest.
@@ -66,7 +63,7 @@ class BlockOptimizer(Switching):
             switches.
         include_embedding: also make a first block of the embeddings.
         include_lm_head: also make a last block of the head.
-        verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains.
+        verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains; shown without logging set up.
         lora_mode: BREAD's adapters, in a model of peft: blocks train the weights below, which peft has frozen, and
             besides train "all" adapters, or, "partial", those from the active layer on; "adapter_only": blocks are the
             adapters alone. None: the same, as BAdam does.
@@ -189,7 +186,7 @@ class BlockOptimizer(Switching):
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
             fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.mode})"
-            logger.info("%d blocks; %d trainable parameters are in none and %s", len(self.blocks), untrained, fate)
+            self._report(f"{len(self.blocks)} blocks; {untrained} trainable parameters are in none and {fate}")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the active blocks, then the switch if one is due.

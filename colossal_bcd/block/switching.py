@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from colossal_bcd.block.announce import active_line, announce
 from colossal_bcd.block.checks import require_int
 from colossal_bcd.block.correction import Corrections, LocalCorrections
 from colossal_bcd.block.corrector import Corrector
@@ -65,6 +66,8 @@ class Switching(Wrapper):
         if corrector is not None:
             corrector.adopt(self.named_parameters, list(zip(base_optimizer.param_groups, self.members, strict=True)))
             self._corrections = LocalCorrections(corrector, names)
+        self.stages: tuple[Sequence[int], ...] = ()
+        """Pipeline stages that hold parameters of each block; empty without a pipeline."""
         self.attached = False
         """Whether an engine has taken over; it then feeds gradients, writes weights back and calls `switch_if_due`."""
         if base_optimizer.state:
@@ -121,14 +124,18 @@ class Switching(Wrapper):
             self.members = [[param for param in group if param in here] for group in self.members]
         self._activate(keep=frozenset())
 
-    def reschedule(self, block_ranges: Sequence[tuple[int, int]]) -> None:
+    def reschedule(self, block_ranges: Sequence[tuple[int, int]], stages: Sequence[Sequence[int]] = ()) -> None:
         """Give the blocks other ranges.
 
+        Args:
+            block_ranges: half-open ranges that cover the blocks.
+            stages: pipeline stages that hold parameters of each block, for the log; empty without a pipeline.
         Raises:
             ValueError: steps were taken, or the ranges do not cover the blocks.
         """
         if self.num_steps:
             raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
+        self.stages = tuple(stages)
         schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
         self.plan = dataclasses.replace(self.plan, schedule=schedule)
         self._activate(keep=frozenset())
@@ -180,10 +187,10 @@ class Switching(Wrapper):
     def _log_active(self) -> None:
         if not self.verbose:
             return
-        blocks = ", ".join(f"{index} ({self.blocks[index].name})" for index in self.schedule.active(self.num_steps))
-        self._report(f"step {self.num_steps}: block {blocks} of {len(self.blocks)} is active")
+        active, names = self.schedule.active(self.num_steps), [block.name for block in self.blocks]
+        self._report(active_line(self.num_steps, active, names, self.stages))
         if self.verbose >= 2:
             self._report(f"trainable: {', '.join(self.active_names())}")
 
     def _report(self, message: str) -> None:
-        logger.info(message)
+        announce(message)

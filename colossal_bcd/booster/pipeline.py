@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.utils._pytree import tree_map
 
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.faults import named
+
+logger = logging.getLogger(__name__)
 
 
 class HybridModule(HybridParallelModule):
@@ -59,19 +63,32 @@ def _differentiable(value: Any) -> Any:
     return value
 
 
-def stage_ranges(
-    optimizer: BlockOptimizer, held: set[nn.Parameter], pp_group: dist.ProcessGroup
-) -> list[tuple[int, int]] | None:
-    """One block range per pipeline stage, so that all stages train at all times.
+def plan_stages(optimizer: BlockOptimizer, held: set[nn.Parameter], pp_group: dist.ProcessGroup) -> None:
+    """Give each pipeline stage blocks of its own, so that all stages train at all times, unless ranges were chosen.
 
-    Returns:
-        Half-open ranges by stage, or None where the blocks do not fall into stages (a block reaches over several
-        stages, or the blocks are not in stage order): then one block is active in the whole pipeline.
+    Where the blocks do not fall into stages (a block reaches over several stages, or the blocks are not in stage order)
+    one block is active in the whole pipeline.
     """
-    mine = [all(optimizer.named_parameters[name] in held for name in block.parameters) for block in optimizer.blocks]
-    stages: list[list[bool]] = [[] for _ in range(dist.get_world_size(pp_group))]
-    dist.all_gather_object(stages, mine, group=pp_group)
-    owners = [next((stage for stage, has in enumerate(stages) if has[i]), None) for i in range(len(mine))]
+    mine = [[optimizer.named_parameters[name] in held for name in block.parameters] for block in optimizer.blocks]
+    everywhere: list[list[list[bool]]] = [[] for _ in range(dist.get_world_size(pp_group))]
+    dist.all_gather_object(everywhere, mine, group=pp_group)
+    stages = [[stage for stage, has in enumerate(everywhere) if any(has[i])] for i in range(len(mine))]
+    ranges: Sequence[tuple[int, int]] | None = optimizer.schedule.ranges
+    if not optimizer.ranges_given:
+        whole = [next((stage for stage, has in enumerate(everywhere) if all(has[i])), None) for i in range(len(mine))]
+        ranges = _ranges_of(whole)
+    if ranges is None:
+        logger.warning("the blocks do not fall into pipeline stages; one block is active in the whole pipeline")
+        ranges = optimizer.schedule.ranges
+    optimizer.reschedule(ranges, stages)
+
+
+def _ranges_of(owners: Sequence[int | None]) -> list[tuple[int, int]] | None:
+    """Half-open ranges of blocks by stage.
+
+    Args:
+        owners: first stage that holds all of a block; None: there is none.
+    """
     known = [owner for owner in owners if owner is not None]
     if len(known) < len(owners) or known != sorted(known):
         return None

@@ -25,7 +25,7 @@ from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.factors import holds_factors, refuse_factors
 from colossal_bcd.booster.faults import limit_waiting, named
 from colossal_bcd.booster.layouts import shard_layouts
-from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, stage_ranges, tied_elsewhere
+from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, plan_stages, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
 from colossal_bcd.booster.registry import names_of, shapes_of
 from colossal_bcd.booster.zero import ZeroOptimizer
@@ -197,7 +197,7 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
             if not self.stage_manager.is_last_stage(ignore_chunk=True):
                 keep_output_differentiable(module)
             if isinstance(optimizer, BlockOptimizer):
-                self._plan_stages(optimizer, set(layouts))
+                plan_stages(optimizer, set(layouts), self.pp_group)
         return ZeroOptimizer(
             optimizer,
             model,
@@ -206,15 +206,6 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
             parameter_names=names,
             tied_elsewhere=tied_elsewhere(model),
         )
-
-    def _plan_stages(self, optimizer: BlockOptimizer, held: set[nn.Parameter]) -> None:
-        if optimizer.ranges_given:
-            return
-        ranges = stage_ranges(optimizer, held, self.pp_group)
-        if ranges is None:
-            logger.warning("the blocks do not fall into pipeline stages; one block is active in the whole pipeline")
-        else:
-            optimizer.reschedule(ranges)
 
     def _config(self) -> EngineConfig:
         groups = (self.mixed_dp_group,)

@@ -1,0 +1,42 @@
+"""A pipeline of two stages that leaves logging alone; launched by test_block_log.py."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import block_cases
+import colossalai
+import models
+import torch.distributed as dist
+
+OPTIONS = {"tp_size": 1, "pp_size": 2, "zero_stage": 1, "precision": "fp32", "num_microbatches": 2}
+
+
+def train(block: dict[str, Any]) -> None:
+    """Two steps with a switch after each."""
+    model, engine, booster = block_cases.boosted(
+        "hybrid", OPTIONS, base="sgd", model=models.llama(layers=4), block={"switch_block_every": 1, **block}
+    )
+    for step in range(2):
+        batch = models.tokens(step)
+        data = iter([{"input_ids": batch, "labels": batch}])
+        booster.execute_pipeline(data, model, lambda out, _: out.loss, engine, return_loss=True)
+        engine.step()
+        engine.zero_grad()
+
+
+if __name__ == "__main__":
+    colossalai.launch_from_torch(verbose=False)
+    for name, block in {
+        "per stage": {"verbose": 1},
+        "one block": {"verbose": 1, "block_ranges": [(0, 4)]},
+        "silent": {"verbose": 0},
+    }.items():
+        dist.barrier()
+        if dist.get_rank() == 0:
+            sys.stderr.write(f"-- {name}\n")
+            sys.stderr.flush()
+        dist.barrier()
+        train(block)
+    dist.destroy_process_group()
