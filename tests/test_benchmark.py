@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import benchmark_switch
 from benchmark_optimizers import HEADER, main, row
 from click.testing import CliRunner
 from contest import Result
@@ -42,3 +43,20 @@ def test_benchmark_row_holds_medians_ratios_and_collectives() -> None:
     del results["theirs"]
     line = row("zero2", "adafactor", results, error="RuntimeError: a | b")
     assert line == "| adafactor | zero2 | 2 | - | 1.25 | 2.0 | crashes: RuntimeError: a \\| b | 1.6 | 3.0 | 2 | - |"
+
+
+def test_benchmark_of_switches_compares_a_step_with_and_without() -> None:
+    small = ["--case", "zero2", "--hidden", "16", "--layers", "2", "--switches", "2"]
+    outcome = CliRunner().invoke(benchmark_switch.main, small, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    *_, header, _, line = outcome.stdout.strip().splitlines()
+    assert cells(header) == list(benchmark_switch.HEADER)
+    mesh, ranks, _, _, step, passes = cells(line)
+    assert (mesh, ranks) == ("zero2", "2")
+    assert float(step) > 0
+    assert float(passes) > 0
+
+
+def test_benchmark_row_of_switches_subtracts_a_step() -> None:
+    times = benchmark_switch.Times(passes=[50.0], steps=[10.0, 12.0, 90.0], switching=[18.0, 19.0, 70.0])
+    assert times.row("zero2", 2) == "| zero2 | 2 | **0.58** | 7.0 | 12.0 | 50.0 |"
