@@ -21,6 +21,7 @@ _HOMES = {
     "BlockOptimizer": "colossal_bcd.block",
     "param_groups": "colossal_bcd.groups",
     "BlockOptimizerRatio": "colossal_bcd.block",
+    "estimate": "colossal_bcd.memory",
 }
 
 __all__ = list(_HOMES)

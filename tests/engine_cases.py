@@ -13,7 +13,7 @@ from block_cases import LAYERS, PERIOD
 from colossalai.booster import Booster
 
 from colossal_bcd import BlockOptimizer
-from colossal_bcd.booster import LowLevelZeroPlugin
+from colossal_bcd.booster import LowLevelZeroPlugin, estimate
 from colossal_bcd.testing import CollectiveCounter, PeakBytes, live_bytes
 
 
@@ -52,6 +52,9 @@ def bytes_by_phase(stage: int, precision: str = "bf16") -> dict[str, float]:
     engine.masters._new = watched
     advance(model, engine, booster, 2)
     phases["after switch"] = live_bytes() - before
+    guess = estimate(engine)
+    phases |= {f"estimate {name}": getattr(guess, name) for name in ("between_steps", "after_backward", "in_step")}
+    phases["estimate temporaries"] = guess.temporaries
     return {"active": active, "whole": whole, "largest": max(sizes), **phases}
 
 

@@ -25,6 +25,9 @@ def test_engine_bytes_equal_the_formula(stage: int, num_ranks: int) -> None:
         assert abs(phases["between steps"] - 12 * active) <= SLACK
         assert abs(phases["after backward"] - 12 * active - low_precision) <= SLACK
         assert abs(phases["in step"] - 16 * active) <= SLACK
+        for name in ("between_steps", "after_backward"):
+            assert abs(phases[f"estimate {name}"] - phases[name.replace("_", " ")]) <= SLACK
+        assert abs(phases["estimate in_step"] - phases["estimate temporaries"] - phases["in step"]) <= SLACK
         assert phases["before new masters"] <= SLACK, "something of the old block is alive while the new one is made"
         assert abs(phases["after switch"] - 4 * active) <= SLACK
 

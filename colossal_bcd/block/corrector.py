@@ -104,6 +104,10 @@ class Corrector(ABC):
         """Description of the tensors in a parameter's state on this rank."""
 
     @abstractmethod
+    def num_bytes(self, param: Parameter, layout: Layout) -> int:
+        """Bytes of a parameter's state on a rank that holds the part that the layout says."""
+
+    @abstractmethod
     def allocate(self, params: Iterable[Parameter]) -> None:
         """Give exactly these parameters state as before their first update."""
 
@@ -139,6 +143,9 @@ class ElementwiseCorrector(Corrector):
 
     def entries(self, param: Parameter) -> list[Entry]:
         return [entry_like(name, tensor, self._layouts[param]) for name, tensor in self._state[param].items()]
+
+    def num_bytes(self, param: Parameter, layout: Layout) -> int:
+        return layout.num_local * sum(dtype.itemsize for dtype in self.rule.state.values())
 
     def allocate(self, params: Iterable[Parameter]) -> None:
         self._state = {param: self._new_state(param) for param in params}

@@ -96,6 +96,10 @@ class OptimizerCorrector(Corrector):
     def entries(self, param: Parameter) -> list[Entry]:
         return entries_of(self._optimizer, self._weights[param], self._layouts[param], self._group_of[param])
 
+    def num_bytes(self, param: Parameter, layout: Layout) -> int:
+        specs = self._optimizer.state_spec(layout, self._optimizer._hyper(self._group_of[param]))
+        return sum(spec.num_bytes(param.dtype) for spec in specs.values())
+
     def allocate(self, params: Iterable[Parameter]) -> None:
         self._optimizer.state.clear()
         for param in params:

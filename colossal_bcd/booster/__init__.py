@@ -2,7 +2,7 @@
 
 from colossal_bcd.booster.checkpoint import CheckpointError, CheckpointFolder, Resumed
 from colossal_bcd.booster.config import LowRankOptions
-from colossal_bcd.booster.explain import explain
+from colossal_bcd.booster.explain import estimate, explain
 from colossal_bcd.booster.install import install
 from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.registry import cast
@@ -16,6 +16,7 @@ __all__ = [
     "Resumed",
     "TorchDDPPlugin",
     "cast",
+    "estimate",
     "explain",
     "install",
 ]

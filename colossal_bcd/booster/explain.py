@@ -1,4 +1,4 @@
-"""`explain()`: what an optimizer does with each parameter on this rank, as text."""
+"""`explain()`: what an optimizer does with each parameter on this rank, as text; `estimate()`: the bytes it needs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from colossal_bcd import memory
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.zero import ZeroOptimizer
+from colossal_bcd.memory import Estimate
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Collect, Layout, Mesh, ShardView, resolve
 
@@ -45,6 +47,30 @@ def explain(optimizer: Any) -> str:
         active = ", ".join(block.name for block in inner.active_blocks())
         lines.append(f"step {inner.num_steps}: {active} of {len(inner.blocks)} blocks")
     return "\n".join([*lines, f"{len(held)} parameters, {total} bytes of states and masters on this rank"])
+
+
+def estimate(optimizer: Any) -> Estimate:
+    """What training holds on this rank beyond the weights (see `colossal_bcd.memory`).
+
+    Args:
+        optimizer: what `booster.boost` returned under a plugin of this package.
+    Raises:
+        TypeError: something else.
+    """
+    if not isinstance(optimizer, ZeroOptimizer):
+        raise TypeError(
+            f"estimate: got a {type(optimizer).__name__}, expected what booster.boost returned under a plugin of "
+            "colossal_bcd.booster. Of an optimizer that is not boosted ask colossal_bcd.estimate."
+        )
+    is_block = isinstance(optimizer.optim, BlockOptimizer)
+    return memory.estimate(
+        optimizer.optim,
+        num_shards=optimizer.masters.num_shards,
+        partition_grad=optimizer.config.partition_grad,
+        master_weights=optimizer.config.master_weights,
+        layouts=optimizer.layouts,
+        members=None if is_block else list(optimizer._working_param_groups.values()),
+    )
 
 
 def _names(optimizer: Any, inner: Optimizer, held: list[Tensor]) -> tuple[list[str], set[int]]:

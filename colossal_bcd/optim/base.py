@@ -181,6 +181,24 @@ class ShardedOptimizer(Optimizer):
         self.__dict__.setdefault("_warned", False)
         self.__dict__.setdefault("_handed", None)
 
+    def task_bytes(self, layout: Layout, hyper: Hyper, dtype: torch.dtype, num_members: int = 1) -> int:
+        """Temporaries that one rule keeps alive between rounds, in bytes.
+
+        Args:
+            layout: of each parameter.
+            hyper: of its group.
+            dtype: of the weights.
+            num_members: parameters that the rule updates at once.
+        """
+        per_value = self.temporary_bytes * wide(dtype).itemsize // torch.float32.itemsize
+        if is_stochastic(hyper, dtype):
+            per_value += torch.float32.itemsize
+        if getattr(hyper, "moment_bits", 32) == 8:
+            per_value += wide(dtype).itemsize
+        if num_members > 1:
+            per_value = COPIES * wide(dtype).itemsize
+        return layout.max_local * per_value * num_members
+
     def has_image(self, key: int) -> bool:
         """Whether an engine has handed over an image of the gradient of this parameter (see `ImageOptimizer`)."""
         return False
@@ -261,15 +279,8 @@ class ShardedOptimizer(Optimizer):
 
     def _task(self, members: list[Member]) -> Task:
         first = members[0]
-        layout, hyper, dtype = first.layout, first.hyper, first.param.dtype
-        per_value = self.temporary_bytes * wide(dtype).itemsize // torch.float32.itemsize
-        if is_stochastic(hyper, dtype):
-            per_value += torch.float32.itemsize
-        if getattr(hyper, "moment_bits", 32) == 8:
-            per_value += wide(dtype).itemsize
-        if len(members) > 1:
-            per_value = COPIES * wide(dtype).itemsize
-        return Task(self._rule(members), layout.axes, layout.max_local * per_value * len(members))
+        num_bytes = self.task_bytes(first.layout, first.hyper, first.param.dtype, len(members))
+        return Task(self._rule(members), first.layout.axes, num_bytes)
 
     def _rule(self, members: list[Member]) -> Rounds:
         """The update of a stack, from what is stored to what is stored."""

@@ -1,0 +1,234 @@
+"""What training holds on one rank beyond the weights, from layouts and declared state; nothing is allocated.
+
+Tensors may be on the meta device, and no process group is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.stack import STACK_BYTES
+from colossal_bcd.sharding import Layout, wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes on one rank beyond the weights; of a block optimizer, while the block is active that needs most.
+
+    Not counted are activations, and buckets on their way between ranks (`reduce_bucket_size` values each).
+    """
+
+    masters: int
+    """Of what trains now, where it is not the weight itself, and of adapters that wait."""
+    state: int
+    """Of the base optimizer."""
+    gradients: int
+    """After backward; those that are reduced as low-rank images are counted whole."""
+    step_gradients: int
+    """The same as the step takes them."""
+    temporaries: int
+    """Of the rules that run at the same time; not counted of optimizers of other packages."""
+    residuals: int
+    """What `residual="keep"` keeps once every block has trained."""
+    correction_state: int
+    """Once everything was corrected."""
+    waiting: int
+    """Gradients of inactive parameters that wait for the last micro-batch (`accumulation_steps`)."""
+
+    @property
+    def between_steps(self) -> int:
+        return self.masters + self.state + self.residuals + self.correction_state
+
+    @property
+    def after_backward(self) -> int:
+        """Between two micro-batches, if there are several."""
+        return self.between_steps + self.gradients + self.waiting
+
+    @property
+    def in_step(self) -> int:
+        return self.between_steps + self.step_gradients + self.temporaries
+
+    @property
+    def peak(self) -> int:
+        return max(self.after_backward, self.in_step)
+
+    def __str__(self) -> str:
+        rows = [field.name for field in fields(self)] + ["between_steps", "after_backward", "in_step"]
+        return "\n".join(f"{name.replace('_', ' '):<17}{getattr(self, name) / 2**20:>12.1f} MiB" for name in rows)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter with the param group that trains it."""
+
+    dtype: torch.dtype
+    group: dict[str, Any]
+    layout: Layout
+    """Without a slice."""
+
+
+def estimate(
+    optimizer: Optimizer,
+    *,
+    num_shards: int = 1,
+    partition_grad: bool = False,
+    master_weights: bool = True,
+    layouts: Mapping[Any, Layout] | None = None,
+    members: Sequence[Sequence[Tensor]] | None = None,
+) -> Estimate:
+    """Bytes that an optimizer needs on one rank.
+
+    Args:
+        optimizer: not boosted yet; for boosted ones see `colossal_bcd.booster.estimate`.
+        num_shards: ZeRO ranks, over which masters and state are divided.
+        partition_grad: whether gradients are, too (stage 2).
+        master_weights: whether low-precision weights have float32 masters under the plugin.
+        layouts: tensor-parallel layouts of the parameters on this rank; None: all are whole.
+        members: the model's parameters of each param group, where the groups hold other tensors.
+    Raises:
+        ValueError: the optimizer is of another package, and has state that is neither like the parameter nor one value.
+    """
+    base = optimizer.base_optimizer if isinstance(optimizer, BlockOptimizer) else optimizer
+    if members is None:
+        grouped = [group["params"] for group in base.param_groups]
+        members = optimizer.members if isinstance(optimizer, BlockOptimizer) else grouped
+    of = {param: Layout.whole(tuple(param.shape)) for group in members for param in group}
+    if layouts is not None:
+        of = {param: layouts[param] for param in of if param in layouts}
+    held = {
+        param: _Held(param.dtype, group, of[param])
+        for group, params in zip(base.param_groups, members, strict=True)
+        for param in params
+        if param in of
+    }
+    counter = _Counter(base, num_shards, partition_grad, master_weights)
+    if not isinstance(optimizer, BlockOptimizer):
+        return counter.estimate(held.values())
+    epoch = max(stop - start for start, stop in optimizer.schedule.ranges)
+    turns = [turn * optimizer.schedule.period for turn in range(epoch)]
+    estimates = [_of_block(optimizer, counter, held, num_steps) for num_steps in turns]
+    state = 0
+    if optimizer.corrector is not None:
+        ever = {name for num_steps in turns for name in optimizer.plan.corrected_names(num_steps)}
+        params = [param for name, param in optimizer.named_parameters.items() if name in ever and param in held]
+        state = sum(optimizer.corrector.num_bytes(param, held[param].layout) for param in params)
+    return dataclasses.replace(max(estimates, key=lambda each: each.peak), correction_state=state)
+
+
+def _of_block(optimizer: BlockOptimizer, counter: _Counter, held: Mapping[Tensor, _Held], num_steps: int) -> Estimate:
+    def found(names: Iterable[str]) -> set[Any]:
+        return {param for param in map(optimizer.named_parameters.get, names) if param in held}
+
+    plan, corrector = optimizer.plan, optimizer.corrector
+    active = found(plan.active_names(num_steps))
+    kept = found(plan.trained()) & optimizer._kept - active
+    bits = 0 if optimizer.residual is None else optimizer.residual.bits
+    left = [held[param] for param in found(plan.trained()) - active - kept if counter.has_copy(held[param])]
+    corrected = found(plan.corrected_names(num_steps))
+    waits = corrector is not None and corrector.accumulation_steps > 1
+    return counter.estimate(
+        [held[param] for param in active],
+        kept=[held[param] for param in kept],
+        residuals=sum(counter.numel(each) for each in left) * bits // 8,
+        waiting=2 * sum(math.prod(held[param].layout.local_shape) for param in corrected) * waits,
+    )
+
+
+class _Counter:
+    """Counts bytes of one rank.
+
+    Args:
+        base: the optimizer that trains.
+        num_shards, partition_grad, master_weights: see `estimate`.
+    """
+
+    def __init__(self, base: Optimizer, num_shards: int, partition_grad: bool, master_weights: bool) -> None:
+        self._base, self._num_shards = base, num_shards
+        self._partition_grad, self._master_weights = partition_grad, master_weights
+        self._whole_rows = isinstance(base, ShardedOptimizer) and not base.is_elementwise
+
+    def estimate(self, active: Iterable[_Held], kept: Iterable[_Held] = (), **others: int) -> Estimate:
+        """Of what is active, and of what keeps masters and state besides."""
+        active, kept = list(active), list(kept)
+        entire = sum(math.prod(held.layout.local_shape) * held.dtype.itemsize for held in active)
+        parts = sum(self.numel(held) * held.dtype.itemsize for held in active)
+        return Estimate(
+            masters=sum(self.numel(held) * self._dtype(held).itemsize for held in active + kept if self.has_copy(held)),
+            state=sum(map(self._state, active + kept)),
+            gradients=parts if self._partition_grad else entire,
+            step_gradients=sum(self.numel(held) * self._dtype(held).itemsize for held in active),
+            temporaries=self._temporaries(active),
+            correction_state=0,
+            **{"residuals": 0, "waiting": 0, **others},
+        )
+
+    def numel(self, held: _Held) -> int:
+        """Values of this rank's part, padding included."""
+        return self._layout(held).max_local
+
+    def has_copy(self, held: _Held) -> bool:
+        """Whether the master is another tensor than the weight."""
+        return self._num_shards > 1 or self._dtype(held) != held.dtype
+
+    def _dtype(self, held: _Held) -> torch.dtype:
+        return wide(held.dtype) if self._master_weights else held.dtype
+
+    def _layout(self, held: _Held) -> Layout:
+        if self._num_shards == 1:
+            return held.layout
+        return held.layout.sliced("zero", 0, self._num_shards, whole_rows=self._whole_rows)
+
+    def _state(self, held: _Held) -> int:
+        if isinstance(self._base, ShardedOptimizer):
+            specs = self._base.state_spec(self._layout(held), self._base._hyper(held.group))
+            return sum(spec.num_bytes(self._dtype(held)) for spec in specs.values())
+        per_value, in_all = _probe(self._base, held.group)
+        return self.numel(held) * per_value * self._dtype(held).itemsize + in_all
+
+    def _temporaries(self, active: Sequence[_Held]) -> int:
+        """Of the largest wave of rules, as `run_rounds` lets them run together; unknown of other packages' rules."""
+        if not isinstance(self._base, ShardedOptimizer):
+            return 0
+        alone, together, stacked = [0], [0], 0
+        limit = min(STACK_BYTES, self._base.wave_bytes)
+        for held in active:
+            layout = self._layout(held)
+            hyper, dtype = self._base._hyper(held.group), self._dtype(held)
+            num_bytes = self._base.task_bytes(layout, hyper, dtype)
+            if self._base.stacks and self._base.task_bytes(layout, hyper, dtype, 2) <= limit:
+                num_bytes = self._base.task_bytes(layout, hyper, dtype, 2) // 2
+                stacked += 0 if layout.axes else num_bytes
+            (together if layout.axes else alone).append(num_bytes)
+        return max(*alone, min(stacked, limit), min(sum(together), max(self._base.wave_bytes, *together)))
+
+
+def _probe(base: Optimizer, group: Mapping[str, Any]) -> tuple[int, int]:
+    """Values of state per value of a parameter, and bytes per parameter, of an optimizer that declares none."""
+    probe = torch.zeros(2, 3)
+    probe.grad = torch.zeros(2, 3)
+    build: Any = type(base)
+    twin = build([{**{name: value for name, value in group.items() if name != "params"}, "params": [probe]}])
+    twin.step()
+    per_value, in_all = 0, 0
+    for name, value in twin.state[probe].items():
+        if isinstance(value, Tensor) and value.shape == probe.shape:
+            per_value += 1
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            in_all += value.nbytes
+        elif isinstance(value, Tensor):
+            raise ValueError(
+                f"estimate: state {name!r} of {type(base).__name__} has shape {tuple(value.shape)} for a parameter of "
+                f"{tuple(probe.shape)}, expected one value for each of its values, or one in all. Use an optimizer of "
+                "this package, which declares its state."
+            )
+    return per_value, in_all
