@@ -133,8 +133,9 @@ class CheckpointFolder:
         Raises:
             CheckpointError: on every rank, if a file is missing or damaged.
         """
-        with together():
+        with together() as same:
             step = self.latest if step is None else step
+            same("CheckpointFolder", "no checkpoint" if step is None else f"that of step {step}")
             manifest = None if step is None else self._manifest(step)
         return None if manifest is None else Resumed(step=manifest["step"], extra=manifest["extra"])
 
@@ -155,8 +156,9 @@ class CheckpointFolder:
             CheckpointError: on every rank, with the name of the file that is missing, damaged or foreign; nothing was
                 changed then.
         """
-        with together():
+        with together() as same:
             step = self.latest if step is None else step
+            same("CheckpointFolder", "no checkpoint" if step is None else f"that of step {step}")
             manifest = None if step is None else self._checked(step)
         if step is None or manifest is None:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,9 @@ def check_path(boosted: Boosted, path: Path, index: str) -> Loading:
 
 def check_opened(boosted: Boosted, name: str, opened: Checkpoint | dict[str, Any]) -> Loading:
     """Check what `open_checkpoint` has returned, the same on every rank."""
-    with together():
+    with together() as same:
         target = _target(boosted, opened.manifest) if isinstance(opened, Checkpoint) else Target(held=boosted.held())
+        same("checkpoint", _summary(opened))
     roster = _roster(target.held)
     with together():
         checkpoint = opened if isinstance(opened, Checkpoint) else adopt(name, opened, boosted, roster)
@@ -106,6 +109,15 @@ def _target(boosted: Boosted, manifest: dict[str, Any]) -> Target:
     schedule = schedule_of(block, saved)
     held = boosted.held(names_at(block, schedule, saved["num_steps"]))
     return Target(held=held, schedule=schedule, num_steps=saved["num_steps"])
+
+
+def _summary(opened: Checkpoint | dict[str, Any]) -> str:
+    """What tells checkpoints apart; ranks that loaded different ones would switch blocks at different steps."""
+    if not isinstance(opened, Checkpoint):
+        return f"a state of {len(opened['state'])} parameters"
+    block = opened.manifest["block"]
+    where = "" if block is None else f" after {block['num_steps']} steps"
+    return f"one{where} (manifest {hashlib.sha256(json.dumps(opened.manifest).encode()).hexdigest()[:16]})"
 
 
 def _roster(held: list[Held]) -> Roster:
