@@ -1,5 +1,6 @@
 """What users see of switches: by default, with logging of their own, on one of many ranks."""
 
+import copy
 import logging
 import os
 import subprocess
@@ -41,6 +42,20 @@ def test_block_log_is_seen_where_nobody_set_up_logging(capsys):
     assert "colossal_bcd: trainable: layers.0.weight, layers.0.bias" in seen(capsys, verbose=2)
     assert logging.root.handlers == [], "a library sets up nothing"
     assert logging.getLogger("colossal_bcd").handlers == []
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_block_log_counts_what_was_frozen_before(capsys):
+    """Also a copy of a wrapped model, in which all but one block looks frozen by the user."""
+    logging.root.handlers.clear()
+    model = Net()
+    wrap(model)
+    wrap(model)
+    assert "frozen before" not in capsys.readouterr().err
+    wrap(copy.deepcopy(model))
+    assert (
+        "1 blocks; 0 trainable parameters are in none and stay frozen; 8 were frozen before" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.usefixtures("unconfigured")

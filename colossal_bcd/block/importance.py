@@ -28,8 +28,9 @@ class ImportanceOptions:
     """
 
     by: Norm = "gradient"
-    """"gradient": root mean square, over the steps of a block's last period, of the norm of its averaged gradient;
-    "weight": norm of the weights at the beginning of an epoch."""
+    """"gradient": root mean square, over the steps of a block's last period, of the norm of its averaged gradient, of
+    which parameters that travel as low-rank images count with these; "weight": norm of the weights at the beginning of
+    an epoch."""
     floor: float = 0.1
     """Share of the probability that is the same for all blocks; 1 is equal probabilities, and with 0 a block whose norm
     was once zero never comes back."""

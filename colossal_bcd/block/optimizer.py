@@ -46,8 +46,9 @@ class BlockOptimizer(Switching):
     before or after, act on both; learning rate and weight decay are per group, as given to the base optimizer.  Only
     `group["params"]` changes: it holds the active masters.
 
-    What was frozen before stays frozen and is in no block; what is in no block is frozen.  In a model with LoRA
-    adapters blocks train the adapters only.  A head tied to the embedding is in one block: the embedding's with
+    What was frozen before stays frozen and is in no block; what is in no block is frozen.  A wrapped model can be wrapped
+    again, a `copy.deepcopy` of it cannot: torch copies no record of who froze what.  In a model with LoRA adapters
+    blocks train the adapters only.  A head tied to the embedding is in one block: the embedding's with
     `include_embedding`, else the head's with `include_lm_head`; it is never trained unasked.
 
     Args:
@@ -186,7 +187,9 @@ class BlockOptimizer(Switching):
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
             fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.mode})"
-            self._report(f"{len(self.blocks)} blocks; {untrained} trainable parameters are in none and {fate}")
+            frozen = len(roster.parameters) - len(self.named_parameters)
+            before = f"; {frozen} were frozen before and are in none" if frozen else ""
+            self._report(f"{len(self.blocks)} blocks; {untrained} trainable parameters are in none and {fate}{before}")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the active blocks, then the switch if one is due.
