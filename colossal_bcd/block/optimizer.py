@@ -46,9 +46,9 @@ class BlockOptimizer(Switching):
     before or after, act on both; learning rate and weight decay are per group, as given to the base optimizer.  Only
     `group["params"]` changes: it holds the active masters.
 
-    What was frozen before stays frozen and is in no block; what is in no block is frozen.  A wrapped model can be wrapped
-    again, a `copy.deepcopy` of it cannot: torch copies no record of who froze what.  In a model with LoRA adapters
-    blocks train the adapters only.  A head tied to the embedding is in one block: the embedding's with
+    What was frozen before stays frozen and is in no block; what is in no block is frozen.  A wrapped model can be
+    wrapped again, a `copy.deepcopy` of it cannot: torch copies no record of who froze what.  In a model with LoRA
+    adapters blocks train the adapters only.  A head tied to the embedding is in one block: the embedding's with
     `include_embedding`, else the head's with `include_lm_head`; it is never trained unasked.
 
     Args:
