@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.plan import Plan
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.stack import STACK_BYTES
 from colossal_bcd.sharding import Layout, wide
@@ -114,22 +115,28 @@ def estimate(
     counter = _Counter(base, num_shards, partition_grad, master_weights)
     if not isinstance(optimizer, BlockOptimizer):
         return counter.estimate(held.values())
+    plan = optimizer.plan
+    if plan.schedule.mode == "importance":
+        # Which blocks it will draw is not known; any of them may come.
+        plan = dataclasses.replace(plan, schedule=dataclasses.replace(plan.schedule, mode="ascending", drawn=()))
     epoch = max(stop - start for start, stop in optimizer.schedule.ranges)
     turns = [turn * optimizer.schedule.period for turn in range(epoch)]
-    estimates = [_of_block(optimizer, counter, held, num_steps) for num_steps in turns]
+    estimates = [_of_block(optimizer, plan, counter, held, num_steps) for num_steps in turns]
     state = 0
     if optimizer.corrector is not None:
-        ever = {name for num_steps in turns for name in optimizer.plan.corrected_names(num_steps)}
+        ever = {name for num_steps in turns for name in plan.corrected_names(num_steps)}
         params = [param for name, param in optimizer.named_parameters.items() if name in ever and param in held]
         state = sum(optimizer.corrector.num_bytes(param, held[param].layout) for param in params)
     return dataclasses.replace(max(estimates, key=lambda each: each.peak), correction_state=state)
 
 
-def _of_block(optimizer: BlockOptimizer, counter: _Counter, held: Mapping[Tensor, _Held], num_steps: int) -> Estimate:
+def _of_block(
+    optimizer: BlockOptimizer, plan: Plan, counter: _Counter, held: Mapping[Tensor, _Held], num_steps: int
+) -> Estimate:
     def found(names: Iterable[str]) -> set[Any]:
         return {param for param in map(optimizer.named_parameters.get, names) if param in held}
 
-    plan, corrector = optimizer.plan, optimizer.corrector
+    corrector = optimizer.corrector
     active = found(plan.active_names(num_steps))
     kept = found(plan.trained()) & optimizer._kept - active
     bits = 0 if optimizer.residual is None else optimizer.residual.bits

@@ -12,7 +12,9 @@ import test_checkpoints
 import torch
 from block_net import Net, same, train, weights, wrap
 from importance_cases import LAYERS, PERIOD, SEED
+from test_optim import NoHostSync
 
+from colossal_bcd import estimate
 from colossal_bcd.testing import run_ranks
 
 TURNS = 3 * LAYERS
@@ -195,3 +197,28 @@ def test_importance_goes_through_checkpoints_to_any_mesh(tmp_path):
         assert resumed["losses"] == pytest.approx(straight["losses"], abs=bound)
         before, after = (test_checkpoints.tensors_of(Path(name, "optimizer")) for name in (folder, again))
         test_checkpoints.compare("importance", before, after)
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+def test_importance_leaves_the_estimate_of_memory_as_it_is(steps):
+    """It asks about blocks that are not drawn yet, and about ranges whose epochs end earlier than others'."""
+    estimates = []
+    for mode in ("importance", "random"):
+        model = Net(layers=5)
+        optimizer = wrap(model, **options(switch_mode=mode, block_ranges=[(0, 2), (2, 5)]))
+        train(model, optimizer, steps)
+        estimates.append(estimate(optimizer))
+    assert estimates[0] == estimates[1]
+
+
+def test_importance_notes_norms_without_waiting_for_the_device():
+    """A step copies nothing to the host: of tensors on the meta device that would raise."""
+    with torch.device("meta"):
+        optimizer = wrap(Net(), **options())
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    with NoHostSync():
+        for _ in range(2):
+            optimizer.importance.note_local(optimizer._tenants.tensors)
+    assert optimizer.importance._squares.device.type == "meta"
+    assert optimizer.importance._num_steps == 2

@@ -121,8 +121,10 @@ class Importance:
             tensors: what has the gradient of each active parameter, which may be None.
         """
         grads = {param: tensor.grad for param, tensor in tensors.items() if tensor.grad is not None}
-        squares = {param: square_sum(grad.reshape(-1)) for param, grad in grads.items()}
-        self.note(self.by_block(squares, torch.zeros((), dtype=torch.float64)))
+        squares = {param: square_sum(grad.reshape(-1)).double() for param, grad in grads.items()}
+        # On the gradients' device: a step does not wait for it.
+        like = next(iter(squares.values()), torch.zeros((), dtype=torch.float64))
+        self.note(self.by_block(squares, like))
 
     def end(self, schedule: Schedule, num_steps: int, weights: Callable[[list[int]], Tensor]) -> Schedule:
         """A period ends: note the norms, and draw the epochs that begin.
