@@ -15,7 +15,13 @@ from colossal_bcd.optim.entries import allocate, entries_of, read, write
 STEPS = 4
 EXPERTS = Case(shape=(4, 6, 10), dim=0)
 """A batch of matrices that is divided over them."""
-SHAPES = [*CASES, EXPERTS, Case(shape=(4, 6, 10), dim=1), Case(shape=(4, 6, 10), dim=2)]
+SHAPES = [
+    *CASES,
+    EXPERTS,
+    *(Case(shape=(4, 6, 10), dim=dim) for dim in (1, 2)),
+    *(Case(shape=(5, 4, 6, 2), dim=dim) for dim in (1, 2, 3)),
+    Case(shape=(5, 3, 12), dim=2, sections=(4, 6, 2)),
+]
 MAKE: dict[str, Any] = {
     "adamw": lambda params: AdamW(params),
     "adafactor": lambda params: Adafactor(params, beta1=0.9),
@@ -40,8 +46,7 @@ def galore(params: list[Tensor], side: str, cls: Any = GaLoreAdamW, **options: A
 
 
 def projectable(case: Case) -> bool:
-    matrix = len(case.shape) == 2 or (len(case.shape) > 2 and case.dim in (None, 0))
-    return matrix and min(case.shape[0], torch.Size(case.shape[1:]).numel()) >= 3
+    return len(case.shape) >= 2 and min(case.shape[0], torch.Size(case.shape[1:]).numel()) >= 3
 
 
 def grad_of(index: int, step: int) -> Tensor:

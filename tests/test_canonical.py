@@ -8,8 +8,8 @@ from conformance_cases import Sizes
 
 from colossal_bcd.optim.quantized import dequantize, quantize_into
 from colossal_bcd.optim.restore import restore_into
-from colossal_bcd.sharding import Layout
-from colossal_bcd.sharding.canonical import covers, elements
+from colossal_bcd.sharding import FlatSlice, Layout, LowRank
+from colossal_bcd.sharding.canonical import covers, elements, image
 from colossal_bcd.testing import run_ranks
 
 TOLERANCE = 1e-12
@@ -37,7 +37,7 @@ def check(case, whole, ranks, has_totals):
         parts = [rank["sent"][name] for rank in ranks]
         first = parts[0][0]
         assert covers([entry.cut for entry, _ in parts]), (case, name)
-        buffer = torch.full(first.cut.layout.shape, torch.nan, dtype=torch.float64)
+        buffer = torch.full(first.cut.buffer_shape, torch.nan, dtype=torch.float64)
         for entry, values in parts:
             entry.cut.place(buffer, values)
         found = first.cut.as_filed(buffer)
@@ -50,6 +50,21 @@ def check(case, whole, ranks, has_totals):
     assert names - totals == set(whole)
     assert totals == {name.replace("_row", "_total") for name in whole if name.endswith("_row") and has_totals}
     assert max(rank["error"] for rank in ranks) <= TOLERANCE, case
+
+
+@pytest.mark.parametrize("length", [1, 7, 10, 23])
+def test_every_row_of_a_low_rank_image_is_on_one_rank(length):
+    """Rows at ends of slices were on two ranks, which summed their gradients in other orders, and files kept one."""
+    numel = 5 * 10
+    size = -(-numel // length)
+    held, parts = [], torch.arange(5.0).view(5, 1)
+    for rank in range(size):
+        piece = FlatSlice(axis="zero", rank=rank, size=size, length=length)
+        layout = Layout(shape=(5, 10), slice=piece)
+        low_rank = LowRank(layout, "right", 1)
+        held += range(low_rank.rows.start, low_rank.rows.stop)
+        assert torch.equal(image(layout, "right", 1).pick(parts), parts[low_rank.rows].view(-1))
+    assert held == list(range(5))
 
 
 def test_parts_with_a_gap_do_not_cover():

@@ -1,8 +1,8 @@
 """GaLore (Zhao et al., arXiv 2403.03507) and GoLore (He et al., arXiv 2410.11289) around an inner rule.
 
-Rounds between refreshes, besides the inner rule's own: one that completes boundary rows (right), or sums a strip (left)
-and one that spreads the update; none where rows and columns are whole on the rank.  A refresh adds two: the gradient to
-its owner, the bases back.
+Rounds between refreshes, besides the inner rule's own: one that completes boundary rows (right), or sums a strip
+(left), and one that spreads their update; none where rows and columns are whole on the rank.  A refresh adds two: the
+gradient to its owner, the bases back.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class GaLore(RefreshingOptimizer):
     """Base of the optimizers that apply an inner rule to low-rank projections of the gradients, on any mesh.
 
     The global matrix is projected, whatever part of it a rank holds.  Right projections keep the inner rule's state of
-    the rows that the rank's slice touches, left ones of the rank's share of the columns; the bases are whole on every
+    the rows that begin on the rank's slice, left ones of the rank's share of the columns; the bases are whole on every
     rank.  Tensors of fewer than two dims are not projected: the inner rule sees them as they are.
     """
 

@@ -40,6 +40,16 @@ class Cut:
         return self.layout.shape[::-1] if self.transposed else self.layout.shape
 
     @property
+    def numel(self) -> int:
+        """Number n of values."""
+        return self.stop - self.start
+
+    @property
+    def buffer_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in which `place` puts parts together."""
+        return self.layout.shape
+
+    @property
     def region(self) -> tuple[int, int, int, int]:
         """What tells cuts of one whole tensor apart: rank and number of shards, start, stop."""
         split = self.layout.split
@@ -48,7 +58,7 @@ class Cut:
     def values(self, held: Tensor) -> Tensor:
         """[n] the data of a rank's tensor; a view if possible."""
         flat = held.T.reshape(-1) if self.transposed else held.reshape(-1)
-        return flat[: self.stop - self.start]
+        return flat[: self.numel]
 
     def write(self, held: Tensor, values: Tensor) -> None:
         """Write the data of a rank's tensor, in place; padding becomes zero.
@@ -68,7 +78,7 @@ class Cut:
             held.copy_(values.view(held.shape))
 
     def place(self, whole: Tensor, values: Tensor) -> None:
-        """Write the values where they belong in the whole tensor, of `layout.shape`, in place."""
+        """Write the values where they belong in the whole tensor, of `buffer_shape`, in place."""
         self._check(whole)
         flat = whole.view(-1)
         if self._is_range:
@@ -86,14 +96,14 @@ class Cut:
         flat = whole.view(-1)
         if self._is_range:
             return flat[self.start : self.stop]
-        values = flat.new_empty(self.stop - self.start)
+        values = flat.new_empty(self.numel)
         for first in range(self.start, self.stop, CHUNK):
             last = min(first + CHUNK, self.stop)
             values[first - self.start : last - self.start] = flat[self.layout.positions(first, last, flat.device)]
         return values
 
     def as_filed(self, whole: Tensor) -> Tensor:
-        """A whole tensor of `layout.shape` as files have it, contiguous."""
+        """A whole tensor of `buffer_shape` as files have it, contiguous."""
         return whole.T.contiguous() if self.transposed else whole
 
     @property
@@ -164,7 +174,10 @@ def image(layout: Layout, side: Side, rank: int) -> Cut:
 
 def image_rows(layout: Layout, side: Side, rank: int) -> Cut:
     """One value for each row of a low-rank image."""
-    return rows(layout) if side == "right" else whole((rank,))
+    if side != "right":
+        return whole((rank,))
+    held = LowRank(layout, side, rank).rows
+    return _runs(_without(layout, (1,)), held.start, held.stop - held.start)
 
 
 def image_columns(layout: Layout, side: Side, rank: int) -> Cut:

@@ -4,7 +4,7 @@ A projection is linear: the average of the gradients' images is the image of the
 project what backward produced and reduce [rank x n] instead of [m x n].
 
 r, c: this tensor-parallel shard as a matrix; q: rank of the bases; W: data-parallel ranks, which divide the shard into
-slices; k: rows that this rank's slice touches; w: its share of the columns.
+slices; k: rows that begin on this rank's slice; w: its share of the columns.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class Segments:
     """Number of runs that it touches; 0 for an empty slice."""
     shared: tuple[int, ...]
     """Runs that lie on several ranks: the same tuple on all of them."""
+    begun: int = 0
+    """1 if the first run that it touches begins on an earlier rank, else 0."""
 
     @classmethod
     def of(cls, layout: Layout, length: int, end: int) -> Segments:
@@ -38,10 +40,11 @@ class Segments:
         if piece is None:
             return cls(0, -(-end // length), ())
         start, stop = min(piece.rank * piece.length, end), min((piece.rank + 1) * piece.length, end)
-        first = start // length
+        first, touches = start // length, stop > start
         cuts = [rank * piece.length for rank in range(1, piece.size)]
         shared = {cut // length for cut in cuts if cut < end and cut % length}
-        return cls(first, -(-stop // length) - first if stop > start else 0, tuple(sorted(shared)))
+        count = -(-stop // length) - first if touches else 0
+        return cls(first, count, tuple(sorted(shared)), int(touches and start % length > 0))
 
     def complete(
         self, partial: Tensor, over_runs: tuple[str, ...], within_runs: tuple[str, ...], dim: int = 0
@@ -73,6 +76,30 @@ class Segments:
             return totals
 
         return Combined((Sum(partial, over_runs), Sum(slots, within_runs + over_runs)), finish)
+
+    def spread(self, own: Tensor, within_runs: tuple[str, ...]) -> Combined:
+        """Request values of all runs that this rank touches, each from the rank on which it begins.
+
+        Args:
+            own: [count - begun, ...] values of the runs that begin here.
+            within_runs: see `complete`.
+        Returns:
+            Request that resolves to [count, ...].
+        """
+        if not self.shared:
+            return Combined((Sum(own, ()),), lambda values: values)
+        slots = own.new_zeros(len(self.shared), *own.shape[1:])
+        for slot, run in enumerate(self.shared):
+            if self.begun <= run - self.first < self.count:
+                slots[slot] = own[run - self.first - self.begun]
+
+        def finish(own: Tensor, shared: Tensor) -> Tensor:
+            if not self.begun:
+                return own
+            slot = self.shared.index(self.first)
+            return torch.cat([shared[slot : slot + 1], own])
+
+        return Combined((Sum(own, ()), Sum(slots, within_runs)), finish)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Products of a sharded matrix with a basis: projection to low rank and back.
 
-R, C, r, c, n, k as in `sharding.matrix`, for one matrix; q: rank of the basis.  Bases have orthonormal columns and are
-whole on every rank: left [R, q], right [C, q].
+R, C, r, c, n, k as in `sharding.matrix`, for one matrix; b: rows that begin on this rank; q: rank of the basis.  Bases
+have orthonormal columns and are whole on every rank: left [R, q], right [C, q].
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CAST_VALUES = 2**22
 class LowRank:
     """The low-rank image of one matrix under a layout, on one rank.
 
-    - right, G V: a row needs that row only.  Held are the rows that the rank's slice touches, [k, q].
+    - right, G V: a row needs that row only.  Held are the rows that begin on the rank's slice, [b, q].
     - left, U^T G: every column needs all rows.  The sum over ranks is needed everywhere, but held is only this rank's
       share of the columns, [q, w].
     - full, U^T G V: [q, q], everywhere.
@@ -50,7 +50,7 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """Shape of what this rank holds of the image."""
         if self._side == "right":
-            return self._matrices.rows.count, self._rank
+            return self.rows.stop - self.rows.start, self._rank
         if self._side == "left":
             return self._rank, self._columns.stop - self._columns.start
         return self._rank, self._rank
@@ -63,8 +63,8 @@ class LowRank:
     @property
     def rows(self) -> slice:
         """Rows of the shard whose image this rank holds; for "right"."""
-        first = self._matrices.rows.first
-        return slice(first, first + self._matrices.rows.count)
+        rows = self._matrices.rows
+        return slice(rows.first + rows.begun, rows.first + rows.count)
 
     def partial(self, x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
         """What this rank's values contribute to the image, in the dtype of the bases.
@@ -99,7 +99,8 @@ class LowRank:
         """
         matrices, partial = self._matrices, self.partial(x, left, right)
         if self._side == "right":
-            return matrices.rows.complete(partial, matrices.row_axes, matrices.zero_axes)
+            touched = matrices.rows.complete(partial, matrices.row_axes, matrices.zero_axes)
+            return Combined(touched.sums, lambda *sums: touched.finish(*sums)[matrices.rows.begun :])
         if self._side == "left":
             return Combined(
                 (Sum(partial, matrices.zero_axes + matrices.col_axes),),
@@ -121,7 +122,7 @@ class LowRank:
         return Sum(held, over_columns + over_rows)
 
     def square_sum(self, held: Tensor) -> Sum:
-        """Request the squared Euclidean norm of the whole image; what several ranks hold counts once.
+        """Request the squared Euclidean norm of the whole image.
 
         Args:
             held: of `shape`, complete.
@@ -129,12 +130,8 @@ class LowRank:
             Request that resolves to a scalar.
         """
         matrices = self._matrices
-        if self._side == "right":
-            # A row that lies on two ranks counts on the first of them.
-            start, stop = self._layout.span
-            first = 0 if start % matrices.c == 0 or stop == start else 1
-            return Sum(square_sum(held[first:].reshape(-1)), matrices.zero_axes + matrices.col_axes)
-        axes = matrices.zero_axes + matrices.row_axes if self._side == "left" else ()
+        over = {"right": matrices.col_axes, "left": matrices.row_axes}
+        axes = matrices.zero_axes + over[self._side] if self._side in over else ()
         return Sum(square_sum(held.reshape(-1)), axes)
 
     def whole(self, held: Tensor) -> Combined:
@@ -145,6 +142,8 @@ class LowRank:
         Returns:
             Request that resolves to [k, q] for "right", [q, c] for "left", [q, q] for "full".
         """
+        if self._side == "right":
+            return self._matrices.rows.spread(held, self._matrices.zero_axes)
         if self._side != "left" or not self._shared_by:
             return Combined((Sum(held, ()),), lambda total: total)
         spread = held.new_zeros(self._rank, self._matrices.c)

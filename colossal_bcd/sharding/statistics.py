@@ -16,8 +16,7 @@ from colossal_bcd.sharding.rounds import Combined, Sum
 class ImageMatrix:
     """What `LowRank.project` resolves to, as a matrix whose rows or columns are divided over ranks.
 
-    - right, [R, q]: rows follow the rows of the parameter.  Ranks whose slices share a row hold it both; the rank on
-      which it begins counts it.
+    - right, [R, q]: rows follow the rows of the parameter; the rank on whose slice a row begins holds it.
     - left, [q, C]: columns follow the columns of the parameter's shard, divided once more over the slice's axis.
     - full, [q, q]: whole on every rank.
 
@@ -38,7 +37,6 @@ class ImageMatrix:
         # Sums over rows need the ranks that hold other rows, sums over columns those that hold other columns.
         self._over_rows = matrices.zero_axes + matrices.col_axes if side == "right" else ()
         self._over_columns = matrices.zero_axes + matrices.row_axes if side == "left" else ()
-        self._first = int(side == "right" and layout.span[0] % matrices.c != 0)
 
     @property
     def numel(self) -> int:
@@ -64,7 +62,7 @@ class ImageMatrix:
             Request that resolves to `Means` with row [a], col [b] and no total.
         """
         row = Sum(x.sum(1), self._over_columns)
-        col = Sum(x[self._first :].sum(0), self._over_rows)
+        col = Sum(x.sum(0), self._over_rows)
         return Combined((row, col), lambda row, col: Means(row / self.shape[1], col / self.shape[0], None))
 
     def normaliser(self, row: Tensor, col: Tensor, total: Tensor | None) -> Tensor:
