@@ -17,7 +17,7 @@ from colossalai.booster import Booster
 
 from colossal_bcd import AdamW, BlockOptimizer
 from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin
-from colossal_bcd.booster.checkpoint import plan
+from colossal_bcd.booster.checkpoint import files, folder, plan
 from colossal_bcd.booster.faults import TIMEOUT
 
 GOOD = 2
@@ -30,45 +30,47 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def stop(*_: Any, **__: Any) -> None:
+    Path(os.environ["DIED"]).write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def killed(where: str, mesh: str, folder: str) -> None:
-    """Save after two steps, go on, and lose the last rank at the named place."""
-    os.environ["DIED"] = f"{folder}/died"
+def killed(where: str, mesh: str, path: str, act: Any = die) -> None:
+    """Save after two steps, go on, and lose a rank at the named place: the one that writes files, or the other one."""
+    os.environ["DIED"] = f"{path}/died"
     run = Run(mesh, "badam-came")
-    checkpoints = CheckpointFolder(folder)
+    checkpoints = CheckpointFolder(path)
     for step in range(GOOD):
         run.step(step)
     checkpoints.save(run.booster, run.model, run.engine, run.scheduler, step=GOOD)
-    if dist.get_rank() == dist.get_world_size() - 1:
-        arm(where, run)
-    if where == "save":
+    if dist.get_rank() == (0 if where == "write" else dist.get_world_size() - 1):
+        arm(where, run, act)
+    if where in ("save", "write", "random"):
         checkpoints.save(run.booster, run.model, run.engine, run.scheduler, step=GOOD + 1)
     for step in range(GOOD, GOOD + 4):
         run.step(step)
     raise AssertionError("nobody died")
 
 
-def arm(where: str, run: Run) -> None:
-    """Let this rank end itself at a place of its next steps."""
+def arm(where: str, run: Run, act: Any) -> None:
+    """Let this rank end or stop itself at a place of its next steps."""
     engine: Any = run.engine
     if where == "average":
-        engine._reducer._launch = die
-        engine._reducer.finish = die
+        engine._reducer._launch = act
+        engine._reducer.finish = act
     elif where == "rule":
-        engine.optim.base_optimizer.step = die
+        engine.optim.base_optimizer.step = act
     elif where == "gather":
-        engine.write_back = die
+        engine.write_back = act
     elif where == "switch":
-        engine._agree = die
+        engine._agree = act
     elif where == "save":
-        plan.dist.send = die
+        plan.dist.send = act
+    elif where == "write":
+        files.TensorFile.close = act
+    elif where == "random":
+        folder.save_random_state = act
     elif where == "forward":
-        run.model.register_forward_pre_hook(die)
-    elif where == "stop":
-        run.model.register_forward_pre_hook(stop)
-        engine.optim.base_optimizer.step = stop
+        run.model.register_forward_pre_hook(act)
 
 
 def limited(seconds: float, what: Any, *args: Any) -> Any:

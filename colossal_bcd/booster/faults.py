@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+logger = logging.getLogger(__name__)
 TIMEOUT = "COLOSSAL_BCD_TIMEOUT"
 """Environment variable: seconds that a collective may wait for another rank; 0 leaves torch's own limits."""
 DEFAULT_TIMEOUT = 50.0
+_limited: tuple[Any, timedelta] | None = None
+"""The default group whose connections were made with a limit, and the limit."""
 
 
 class RankFailureError(RuntimeError):
@@ -25,9 +29,9 @@ class RankFailureError(RuntimeError):
 
 @contextlib.contextmanager
 def limit_waiting() -> Iterator[None]:
-    """Give process groups that are made inside the time limit, and those that there are already as far as torch can.
+    """Give process groups that are made inside the time limit, and those that there are already.
 
-    torch's gloo groups keep the limit with which they were made; the default group is the launcher's.
+    All ranks have to enter it, with the same environment variable.
 
     Raises:
         ValueError: the environment variable is no number of seconds.
@@ -52,6 +56,28 @@ def limit_waiting() -> Iterator[None]:
         torch_defaults.default_pg_timeout, torch_defaults.default_pg_nccl_timeout = before
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(limit, group)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        _limit_default_group(limit)
+
+
+def _limit_default_group(limit: timedelta) -> None:
+    """Let the default group, which the launcher made, communicate by a gloo backend with the limit.
+
+    Connections of gloo keep the limit with which they were made, whatever the group is told later.
+    """
+    global _limited
+    group, cpu = dist.distributed_c10d._get_default_group(), torch.device("cpu")
+    if cpu not in group._device_types or not dist.is_gloo_available():
+        return
+    if not isinstance(group._get_backend(cpu), dist.ProcessGroupGloo):
+        return
+    if _limited is None or _limited[0] is not group:
+        fresh: Any = dist.new_group(backend="gloo", timeout=limit)
+        group._register_backend(cpu, dist.ProcessGroup.BackendType.CUSTOM, fresh._get_backend(cpu))
+        _limited = group, limit
+    elif _limited[1] != limit:
+        # A group takes one backend of a type.
+        logger.warning("%s: the default group keeps its limit of %s, not %s", TIMEOUT, _limited[1], limit)
 
 
 @contextlib.contextmanager

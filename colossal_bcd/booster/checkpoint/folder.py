@@ -28,7 +28,7 @@ from colossal_bcd.booster.checkpoint.load import Loading, check_path
 from colossal_bcd.booster.checkpoint.randomness import load_random_state, save_random_state
 from colossal_bcd.booster.checkpoint.save import index_name
 from colossal_bcd.booster.checkpoint.verify import verify
-from colossal_bcd.booster.faults import require_finite
+from colossal_bcd.booster.faults import named, require_finite
 
 MANIFEST = "checkpoint.json"
 FORMAT = "colossal_bcd checkpoint"
@@ -78,6 +78,7 @@ class CheckpointFolder:
         """Where the checkpoint of a step is."""
         return self.path / f"step-{step:08}"
 
+    @named("save of the checkpoint")
     def save(
         self,
         booster: Booster,
@@ -127,6 +128,7 @@ class CheckpointFolder:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
 
+    @named("load of the checkpoint")
     def peek(self, step: int | None = None) -> Resumed | None:
         """What `load` would return, read from the manifest alone.
 
@@ -139,6 +141,7 @@ class CheckpointFolder:
             manifest = None if step is None else self._manifest(step)
         return None if manifest is None else Resumed(step=manifest["step"], extra=manifest["extra"])
 
+    @named("load of the checkpoint")
     def load(
         self, booster: Booster, model: Any, optimizer: Any, lr_scheduler: Any = None, *, step: int | None = None
     ) -> Resumed | None:

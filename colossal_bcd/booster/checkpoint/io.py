@@ -91,6 +91,7 @@ def _complete(cls: Any) -> Any:
                 return
             check_path(boosted, Path(checkpoint), index_name(prefix)).apply()
 
+        @named("save of the scheduler")
         def save_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
             with together():
                 if dist.get_rank() == 0:
@@ -99,6 +100,7 @@ def _complete(cls: Any) -> Any:
                     # A file that cannot be read safely is found now, not when it is needed.
                     read_torch(Path(checkpoint), contents=False)
 
+        @named("load of the scheduler")
         def load_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
             with together():
                 state = read_torch(Path(checkpoint), contents=dist.get_rank() == 0)
