@@ -9,6 +9,7 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import colossal_bcd
@@ -49,6 +50,7 @@ MAKE: dict[str, Any] = {
     "galore": lambda model: projected(model, colossal_bcd.GaLoreAdamW),
     "golore": lambda model: projected(model, colossal_bcd.GoLoreAdamW, random_from_step=3),
     "adamw-8bit": lambda model: colossal_bcd.AdamW(model.parameters(), lr=LR, moment_bits=8),
+    "galore-8bit": lambda model: projected(model, colossal_bcd.GaLoreAdamW, moment_bits=8),
     "came-8bit": lambda model: colossal_bcd.CAME(model.parameters(), lr=LR, moment_bits=8),
     "badam": lambda model: blocks(model, torch.optim.AdamW(model.parameters(), lr=LR)),
     "bread": lambda model: blocks(
@@ -70,16 +72,26 @@ MAKE: dict[str, Any] = {
         model, torch.optim.AdamW(model.parameters(), lr=LR), residual="keep", switch_mode="ascending"
     ),
     "badam-came": lambda model: blocks(model, colossal_bcd.CAME(model.parameters(), lr=LR)),
+    "ratio": lambda model: ratio(model, "scatter"),
+    "ratio-adjacent": lambda model: ratio(model, "adjacent"),
+    # In the third of the blocks adapters of the first two wait, which train again before the run ends.
+    "bread-lora": lambda model: blocks(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=LR),
+        lora_mode="partial",
+        switch_mode="ascending",
+        switch_block_every=2,
+    ),
 }
 OPTIMIZERS = list(MAKE)
-MAKE["ratio"] = lambda model: BlockOptimizerRatio(
-    model.parameters(),
-    list(model.named_parameters()),
-    update_ratio=0.3,
-    switch_every=PERIOD,
-    mask_mode="scatter",
-    lr=LR,
-    verbose=0,
+ADAPTERS = {"bread-lora", "bread-lora-came"}
+"""Optimizers of models with adapters, which ColossalAI trains on meshes of data-parallel ranks only."""
+MAKE["bread-lora-came"] = lambda model: blocks(
+    model,
+    colossal_bcd.CAME(model.parameters(), lr=LR),
+    lora_mode="adapter_only",
+    switch_mode="ascending",
+    switch_block_every=2,
 )
 MAKE["badam-ascending"] = lambda model: blocks(
     model, torch.optim.AdamW(model.parameters(), lr=LR), switch_mode="ascending", start_block=1
@@ -88,7 +100,25 @@ MAKE["badam-ascending"] = lambda model: blocks(
 
 def blocks(model: nn.Module, base: Any, **options: Any) -> BlockOptimizer:
     names = list(model.named_parameters())
-    return BlockOptimizer(base, names, switch_block_every=PERIOD, seed=1, verbose=0, **options)
+    return BlockOptimizer(base, names, **{"switch_block_every": PERIOD, "seed": 1, "verbose": 0, **options})
+
+
+def ratio(model: nn.Module, mode: Any) -> BlockOptimizerRatio:
+    return BlockOptimizerRatio(
+        model.parameters(),
+        list(model.named_parameters()),
+        update_ratio=0.3,
+        switch_every=PERIOD,
+        mask_mode=mode,
+        lr=LR,
+        verbose=0,
+    )
+
+
+def fitting(names: list[str], *meshes: str) -> list[str]:
+    """Those of the optimizers that run on the meshes."""
+    divided = any("tp" in mesh or "pp" in mesh for mesh in meshes)
+    return [name for name in names if not (divided and name in ADAPTERS)]
 
 
 class Run:
@@ -98,7 +128,11 @@ class Run:
         options = {"precision": "bf16", "initial_scale": 2.0**8, **MESHES[mesh][1], **overrides}
         vocab = options.pop("vocab", 250)
         dtype = torch.float32 if options["precision"] == "fp32" else torch.bfloat16
-        model = models.llama(vocab=vocab, layers=3).to(dtype)
+        model: Any = models.llama(vocab=vocab, layers=3)
+        if optimizer in ADAPTERS:
+            torch.manual_seed(1)
+            model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+        model = model.to(dtype)
         made = MAKE[optimizer](model)
         self.scheduler: Any = torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1 / (1 + step))
         plugin = LowLevelZeroPlugin if "stage" in options else HybridParallelPlugin

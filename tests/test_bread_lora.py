@@ -1,7 +1,6 @@
 """BREAD's adapters against a plain loop, on one process and under the plugins."""
 
 import copy
-from types import SimpleNamespace
 
 import bread_lora_cases as cases
 import models
@@ -9,7 +8,6 @@ import pytest
 import torch
 from bread_lora_cases import LAYERS, PERIOD
 
-from colossal_bcd.booster.checkpoint.parts import contributors_of
 from colossal_bcd.testing import run_ranks
 
 STEPS = PERIOD * (2 * LAYERS)
@@ -104,16 +102,3 @@ def test_lora_needs_the_weights_below_the_adapters_in_the_base():
     base = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad])
     with pytest.raises(ValueError, match="it lacks .* parameters of blocks"):
         cases.BlockOptimizer(base, list(model.named_parameters()), lora_mode="all")
-
-
-@pytest.mark.parametrize(
-    ("mode", "state"), [("partial", "keep"), ("adapter_only", "keep"), ("all", "keep"), ("partial", "reset")]
-)
-def test_lora_checkpoints_of_plugins_refuse_adapters_that_wait(mode, state):
-    optimizer = cases.wrap(cases.peft_model(torch.float32), mode, adapter_state=state)
-    boosted = SimpleNamespace(block=optimizer, wrapper=None)
-    if (mode, state) in (("all", "keep"), ("partial", "reset")):
-        assert contributors_of(boosted) == {}
-    else:
-        with pytest.raises(ValueError, match=f"checkpoint of an optimizer with lora_mode='{mode}'"):
-            contributors_of(boosted)

@@ -19,6 +19,7 @@ from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block.mask import Entries, EntryImage, EntrySpec, Selection
 from colossal_bcd.booster.registry import cast
 from colossal_bcd.sharding import Layout, Mesh, resolve
+from colossal_bcd.sharding.canonical import covers
 from colossal_bcd.testing import live_bytes, storages
 
 CPU = torch.device("cpu")
@@ -470,20 +471,29 @@ def test_ratio_cast_of_a_trained_optimizer_is_refused() -> None:
 
 
 def test_ratio_state_in_files_does_not_depend_on_the_slices() -> None:
-    values = torch.arange(30 * 7).double()
-    for mode in ("adjacent", "scatter"):
-        selection = Selection(210, 61, 180, mode, "x")
-        alone = Entries(Layout.whole((30, 7)), selection, CPU).take(values)
-        for size in (1, 2, 3, 7):
-            for rank in range(size):
-                layout = Layout.whole((30, 7)).sliced("zero", rank, size)
-                held = Entries(layout, selection, CPU).take(layout.shard(values.view(30, 7))[: layout.num_local])
-                cut = EntrySpec(kind="entries", shape=(len(held),), selection=selection).cut(layout)
-                assert cut.shape == (61,)
-                assert torch.equal(cut.pick(alone), held)
-    split = conformance_cases.Case(shape=(30, 8), dim=1).layout(conformance_cases.Sizes(2, 2), 0, 0)
-    with pytest.raises(ValueError, match="tensor parallelism"):
-        EntrySpec(kind="entries", shape=(1,), selection=Selection(240, 61)).cut(split)
+    """Files number the entries by the selection, which all meshes share; slices and shards hold them as memory does."""
+    values = torch.arange(30 * 8).double().view(30, 8)
+    for mode, count in [("adjacent", 61), ("scatter", 61), ("scatter", 240)]:
+        selection = Selection(240, count, 200 if count < 240 else 0, mode, "x")
+        numbers = selection.numbers(torch.arange(240))
+        want = torch.full((count,), -1.0).double()
+        want[numbers[numbers < count]] = values.view(-1)[numbers < count]
+        assert len(want.unique()) == count
+        for dim, sections in [(None, None), (0, None), (0, (12, 12, 6)), (1, None)]:
+            case = conformance_cases.Case(shape=(30, 8), dim=dim, sections=sections)
+            for tp, zero in [(1, 1), (1, 3), (2, 1), (2, 2), (2, 7)]:
+                sizes = conformance_cases.Sizes(tp, zero)
+                whole = torch.full((count,), -1.0).double()
+                cuts = []
+                for rank in range(tp * zero):
+                    layout = case.layout(sizes, rank // zero, rank % zero)
+                    held = Entries(layout, selection, CPU).take(layout.shard(values).view(-1)[: layout.num_local])
+                    cuts.append(EntrySpec(kind="entries", shape=(len(held),), selection=selection).cut(layout))
+                    assert cuts[-1].shape == (count,)
+                    assert torch.equal(cuts[-1].pick(want), held)
+                    cuts[-1].place(whole, cuts[-1].values(held))
+                assert covers(cuts)
+                assert torch.equal(whole, want)
 
 
 def test_ratio_copy_goes_on_with_whole_gradients() -> None:

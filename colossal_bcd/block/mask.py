@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -51,11 +52,18 @@ class Selection:
 
     def holds(self, places: Tensor) -> Tensor:
         """[m] whether each of the places [m] in the global tensor is selected; `places` is overwritten."""
+        return self.numbers(places) < self.count
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """[m] number in the selection of each of the places [m]; from `count` on those that are not selected.
+
+        `places` is overwritten.
+        """
         if self.count == self.numel:
-            return torch.ones_like(places, dtype=torch.bool)
+            return places
         if self.mode == "scatter":
             places = self._permuted(places)
-        return places.sub_(self.offset).remainder_(self.numel) < self.count
+        return places.sub_(self.offset).remainder_(self.numel)
 
     def _permuted(self, places: Tensor) -> Tensor:
         """[m] each place's number in the permutation: a Feistel network, applied until it stays below `numel`."""
@@ -197,17 +205,62 @@ class EntryImage:
 
 @dataclass(frozen=True, kw_only=True)
 class EntrySpec(StateSpec):
-    """State of the selected entries.  In a file it has one value for each of them, by place in the global tensor."""
+    """State of the selected entries.  In a file it has one value for each of them, by number in the selection."""
 
     selection: Selection
 
     def cut(self, layout: Layout) -> Cut:
-        """Raises: ValueError: tensor parallelism divides the parameter, so that no range of the file is this rank's."""
-        if layout.split is not None and layout.split.size > 1:
-            raise ValueError(
-                f"state of selected entries of a tensor of {layout.shape} under tensor parallelism: cannot be saved or "
-                "loaded. Save the model; a run starts with fresh moments, as it does with every share."
-            )
-        shard = Entries(dataclasses.replace(layout, slice=None), self.selection, torch.device("cpu"))
-        start, stop = (shard.count_below(place) for place in layout.span)
-        return Cut(layout=Layout.whole((self.selection.count,)), start=start, stop=stop)
+        start, stop = layout.span
+        return EntryCut(
+            layout=dataclasses.replace(layout, slice=None),
+            start=start,
+            stop=stop,
+            selection=self.selection,
+            num_entries=self.shape[0],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryCut(Cut):
+    """The selected entries among a range of the flattened data of one shard.
+
+    Ranks hold them in the order of memory, files by their numbers in the selection, which follow from the places of the
+    entries alone: other ranks' entries need not be known.
+    """
+
+    selection: Selection
+    num_entries: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.selection.count,)
+
+    @property
+    def numel(self) -> int:
+        return self.num_entries
+
+    @property
+    def buffer_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def place(self, whole: Tensor, values: Tensor) -> None:
+        for part, numbers in self._numbers(whole):
+            whole[numbers] = values[part].to(whole.device, whole.dtype)
+
+    def pick(self, whole: Tensor) -> Tensor:
+        values = whole.new_empty(self.numel)
+        for part, numbers in self._numbers(whole):
+            values[part] = whole[numbers]
+        return values
+
+    def _numbers(self, whole: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of the entries, and their numbers."""
+        if tuple(whole.shape) != self.shape:
+            raise ValueError(f"part of {self.shape} selected entries: got a whole tensor of {tuple(whole.shape)}")
+        reached = 0
+        for first in range(self.start, self.stop, CHUNK):
+            last = min(first + CHUNK, self.stop)
+            numbers = self.selection.numbers(self.layout.positions(first, last, whole.device))
+            numbers = numbers[numbers < self.selection.count]
+            yield slice(reached, reached + len(numbers)), numbers
+            reached += len(numbers)

@@ -43,7 +43,13 @@ class Entry:
     """Whether ranks of this mesh keep it."""
 
 
-def entries_of(optimizer: Optimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> list[Entry]:
+def entries_of(
+    optimizer: Optimizer,
+    param: Tensor,
+    layout: Layout,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any] | None = None,
+) -> list[Entry]:
     """What a file has of one parameter's state.
 
     Args:
@@ -51,15 +57,15 @@ def entries_of(optimizer: Optimizer, param: Tensor, layout: Layout, group: Mappi
         param: the tensor in the param groups, or one like it.
         layout: its layout.
         group: its param group.
+        state: its state, where the optimizer declares none; None: it has none.
     Raises:
         ValueError: undeclared state that is neither like the parameter nor a single value.
     """
     if isinstance(optimizer, ShardedOptimizer):
         return _declared(optimizer, param, layout, group)
-    state = optimizer.state.get(param, {})
     return [
         _observed(type(optimizer).__name__, name, tensor, layout)
-        for name, tensor in state.items()
+        for name, tensor in (state or {}).items()
         if isinstance(tensor, Tensor)
     ]
 

@@ -60,6 +60,7 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Roste
             "foreign": True,
             "rule": boosted.rule,
             "groups": _groups(name, groups, boosted, roster),
+            "waiting": [],
             "numbers": numbers,
             "entries": entries,
             "block": None,

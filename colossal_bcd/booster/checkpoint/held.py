@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
+from colossal_bcd.block.ratio_rule import KeyedLayout
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout
@@ -20,7 +22,7 @@ from colossal_bcd.sharding import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """One trained parameter that is, at least in part, on this rank."""
+    """One parameter that is, at least in part, on this rank, and trains or waits for its next turn."""
 
     name: str
     """In the model before it was sharded; one name of a tied weight."""
@@ -29,7 +31,7 @@ class Held:
     group: int
     param: Parameter
     layout: Layout
-    """Of the tensor in the param groups."""
+    """Of the tensor in the param groups, or of the one that waits."""
     dtype: torch.dtype
     """Of that tensor."""
     has_master: bool
@@ -75,9 +77,27 @@ class Boosted:
         """
         raise NotImplementedError
 
+    def waiting(self, names: Collection[str] | None = None) -> list[Held]:
+        """What does not train now, but keeps its master and its state until it does again.
+
+        Args:
+            names: what would wait, as far as it is on this rank; None: as it is now.
+        """
+        return []
+
     def tensor(self, held: Held) -> Tensor:
-        """The tensor in the param groups."""
+        """The tensor in the param groups, or the one that waits."""
         raise NotImplementedError
+
+    def state(self, held: Held) -> Mapping[str, Any]:
+        """State of the base optimizer; empty: none."""
+        state: Mapping[str, Any] = self.base.state.get(self.tensor(held), {})
+        return state
+
+    @contextlib.contextmanager
+    def taking(self, waiting: list[Held]) -> Iterator[None]:
+        """Inside, the base optimizer has tensors of what will wait, too, new where there are none, to be written."""
+        yield
 
     def renew(self) -> None:
         """Let the optimizer forget what it has made from hyper-parameters that were replaced."""
@@ -87,39 +107,67 @@ class EngineState(Boosted):
     """Under the plugins of this package."""
 
     def held(self, names: list[list[str]] | None = None) -> list[Held]:
-        engine, masters = self.wrapper, self.wrapper.masters
-        groups: list[list[Parameter]] = list(engine._working_param_groups.values())
+        groups: list[list[Parameter]] = list(self.wrapper._working_param_groups.values())
         if names is not None:
             assert self.block is not None
             groups = [[self.block.named_parameters[name] for name in group] for group in names]
-        return [
-            Held(
-                name=self.names[id(param)],
-                key=engine._keys[id(param)],
-                group=index,
-                param=param,
-                layout=self._layout(param),
-                dtype=masters.dtype(param),
-                has_master=masters.dtype(param) != param.dtype,
-            )
-            for index, params in enumerate(groups)
-            for param in params
-        ]
+        return [self._held(index, param) for index, params in enumerate(groups) for param in params]
+
+    def waiting(self, names: Collection[str] | None = None) -> list[Held]:
+        if self.block is None:
+            return []
+        aside = self.wrapper.masters.aside
+        if names is not None:
+            chosen = set(names)
+            aside = {param for name, param in self.block.named_parameters.items() if name in chosen}
+        members = enumerate(self.block.members)
+        return [self._held(index, param) for index, params in members for param in params if param in aside]
 
     def tensor(self, held: Held) -> Tensor:
-        master: Tensor = self.wrapper.masters.of[held.param]
-        return master
+        masters = self.wrapper.masters
+        tensor: Tensor = masters.of[held.param] if held.param in masters.of else masters.aside[held.param]
+        return tensor
+
+    def state(self, held: Held) -> Mapping[str, Any]:
+        if self.block is not None and held.param in self.block.states_aside():
+            aside: Mapping[str, Any] = self.block.states_aside()[held.param]
+            return aside
+        return super().state(held)
+
+    @contextlib.contextmanager
+    def taking(self, waiting: list[Held]) -> Iterator[None]:
+        masters, params = self.wrapper.masters, [held.param for held in waiting]
+        active = list(masters.of)
+        masters.activate([*active, *params], active)
+        try:
+            yield
+        finally:
+            tensors = {held.param: self.tensor(held) for held in waiting}
+            masters.activate(active, {*active, *params})
+            if self.block is not None:
+                states = {param: self.base.state.pop(tensor, None) for param, tensor in tensors.items()}
+                self.block.put_aside({param: state for param, state in states.items() if state})
+
+    def _held(self, group: int, param: Parameter) -> Held:
+        dtype = self.wrapper.masters.dtype(param)
+        return Held(
+            name=self.names[id(param)],
+            key=self.wrapper._keys[id(param)],
+            group=group,
+            param=param,
+            layout=self._layout(param),
+            dtype=dtype,
+            has_master=dtype != param.dtype,
+        )
 
     def renew(self) -> None:
         self.wrapper.bind()
 
     def _layout(self, param: Parameter) -> Layout:
-        """As the optimizer was bound to it, where it is trained now: it may have a kind of its own."""
         layout: Layout = self.wrapper.masters.layout(param)
-        master = self.wrapper.masters.of.get(param)
-        if master is None or not isinstance(self.base, ShardedOptimizer):
-            return layout
-        return self.base._layouts.get(master, layout)
+        if isinstance(self.base, BlockOptimizerRatio):
+            return KeyedLayout.of(layout, self.wrapper._keys[id(param)])
+        return layout
 
 
 class OtherState(Boosted):

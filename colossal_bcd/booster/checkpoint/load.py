@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Target:
     """What the optimizer will hold when the checkpoint is loaded."""
 
     held: list[Held]
+    """What will train."""
+    waiting: list[Held] = field(default_factory=list)
+    """What will keep masters and state until it trains again."""
     schedule: Schedule | None = None
     num_steps: int | None = None
 
@@ -58,8 +61,9 @@ class Loading:
         for group, saved in zip(boosted.groups(), manifest["groups"], strict=True):
             load_hyper(group, saved["hyper"])
         load_scaler(boosted.scaler, manifest["loss_scaler"])
-        for held in boosted.held():
-            _load(boosted, self.checkpoint, held, self.entries[held.name], self.by_param.get(held.name, {}))
+        with boosted.taking(target.waiting):
+            for held in [*boosted.held(), *target.waiting]:
+                _load(boosted, self.checkpoint, held, self.entries[held.name], self.by_param.get(held.name, {}))
         _load_parts(boosted, self.checkpoint)
         boosted.renew()
 
@@ -87,7 +91,10 @@ def check_opened(boosted: Boosted, name: str, opened: Checkpoint | dict[str, Any
         checkpoint = opened if isinstance(opened, Checkpoint) else adopt(name, opened, boosted, roster)
         by_param = _states(checkpoint)
         _check_groups(boosted, checkpoint, roster)
-        entries = {held.name: _check(boosted, checkpoint, held, by_param.get(held.name, {})) for held in target.held}
+        entries = {
+            held.name: _check(boosted, checkpoint, held, by_param.get(held.name, {}))
+            for held in [*target.held, *target.waiting]
+        }
     return Loading(boosted=boosted, checkpoint=checkpoint, target=target, entries=entries, by_param=by_param)
 
 
@@ -108,7 +115,8 @@ def _target(boosted: Boosted, manifest: dict[str, Any]) -> Target:
         return Target(held=boosted.held())
     schedule = schedule_of(block, saved)
     held = boosted.held(names_at(block, schedule, saved["num_steps"]))
-    return Target(held=held, schedule=schedule, num_steps=saved["num_steps"])
+    waiting = boosted.waiting(manifest.get("waiting", []))
+    return Target(held=held, waiting=waiting, schedule=schedule, num_steps=saved["num_steps"])
 
 
 def _summary(opened: Checkpoint | dict[str, Any]) -> str:

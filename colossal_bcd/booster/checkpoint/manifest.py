@@ -16,7 +16,7 @@ from colossal_bcd.booster.checkpoint.parts import contributors_of
 from colossal_bcd.booster.checkpoint.plan import Plan, Whole
 
 FORMAT = "colossal_bcd optimizer"
-VERSION = 1
+VERSION = 2
 SCALER = ("_growth_step", "_hysteresis_step")
 """Counters of ColossalAI's dynamic loss scaler, beside the scale."""
 
@@ -36,6 +36,7 @@ def manifest_of(boosted: Boosted, plan: Plan) -> dict[str, Any]:
             for group, names in zip(boosted.groups(), plan.groups, strict=True)
         ],
         "keys": plan.keys,
+        "waiting": plan.waiting,
         "numbers": plan.numbers,
         "part_numbers": plan.part_numbers,
         "entries": {tensor.name: _entry(tensor) for tensor in plan.tensors},

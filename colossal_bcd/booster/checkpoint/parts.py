@@ -15,19 +15,9 @@ from colossal_bcd.optim.entries import Entry, entry_like
 
 
 def contributors_of(boosted: Boosted) -> dict[str, Contributor]:
-    """By name: those in `optimizer.contributors`, and the corrections of inactive blocks.
-
-    Raises:
-        ValueError: adapters wait for their turn.
-    """
+    """By name: those in `optimizer.contributors`, and the corrections of inactive blocks."""
     if boosted.block is None:
         return {}
-    lora = boosted.block.identity().get("lora")
-    if lora in (["partial", "keep"], ["adapter_only", "keep"]):
-        raise ValueError(
-            f"checkpoint of an optimizer with lora_mode={lora[0]!r}: adapters that wait have masters and "
-            "state, which these files do not hold. Use lora_mode='all' or adapter_state='reset', or save the model."
-        )
     parts: dict[str, Contributor] = dict(getattr(boosted.block, "contributors", {}))
     corrector = boosted.block.corrector
     if corrector is not None:

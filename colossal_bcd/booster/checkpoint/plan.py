@@ -11,6 +11,7 @@ import torch.distributed as dist
 from colossalai.utils import get_current_device
 from torch import Tensor
 
+from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.snapshot import Contributor
 from colossal_bcd.booster.checkpoint.held import Boosted, Held
 from colossal_bcd.booster.checkpoint.parts import contributors_of
@@ -87,17 +88,23 @@ class Own:
     """
 
     def __init__(self, boosted: Boosted) -> None:
-        self._entries: dict[str, tuple[Entry, dict[str, Any]]] = {}
+        self._base = boosted.base
+        self._entries: dict[str, tuple[Entry, Mapping[str, Any]]] = {}
         self.pieces: list[Piece] = []
         self.numbers: dict[str, dict[str, Any]] = {}
         self.part_numbers: dict[str, dict[str, dict[str, Any]]] = {}
         self.groups: list[list[tuple[int, str]]] = [[] for _ in boosted.groups()]
-        if boosted.block is not None and boosted.block._tenants.aside:
-            raise ValueError(
-                f"save_optimizer: {len(boosted.block._tenants.aside)} adapters have state that waits until they train "
-                "again (lora_mode), which checkpoints do not hold yet. Save the model; a run starts with fresh state."
-            )
+        self.waiting: list[tuple[int, str]] = []
         for held in boosted.held():
+            self.groups[held.group].append((held.key, held.name))
+            self._add(boosted, held)
+        if isinstance(self._base, BlockOptimizerRatio) and any(map(boosted.state, boosted.waiting())):
+            raise ValueError(
+                "save_optimizer: adapters wait (lora_mode) with BlockOptimizerRatio's state of earlier shares, "
+                'expected none. Use adapter_state="reset", or another base optimizer.'
+            )
+        for held in boosted.waiting():
+            self.waiting.append((held.key, held.name))
             self._add(boosted, held)
         for part, contributor in contributors_of(boosted).items():
             self._add_part(boosted, part, contributor)
@@ -108,15 +115,13 @@ class Own:
         return read(entry, state)
 
     def _add(self, boosted: Boosted, held: Held) -> None:
-        tensor = boosted.tensor(held)
-        self.groups[held.group].append((held.key, held.name))
+        tensor, state = boosted.tensor(held), boosted.state(held)
         if held.has_master:
             self._announce(held.name, entry_like(MASTER, tensor, held.layout), {MASTER: tensor.detach()}, (held.key, 0))
-        state = boosted.base.state.get(tensor)
         if not state:
             return
         self.numbers[held.name] = numbers_of(boosted.rule, state)
-        entries = entries_of(boosted.base, tensor, held.layout, boosted.groups()[held.group])
+        entries = entries_of(self._base, tensor, held.layout, boosted.groups()[held.group], state)
         for place, entry in enumerate(entries, start=1):
             self._announce(held.name, entry, state, (held.key, place))
 
@@ -130,7 +135,7 @@ class Own:
                 place += 1
 
     def _announce(
-        self, parameter: str, entry: Entry, state: dict[str, Any], order: tuple[int, int], part: str | None = None
+        self, parameter: str, entry: Entry, state: Mapping[str, Any], order: tuple[int, int], part: str | None = None
     ) -> None:
         before = "" if part is None else f"{part}."
         piece = Piece(
@@ -159,19 +164,22 @@ class Plan:
     """The same of contributors, by their names."""
     groups: list[list[str]]
     """Names of the parameters of each group."""
+    waiting: list[str]
+    """Names of the parameters that do not train now, but keep their masters and state."""
     keys: dict[str, int]
 
 
 def make_plan(own: Own) -> Plan:
     """Agree who sends what: one exchange of names."""
-    reports: list[Any] = [(own.pieces, own.numbers, own.part_numbers, own.groups)]
+    mine = (own.pieces, own.numbers, own.part_numbers, [*own.groups, own.waiting])
+    reports: list[Any] = [mine]
     if _world() > 1:
-        mine, reports = reports[0], [None] * _world()
+        reports = [None] * _world()
         dist.all_gather_object(reports, mine)
     pieces: dict[str, list[tuple[int, Piece]]] = {}
     numbers: dict[str, dict[str, Any]] = {}
     part_numbers: dict[str, dict[str, dict[str, Any]]] = {}
-    members: list[set[tuple[int, str]]] = [set() for _ in own.groups]
+    members: list[set[tuple[int, str]]] = [set() for _ in mine[-1]]
     for rank, (announced, of_state, of_parts, groups) in enumerate(reports):
         for piece in announced:
             pieces.setdefault(piece.name, []).append((rank, piece))
@@ -183,11 +191,13 @@ def make_plan(own: Own) -> Plan:
             members[index].update(group)
     ordered = sorted(pieces.values(), key=lambda parts: (parts[0][1].order, parts[0][1].name))
     tensors = [_whole(parts) for parts in ordered]
+    *groups, waiting = ([name for _, name in sorted(group)] for group in members)
     return Plan(
         tensors=tensors,
         numbers=numbers,
         part_numbers=part_numbers,
-        groups=[[name for _, name in sorted(group)] for group in members],
+        groups=groups,
+        waiting=waiting,
         keys={name: key for group in members for key, name in group},
     )
 
@@ -196,7 +206,7 @@ def _whole(parts: list[tuple[int, Piece]]) -> Whole:
     first = parts[0][1]
     sources: dict[tuple[int, ...], tuple[int, Cut]] = {}
     for rank, piece in parts:
-        if piece.held and piece.cut.stop > piece.cut.start:
+        if piece.held and piece.cut.numel > 0:
             sources.setdefault(piece.cut.region, (rank, piece.cut))
     is_held = any(piece.held for _, piece in parts)
     assert not is_held or covers([piece.cut for _, piece in parts]), f"parts of {first.name} are missing"
@@ -240,7 +250,7 @@ def _assemble(tensor: Whole, own: Own, rows: Mapping[str, Tensor]) -> Tensor | N
     rank = dist.get_rank() if _world() > 1 else WRITER
     if tensor.mean_of is not None and not tensor.sources:
         return rows[tensor.mean_of].mean(-1) if rank == WRITER else None
-    whole = torch.empty(tensor.cut.layout.shape, dtype=tensor.dtype) if rank == WRITER else None
+    whole = torch.empty(tensor.cut.buffer_shape, dtype=tensor.dtype) if rank == WRITER else None
     for source, cut in tensor.sources:
         if source == rank:
             values = own.values(tensor.name)
@@ -249,7 +259,7 @@ def _assemble(tensor: Whole, own: Own, rows: Mapping[str, Tensor]) -> Tensor | N
             else:
                 dist.send(_bytes(values.to(get_current_device())), WRITER)
         elif whole is not None:
-            received = torch.empty(cut.stop - cut.start, dtype=tensor.dtype, device=get_current_device())
+            received = torch.empty(cut.numel, dtype=tensor.dtype, device=get_current_device())
             dist.recv(_bytes(received), source)
             cut.place(whole, received)
     return None if whole is None else tensor.cut.as_filed(whole)
