@@ -193,6 +193,17 @@ def refused_second_backward(stage: int) -> str:
     return ""
 
 
+def refused_sequence_parallelism(mode: str) -> str:
+    """What boosting says where gradients are parts of a sum within backward."""
+    options = {"tp_size": 2, "pp_size": 1, "zero_stage": 0, "precision": "fp32"}
+    options |= {"enable_sequence_parallelism": True, "sequence_parallelism_mode": "split_gather"}
+    try:
+        block_cases.boosted("hybrid", options, model=block_cases.build(dtype=torch.float32), block={"sgd_mode": mode})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def partial_accumulation(stage: int) -> float:
     """Two of four declared micro-batches: the step makes the update; difference from two declared ones."""
     weights = []

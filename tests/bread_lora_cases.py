@@ -74,7 +74,8 @@ def plain(model: nn.Module, mode: str, batches: Any, steps: int, reset: bool = F
 
 
 def wrap(model: nn.Module, mode: str | None, **options: Any) -> BlockOptimizer:
-    base = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    cls = options.pop("base", torch.optim.AdamW)
+    base = cls(model.parameters(), lr=LR, weight_decay=0.0)
     options = {"switch_block_every": PERIOD, "switch_mode": "ascending", "verbose": 0, "lora_mode": mode, **options}
     return BlockOptimizer(base, list(model.named_parameters()), **options)
 

@@ -1,5 +1,6 @@
 """BREAD's corrections on one process against a plain loop, and what they keep alive."""
 
+import contextlib
 import copy
 import logging
 
@@ -290,6 +291,16 @@ def test_correction_refuses_a_base_without_what_it_corrects():
     without = colossal_bcd.Adafactor(model.parameters(), lr=None, relative_step=True)
     with pytest.raises(ValueError, match="sgd_mode: got a base optimizer whose param group 0 has lr=None"):
         wrap(model, without, sgd_mode="all")
+
+
+def test_correction_refuses_a_gradient_scaler():
+    """It scales the loss, and hears of gradients only after the hooks have applied them."""
+    for mode, refused in (("disabled", False), ("all", True)):
+        model, scaler = Net(), torch.amp.GradScaler("cpu", init_scale=4.0)
+        optimizer = wrap(model, sgd_mode=mode)
+        scaler.scale(model(tokens(0))).backward()
+        with pytest.raises(ValueError, match="torch.amp.GradScaler") if refused else contextlib.nullcontext():
+            scaler.step(optimizer)
 
 
 def test_correction_refuses_an_engine_that_does_not_correct():

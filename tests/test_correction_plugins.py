@@ -216,6 +216,13 @@ def test_correction_refuses_a_second_backward_on_every_rank(stage: int) -> None:
         assert "the engine got gradient number 2 since the last step, expected 1" in message
 
 
+@pytest.mark.parametrize(("mode", "refused"), [("all", True), ("disabled", False)])
+def test_correction_refuses_sequence_parallelism(mode: str, refused: bool) -> None:
+    for message in run_ranks(2, bread_cases.refused_sequence_parallelism, mode):
+        assert ("sgd_mode: got 'all' with sequence parallelism ('split_gather')" in message) == refused
+        assert refused or not message
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_correction_of_fewer_micro_batches_than_declared(stage: int) -> None:
     # The last of two declared ones is added in float32, of four declared ones in bfloat16.

@@ -217,6 +217,21 @@ class BlockOptimizer(Switching):
         self.switch_if_due()
         return loss
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` asks before it steps.
+
+        Raises:
+            ValueError: corrections were made within backward, of gradients that it had scaled.
+        """
+        if self.corrector is not None:
+            raise ValueError(
+                f"sgd_mode={self.corrector.mode!r}: got a torch.amp.GradScaler, whose scaled gradients are applied "
+                "within backward, expected none. Use bfloat16 without a scaler, or fp16 under a plugin of "
+                "colossal_bcd.booster, which undoes the scale."
+            )
+        return False
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.masters.zero_grad(set_to_none)
         if self._corrections is not None:
