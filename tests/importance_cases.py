@@ -79,13 +79,13 @@ def under_each(runs: list[tuple[str, int, dict[str, Any]]]) -> list[dict[str, An
     return [under(name, steps, **options) for name, steps, options in runs]
 
 
-def norms_of_weights(names: list[str]) -> list[list[float]]:
-    """Of all blocks, before the first step."""
+def norms_of_weights(runs: list[tuple[str, bool]]) -> list[list[float]]:
+    """Of all blocks, before the first step, by plugin and whether the head is tied to the embedding."""
     found = []
-    for name in names:
+    for name, tied in runs:
         plugin, arguments = PLUGINS[name]
-        model = models.llama(vocab=250, layers=LAYERS)
-        block = block_options(include_embedding=True, include_lm_head=True)
+        model = models.llama(vocab=250, layers=LAYERS, tied=tied)
+        block = block_options(include_embedding=True, include_lm_head=not tied)
         _, engine, _booster = block_cases.boosted(plugin, arguments, base="sgd", model=model, block=block)
         optimizer = engine.optim
         found.append(optimizer._weights(range(len(optimizer.blocks))).tolist())

@@ -75,19 +75,19 @@ def test_importance_on_every_mesh_draws_what_a_plain_loop_draws():
 
 
 def test_importance_on_four_ranks_counts_every_value_once():
-    names = ["tp2-zero2", "pp2-tp2", "tp2-dp2"]
-    found = run_ranks(4, cases.norms_of_weights, names)
-    model = models.llama(vocab=250, layers=LAYERS)
-    optimizer = cases.wrap(model, include_embedding=True, include_lm_head=True)
-    want = [
-        sum(model.get_parameter(name).double().square().sum().item() for name in block.parameters)
-        for block in optimizer.blocks
-    ]
-    assert optimizer._weights(range(LAYERS + 2)).tolist() == pytest.approx(want, rel=1e-6)
-    for rank in found:
-        for name, squares in zip(names, rank, strict=True):
-            assert squares == pytest.approx(want, rel=1e-6), name
-            assert squares == found[0][names.index(name)]
+    runs = [("tp2-zero2", False), ("pp2-tp2", False), ("tp2-dp2", False), ("pp2-tp2", True)]
+    found = run_ranks(4, cases.norms_of_weights, runs)
+    for index, (name, tied) in enumerate(runs):
+        model = models.llama(vocab=250, layers=LAYERS, tied=tied)
+        optimizer = cases.wrap(model, include_embedding=True, include_lm_head=not tied)
+        want = [
+            sum(model.get_parameter(parameter).double().square().sum().item() for parameter in block.parameters)
+            for block in optimizer.blocks
+        ]
+        assert optimizer._weights(range(len(want))).tolist() == pytest.approx(want, rel=1e-6)
+        for rank in found:
+            assert rank[index] == pytest.approx(want, rel=1e-6), (name, tied)
+            assert rank[index] == found[0][index]
 
 
 @pytest.mark.parametrize("name", ["tp2-zero2", "pp2-tp2"])
