@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,11 @@ from colossal_bcd.testing import start_server
 # On a machine that does much else a rank may be late; the tests that need the time limit set their own.
 os.environ.setdefault("COLOSSAL_BCD_TIMEOUT", "600")
 torch.set_num_threads(1)
+# Nor is a slow machine an error of a test that draws its cases.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 # Importing ColossalAI would start processes that wait for kernels to compile.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data
 import pytest
 import torch
 from compare_losses import largest_difference, read_losses
@@ -20,6 +21,7 @@ from interrupt import stop_request
 from measure import expected_bytes
 from report import Curve, Point, write_losses
 from settings import LOW_RANK, Settings, SettingsError
+from training import run
 
 from colossal_bcd.testing import RankError, run_ranks
 
@@ -176,10 +178,14 @@ def test_losses_keep_all_digits_and_the_comparison_finds_the_step(tmp_path: Path
         largest_difference(read, read_losses(tmp_path / "second"))
 
 
+def few_paragraphs(path: Path | None = None) -> list[str]:
+    """Every eighth of the default text, of which a run would evaluate the held-out tenth a dozen times."""
+    return read_paragraphs(path)[:: 8 if path is None else 1]
+
+
 def _train(flags: list[str], world_size: int, stop: bool = False) -> None:
     """One rank of a run; with `stop`, the last rank is asked to stop before the first step."""
-    from training import run
-
+    data.read_paragraphs = few_paragraphs
     stop_request.received = stop and int(os.environ["RANK"]) == world_size - 1
     run(settings(*flags, world_size=world_size), started=0.0)
 
@@ -233,7 +239,9 @@ def test_two_ranks_give_the_losses_of_one_process(flags: list[str], bound: float
     [[], ["--plugin", "hybrid", "--tp", "2"], ["--plugin", "ddp"]],
     ids=["zero2", "tp2", "ddp"],
 )
-def test_saved_model_loads_and_has_the_held_out_loss(flags: list[str], tmp_path: Path) -> None:
+def test_saved_model_loads_and_has_the_held_out_loss(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder that a run leaves is all that transformers needs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -244,6 +252,7 @@ def test_saved_model_loads_and_has_the_held_out_loss(flags: list[str], tmp_path:
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, attn_implementation="sdpa")
     model.bfloat16()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(data, "read_paragraphs", few_paragraphs)
     corpus = load_corpus(None, None, "bpe", 1024, 16, held_out_batch=16)
     assert tokenizer.get_vocab() == corpus.tokenizer.get_vocab()
     with torch.no_grad():
@@ -272,7 +281,7 @@ def test_local_model_and_text_are_trained(tmp_path: Path) -> None:
     """The model that one run saved is the next one's start; without --embeddings only its layers train."""
     first = _losses(tmp_path / "first", SMALL)
     text = tmp_path / "own.txt"
-    text.write_text("\n\n".join(read_paragraphs()), encoding="utf-8")
+    text.write_text("\n\n".join(few_paragraphs()), encoding="utf-8")
     own = ["--model", str(tmp_path / "first" / "model"), "--text", str(text), "--no-save"]
     second = _losses(tmp_path / "second", [*SMALL, *own])
     # Not exactly: what ColossalAI saves loads with eager attention, which rounds to bf16 elsewhere.
@@ -288,9 +297,14 @@ def test_a_stop_asked_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) 
 
 
 def test_interrupt_ends_without_a_stack_trace(tmp_path: Path) -> None:
+    text = tmp_path / "few.txt"
+    text.write_text("\n\n".join(few_paragraphs()), encoding="utf-8")
     command = [sys.executable, "-u", str(SCRIPT), *SMALL, "--reference", "--steps", "100000", "--eval-every", "1"]
     process = subprocess.Popen(
-        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "--text", str(text), "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout is not None
     output = process.stdout.readline()
