@@ -84,6 +84,16 @@ def batches(num_ranks: int) -> Any:
     return lambda step: [models.tokens(10 * step + rank) for rank in range(num_ranks)]
 
 
+def refused_by_tensor_parallelism(num_ranks: int) -> str:
+    booster = Booster(plugin=HybridParallelPlugin(tp_size=num_ranks, pp_size=1, precision="fp32"))
+    model = peft_model(torch.float32)
+    try:
+        booster.boost(model, wrap(model, "all"))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def boosted(mode: str, plugin: str, steps: int, by_booster: bool) -> dict[str, Any]:
     """Weights after training under a plugin, with adapters made by peft or by the booster."""
     cls: Any = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin}[plugin]

@@ -100,6 +100,13 @@ def test_lora_resumes_with_the_state_of_adapters_that_wait(mode):
     compare(dict(again.named_parameters()), dict(model.named_parameters()), 0)
 
 
+def test_lora_is_refused_where_tensor_parallelism_would_drop_the_adapters():
+    for message in run_ranks(2, cases.refused_by_tensor_parallelism, 2):
+        assert "got a model with LoRA adapters, such as 'base_model.model." in message
+        assert "tp_size=2" in message
+    assert run_ranks(1, cases.refused_by_tensor_parallelism, 1) == [""]
+
+
 def test_lora_with_corrections_moves_everything():
     model = cases.peft_model(torch.float32)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}

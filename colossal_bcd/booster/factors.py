@@ -52,15 +52,25 @@ def holds_factors(model: nn.Module) -> bool:
     return any(isinstance(module, ReLoRaLinear) for module in model.modules())
 
 
-def refuse_factors(model: nn.Module) -> None:
+def refuse_factors(model: nn.Module, tp_size: int) -> None:
     """Refuse a model that ColossalAI's sharding of layers would take for one with plain linear layers.
 
+    Args:
+        model: not sharded yet.
+        tp_size: tensor-parallel ranks.
     Raises:
-        ValueError: some layer trains in low rank.
+        ValueError: some layer trains in low rank, or has adapters of peft that tensor parallelism would drop.
     """
     if holds_factors(model):
         raise ValueError(
             "HybridParallelPlugin: got a model with ReLoRaLinear layers, which ColossalAI's ShardFormer cannot divide, "
             "expected one without. Use LowLevelZeroPlugin, or train the model as it is with colossal_bcd.GoLoreAdamW, "
             "which is the same method on any mesh."
+        )
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "lora_A")), None)
+    if adapted is not None and tp_size > 1:
+        raise ValueError(
+            f"HybridParallelPlugin: got a model with LoRA adapters, such as {adapted!r}, and tp_size={tp_size}, whose "
+            "layers ColossalAI replaces without their adapters; expected tp_size=1. Use LowLevelZeroPlugin, or "
+            "tp_size=1 with zero_stage=1 or 2."
         )

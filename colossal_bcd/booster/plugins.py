@@ -145,7 +145,7 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
-        refuse_factors(model)
+        refuse_factors(model, self.tp_size)
         if fresh:
             optimizer = prepare(model, optimizer)
         shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
