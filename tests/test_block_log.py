@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from block_net import Net, train, wrap
 
+from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.announce import active_line
 
 SWITCHES = ["step 0: block 0 (layers.0) of 3 is active", "step 2: block 1 (layers.1) of 3 is active"]
@@ -42,6 +43,15 @@ def test_block_log_is_seen_where_nobody_set_up_logging(capsys):
     assert "colossal_bcd: trainable: layers.0.weight, layers.0.bias" in seen(capsys, verbose=2)
     assert logging.root.handlers == [], "a library sets up nothing"
     assert logging.getLogger("colossal_bcd").handlers == []
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_block_log_of_the_ratio_form_is_one_line_a_switch(capsys):
+    logging.root.handlers.clear()
+    model = Net()
+    groups = [{"params": [param]} for param in model.parameters()]
+    train(model, BlockOptimizerRatio(groups, list(model.named_parameters()), switch_every=2), 2)
+    assert capsys.readouterr().err.splitlines() == ["colossal_bcd: step 2: the next share of every tensor trains"]
 
 
 @pytest.mark.usefixtures("unconfigured")

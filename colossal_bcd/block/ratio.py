@@ -5,7 +5,6 @@ n: values of data on this rank; k: those of them that train.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.block.announce import announce
 from colossal_bcd.block.mask import Entries, EntryImage, EntrySpec, MaskMode, Selection
 from colossal_bcd.block.partition import place
 from colossal_bcd.block.ratio_rule import KeyedLayout, RatioHyper, adam_on, require_ratio
@@ -22,8 +22,6 @@ from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.images import ImageOptimizer
 from colossal_bcd.optim.spec import StateSpec
 from colossal_bcd.sharding import Layout, Mesh, Rounds, ShardView, square_sum
-
-logger = logging.getLogger(__name__)
 
 
 class BlockOptimizerRatio(ImageOptimizer):
@@ -192,10 +190,15 @@ class BlockOptimizerRatio(ImageOptimizer):
         self._compact.clear()
         if not self.keep_mask:
             self._cache.clear()
+        switched = set()
         for group in self.param_groups:
             group["global_step"] += 1
             if group["global_step"] % group["switch_every"] == 0:
                 self._switch(group)
+                switched.add(group["global_step"])
+        if self.verbose:
+            for num_steps in sorted(switched):
+                announce(f"step {num_steps}: the next share of every tensor trains")
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -245,8 +248,6 @@ class BlockOptimizerRatio(ImageOptimizer):
         for param in group["params"]:
             self.state.pop(param, None)
         self._forget()
-        if self.verbose:
-            logger.info("step %d: the next share of every tensor trains", group["global_step"])
 
     def _step_one(self, param: Tensor, hyper: RatioHyper) -> None:
         """Adam on the entries of one parameter that train of BAdam's parameter-ratio form."""
