@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import checkpoint_cases as cases
 import models
+import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_cases import LR, Run
@@ -157,6 +159,24 @@ def limits(seconds: str) -> list[float]:
     groups = list(dist.distributed_c10d._world.pg_map)
     options = [group._get_backend(torch.device("cpu")).options for group in groups]
     return [option._timeout.total_seconds() for option in options]
+
+
+def limits_twice() -> tuple[list[str], float]:
+    """What is logged where a second plugin is given another limit, and seconds until the default group gives up."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("colossal_bcd").addHandler(handler)
+    for seconds in ("2", "2", "40"):
+        os.environ[TIMEOUT] = seconds
+        LowLevelZeroPlugin(stage=2)
+    began = time.monotonic()
+    if dist.get_rank() == 1:
+        time.sleep(15)
+    else:
+        with pytest.raises(RuntimeError, match="Timed out"):
+            dist.barrier()
+    return messages, time.monotonic() - began
 
 
 def wrong_limit() -> str:

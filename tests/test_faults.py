@@ -63,6 +63,12 @@ def test_time_limit_holds_for_all_groups_of_the_plugin() -> None:
         assert min(seconds) > 300
 
 
+def test_default_group_keeps_its_first_time_limit_and_says_so() -> None:
+    for rank, (messages, seconds) in enumerate(run_ranks(2, cases.limits_twice)):
+        assert ["keeps its limit of 0:00:02, not 0:00:40" in message for message in messages] == [True]
+        assert rank == 1 or 1 < seconds < 14
+
+
 def test_time_limit_that_is_no_number_is_refused() -> None:
     assert "got 'soon', expected a number of seconds" in run_ranks(1, cases.wrong_limit)[0]
 
