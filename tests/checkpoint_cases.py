@@ -49,6 +49,10 @@ MAKE: dict[str, Any] = {
     "came": lambda model: colossal_bcd.CAME(model.parameters(), lr=LR),
     "galore": lambda model: projected(model, colossal_bcd.GaLoreAdamW),
     "golore": lambda model: projected(model, colossal_bcd.GoLoreAdamW, random_from_step=3),
+    "galore-adafactor": lambda model: projected(
+        model, colossal_bcd.GaLoreAdafactor, relative_step=False, beta1=0.9, proj_type="reverse_std"
+    ),
+    "golore-sgd": lambda model: projected(model, colossal_bcd.GoLoreSGD, momentum=0.9, random_from_step=3),
     "adamw-8bit": lambda model: colossal_bcd.AdamW(model.parameters(), lr=LR, moment_bits=8),
     "galore-8bit": lambda model: projected(model, colossal_bcd.GaLoreAdamW, moment_bits=8),
     "came-8bit": lambda model: colossal_bcd.CAME(model.parameters(), lr=LR, moment_bits=8),
