@@ -231,9 +231,12 @@ def storages(*roots: Any) -> dict[int, int]:
 def live_bytes() -> int:
     """Bytes of all storages that some live tensor of this process refers to.
 
-    Threads of gloo let go of what they have sent a moment after `wait` has returned, so this reads until it stays.
+    Threads of gloo let go of what they have sent a moment after `wait` has returned, so where there are any this reads
+    until it stays.
     """
     gc.collect()
+    if not dist.is_initialized():
+        return _held_bytes()
     found = -1
     while True:
         time.sleep(0.05)

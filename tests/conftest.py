@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -29,7 +30,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Ranks are forked from a process that has imported what the collected tests have; it does while the first run."""
+    """Ranks are forked from a process that has imported what the collected tests have; it does while the first run.
+
+    What has been imported here is left out of later collections, of which tests of memory make many.
+    """
+    gc.collect()
+    gc.freeze()
     modules = {item.module for item in session.items}
     if session.config.option.collectonly or not any(hasattr(module, "run_ranks") for module in modules):
         return

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from colossal_bcd import CAME, Adafactor
 from colossal_bcd.testing import storages
 
-STEPS = 22
+STEPS = 12
 ORIGINALS = {
     "Adafactor": (Adafactor, transformers.optimization.Adafactor),
     "CAME": (CAME, came_pytorch.CAME),

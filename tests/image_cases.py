@@ -76,6 +76,14 @@ def sharded(sizes: Sizes, hyper: dict[str, Any], partitioned: bool, whole_rows: 
     worst = 0.0
     for param, layout, want in zip(params, layouts, one_process(hyper), strict=True):
         data = slice(0, layout.num_local)
-        errors = (param.detach().view(-1)[data] - layout.shard(want).view(-1)[data]).abs()
-        worst = max([worst, *errors.tolist()])
+        errors = (param.detach().view(-1)[data] - layout.shard(want).view(-1)[data]).abs().nan_to_num(torch.inf)
+        worst = max(worst, errors.max().item() if len(errors) else 0.0)
     return {"error": worst, "counts": counts, "norm_error": norm_error}
+
+
+def sharded_by_projection(sizes: Sizes, partitioned: bool) -> dict[str, dict[str, Any]]:
+    """`sharded` of every projection, with random bases; slices of "std" begin with a row."""
+    return {
+        projection: sharded(sizes, {"svd_method": "random", "proj_type": projection}, partitioned, projection == "std")
+        for projection in ("std", "reverse_std", "full")
+    }

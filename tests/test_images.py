@@ -20,14 +20,11 @@ PROJECTED = sum(len(case.shape) > 1 for case in CASES)
 @pytest.mark.parametrize("partitioned", [True, False], ids=["partitioned", "whole"])
 def test_images_give_the_step_of_whole_gradients(sizes: Sizes, partitioned: bool) -> None:
     """The mean of the ranks' images is the image of their mean gradient; refreshes take whole gradients."""
-    for projection in ("std", "reverse_std", "full"):
-        options = {"svd_method": "random", "proj_type": projection}
-        for report in run_ranks(
-            sizes.tp * sizes.zero, image_cases.sharded, sizes, options, partitioned, projection == "std"
-        ):
-            assert report["error"] <= 1e-12
-            assert report["norm_error"] <= 1e-12
-            assert report["counts"] == [0 if step % GAP == 0 else PROJECTED for step in range(STEPS)]
+    for reports in run_ranks(sizes.tp * sizes.zero, image_cases.sharded_by_projection, sizes, partitioned):
+        for projection, report in reports.items():
+            assert report["error"] <= 1e-12, projection
+            assert report["norm_error"] <= 1e-12, projection
+            assert report["counts"] == [0 if step % GAP == 0 else PROJECTED for step in range(STEPS)], projection
 
 
 def test_images_of_bfloat16_gradients_are_computed_in_float32_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import io
 import itertools
 import subprocess
 import sys
+from hashlib import sha256
 
 import block_net
 import pytest
@@ -135,7 +136,10 @@ def test_state_is_what_the_declaration_says(name, dtype):
 
 
 def bytes_of_a_step(name, **options):
-    """Live bytes that the first step of a matrix of 2^20 values adds."""
+    """Live bytes that the first step of a matrix of 2^20 values adds, beside maps that are made once."""
+    small = nn.Parameter(torch.ones(2, 2))
+    small.grad = torch.ones_like(small)
+    OPTIMIZERS[name]([small], moment_bits=8).step()
     param = nn.Parameter(torch.ones(1024, 1024))
     optimizer = OPTIMIZERS[name]([param], **options)
     param.grad = torch.ones_like(param)
@@ -374,8 +378,8 @@ def local_part(layout, full):
 
 
 def sharded_run(sizes, name):
-    """On this rank, of every case: whether the moment stayed within its bound of the whole float64 tensor's for 20
-    steps, its codes, and whether padding is still what it was."""
+    """On this rank, of every case: whether the moment stayed within its bound of the whole float64 tensor's for 8
+    steps, a digest of its codes, and whether padding is still what it was."""
     mesh, tp_rank, zero_rank = process_mesh(sizes)
     layouts = [case.layout(sizes, tp_rank, zero_rank) for case in CASES]
     whole = [nn.Parameter(initial(index).clone()) for index in range(len(CASES))]
@@ -384,7 +388,7 @@ def sharded_run(sizes, name):
     other.bind(dict(zip(parts, layouts, strict=True)), mesh)
     bounds = [Within(layout.num_local) for layout in layouts]
     outside = set()
-    for step in range(20):
+    for step in range(8):
         for index, layout in enumerate(layouts):
             grad = gradient(index, step)
             whole[index].grad = grad
@@ -403,8 +407,11 @@ def sharded_run(sizes, name):
         bool(part.detach().view(-1)[layout.num_local :].isnan().all())
         for part, layout in zip(parts, layouts, strict=True)
     ]
-    codes = [[other.state[part][key].tolist() for key in ("exp_avg", "exp_avg_absmax")] for part in parts]
-    return sorted(outside), codes, all(kept)
+    digests = [
+        [sha256(other.state[part][key].numpy().tobytes()).hexdigest() for key in ("exp_avg", "exp_avg_absmax")]
+        for part in parts
+    ]
+    return sorted(outside), digests, all(kept)
 
 
 def sharded_runs(sizes):
@@ -416,12 +423,12 @@ def test_moments_on_meshes_stay_within_the_bound_and_replicas_are_equal(sizes):
     """Blocks begin with the slice, so meshes differ within the bound; replicas have the same slice."""
     ranks = run_ranks(sizes.tp * sizes.zero, sharded_runs, sizes)
     for rank, name in itertools.product(range(len(ranks)), OPTIMIZERS):
-        outside, codes, padding_is_kept = ranks[rank][name]
+        outside, digests, padding_is_kept = ranks[rank][name]
         assert outside == [], f"{name} on rank {rank}"
         assert padding_is_kept
         replica = ranks[rank // sizes.tp * sizes.tp][name][1]
         for index, case in enumerate(CASES):
-            assert case.dim is not None or codes[index] == replica[index], f"{name}: {case} on rank {rank}"
+            assert case.dim is not None or digests[index] == replica[index], f"{name}: {case} on rank {rank}"
 
 
 def wave_peaks():
