@@ -88,7 +88,7 @@ METHODS = {
     "BREAD-sign": Method(blocks(sgd_mode="all", sgd_use_sign=True, sgd_lr_scaling=0.1), (3e-3, 1e-2, 3e-2)),
     "BREAD-LoRA": Method(blocks(lora_mode="all"), (1e-3, 3e-3, 1e-2), adapters=True),
     "LoRA": Method(_lora, (1e-3, 3e-3, 1e-2), adapters=True),
-    "GaLore": Method(_galore, (1e-3, 3e-3, 1e-2)),
+    "GaLore": Method(_galore, (3e-3, 1e-2, 3e-2)),
 }
 
 
