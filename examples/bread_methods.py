@@ -84,6 +84,8 @@ def _galore(model: nn.Module, lr: float, seed: int) -> Optimizer:
 METHODS = {
     "AdamW": Method(lambda model, lr, seed: AdamW(model.parameters(), lr=lr), (1e-3, 3e-3, 1e-2)),
     "BAdam": Method(blocks(), (3e-3, 1e-2, 3e-2)),
+    # BREAD moves the embedding and the head, too, which are in no block by default.
+    "BAdam, all": Method(blocks(include_embedding=True, include_lm_head=True), (3e-3, 1e-2, 3e-2)),
     "BREAD-SGD": Method(blocks(sgd_mode="all", sgd_lr_scaling=50.0), (3e-3, 1e-2, 3e-2)),
     "BREAD-sign": Method(blocks(sgd_mode="all", sgd_use_sign=True, sgd_lr_scaling=0.1), (3e-3, 1e-2, 3e-2)),
     "BREAD-LoRA": Method(blocks(lora_mode="all"), (1e-3, 3e-3, 1e-2), adapters=True),

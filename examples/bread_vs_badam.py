@@ -130,7 +130,7 @@ def plot(best: dict[str, tuple[float, list[Run]]], path: Path) -> None:
 def main(steps: int, seeds: int, chosen: tuple[str, ...], output: Path) -> None:
     """Sweep, train, measure, write."""
     torch.set_num_threads(1)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     corpus = load_corpus(None, None, "byte", 257, LENGTH, HELD_OUT)
     best: dict[str, tuple[float, list[Run]]] = {}
     for name in chosen or METHODS:
