@@ -160,7 +160,7 @@ def test_ratio_images_are_the_entries_of_the_slices(mode: Any, whole_rows: bool)
     for index, case in enumerate(conformance_cases.CASES):
         full = conformance_cases.initial(index)
         selection = Selection(full.numel(), max(full.numel() // 3, 1), full.numel() // 2, mode, "some")
-        for sizes in conformance_cases.MESHES:
+        for sizes in (conformance_cases.Sizes(tp, zero) for tp in (1, 2) for zero in (1, 3)):
             for tp_rank in range(sizes.tp):
                 total = 0
                 for zero_rank in range(sizes.zero):
