@@ -402,7 +402,7 @@ def test_block_optimizer_has_float32_masters_which_are_not_rounded(caplog):
     runs = []
     for options in ({}, {"rounding": "stochastic"}):
         model = block_net.Net(dtype=torch.bfloat16)
-        optimizer = block_net.wrap(model, AdamW(model.parameters(), lr=0.01, **options))
+        optimizer = block_net.wrap(model, AdamW(model.parameters(), lr=0.01, **options), verbose=0)
         block_net.train(model, optimizer, 8)
         runs.append(block_net.weights(model))
     assert all(map(torch.equal, *runs))
