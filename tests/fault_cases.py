@@ -18,7 +18,7 @@ from checkpoint_cases import LR, Run
 from colossalai.booster import Booster
 
 from colossal_bcd import AdamW, BlockOptimizer
-from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin
+from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin, faults
 from colossal_bcd.booster.checkpoint import files, folder, plan
 from colossal_bcd.booster.faults import TIMEOUT
 
@@ -156,9 +156,21 @@ def limits(seconds: str) -> list[float]:
     """Seconds that each group of this rank may wait after a plugin was constructed."""
     os.environ[TIMEOUT] = seconds
     _booster = Booster(plugin=cases.HybridParallelPlugin(tp_size=2, pp_size=1, zero_stage=0, precision="fp32"))
-    groups = list(dist.distributed_c10d._world.pg_map)
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not faults.patient_group()]
     options = [group._get_backend(torch.device("cpu")).options for group in groups]
     return [option._timeout.total_seconds() for option in options]
+
+
+def slow_writer(path: str) -> float:
+    """Seconds of saving a checkpoint for which one rank alone works for longer than the time limit."""
+    run = Run("zero2 x2", "badam-came")
+    if dist.get_rank() == 0:
+        publish = CheckpointFolder._publish
+        CheckpointFolder._publish = lambda *args: (time.sleep(9), publish(*args))[1]  # type: ignore[method-assign]
+    began = time.monotonic()
+    CheckpointFolder(path).save(run.booster, run.model, run.engine, run.scheduler, step=1)
+    run.step(0)
+    return time.monotonic() - began
 
 
 def limits_twice() -> tuple[list[str], float]:

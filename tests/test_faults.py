@@ -63,6 +63,12 @@ def test_time_limit_holds_for_all_groups_of_the_plugin() -> None:
         assert min(seconds) > 300
 
 
+def test_time_limit_does_not_hold_for_ranks_that_wait_for_a_writer(tmp_path: Path) -> None:
+    """Large models take longer to write than a collective may take."""
+    assert min(run_ranks(2, cases.limited, 4.0, cases.slow_writer, str(tmp_path))) > 9
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
 def test_default_group_keeps_its_first_time_limit_and_says_so() -> None:
     for rank, (messages, seconds) in enumerate(run_ranks(2, cases.limits_twice)):
         assert ["keeps its limit of 0:00:02, not 0:00:40" in message for message in messages] == [True]

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 TIMEOUT = "COLOSSAL_BCD_TIMEOUT"
 """Environment variable: seconds that a collective may wait for another rank; 0 leaves torch's own limits."""
 DEFAULT_TIMEOUT = 50.0
+PATIENCE = timedelta(minutes=30)
+"""How long ranks wait for one that works alone: nobody can tell a rank that stalls from a slow disk."""
+_patient: tuple[Any, dist.ProcessGroup] | None = None
+"""The default group, and a group of the same ranks with that limit."""
 _limited: tuple[Any, timedelta] | None = None
 """The default group whose connections were made with a limit, and the limit."""
 
@@ -54,10 +58,36 @@ def limit_waiting() -> Iterator[None]:
         yield
     finally:
         torch_defaults.default_pg_timeout, torch_defaults.default_pg_nccl_timeout = before
+    patient = patient_group()
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(limit, group)
+        if group is not patient:
+            distributed_c10d._set_pg_timeout(limit, group)
     if dist.is_initialized() and dist.get_world_size() > 1:
         _limit_default_group(limit)
+        if patient is None and dist.is_gloo_available():
+            _make_patient_group()
+
+
+def wait_patiently() -> None:
+    """Wait until all ranks are here, for one that writes or checks large files, too.
+
+    The time limit of other groups begins after it.  A rank that dies is noticed at once.
+    """
+    group = patient_group()
+    if group is not None:
+        dist.barrier(group=group)
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """A group of all ranks with `PATIENCE`; None where no time limit was set."""
+    if _patient is None or not dist.is_initialized() or _patient[0] is not dist.group.WORLD:
+        return None
+    return _patient[1]
+
+
+def _make_patient_group() -> None:
+    global _patient
+    _patient = dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _limit_default_group(limit: timedelta) -> None:

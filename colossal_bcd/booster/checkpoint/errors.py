@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch.distributed as dist
 
+from colossal_bcd.booster.faults import wait_patiently
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read; the same text on every rank."""
@@ -37,6 +39,7 @@ def raise_together(error: Exception | None, said: Mapping[str, str] | None = Non
     report: tuple[str | None, dict[str, str]] = None if error is None else describe(error), dict(said or {})
     reports = [report]
     if dist.is_initialized() and dist.get_world_size() > 1:
+        wait_patiently()
         reports = [report] * dist.get_world_size()
         dist.all_gather_object(reports, report)
     found = [(rank, text) for rank, (text, _) in enumerate(reports) if text is not None]
