@@ -35,7 +35,9 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.14",
             "pytest>=8",
+            "pytorch_optimizer>=3.3",
             "ruff>=0.9",
+            "schedulefree>=1.4",
         ],
     },
 )

@@ -20,7 +20,7 @@ from colossalai.booster import Booster
 from colossal_bcd import AdamW, BlockOptimizer
 from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin, faults
 from colossal_bcd.booster.checkpoint import files, folder, plan
-from colossal_bcd.booster.faults import TIMEOUT
+from colossal_bcd.engine.faults import TIMEOUT
 
 GOOD = 2
 """Steps before the last good checkpoint."""

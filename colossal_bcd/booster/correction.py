@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.correction import require_open
 from colossal_bcd.block.corrector import Corrector
-from colossal_bcd.booster.reducer import GradientReducer, ReducerConfig, _Bucket
+from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig, _Bucket
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from colossal_bcd.booster.config import EngineConfig
 from colossal_bcd.booster.masters import ShardedMasters
-from colossal_bcd.booster.reducer import GradientReducer
+from colossal_bcd.engine.reducer import GradientReducer
 from colossal_bcd.booster.replicas import replicate
 from colossal_bcd.optim import ImageOptimizer, ShardedOptimizer
 from colossal_bcd.optim.rounding import LOW_PRECISION

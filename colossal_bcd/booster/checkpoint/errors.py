@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch.distributed as dist
 
-from colossal_bcd.booster.faults import wait_patiently
+from colossal_bcd.engine.faults import wait_patiently
 
 
 class CheckpointError(ValueError):

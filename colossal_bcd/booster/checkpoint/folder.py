@@ -28,7 +28,7 @@ from colossal_bcd.booster.checkpoint.load import Loading, check_path
 from colossal_bcd.booster.checkpoint.randomness import load_random_state, save_random_state
 from colossal_bcd.booster.checkpoint.save import index_name
 from colossal_bcd.booster.checkpoint.verify import verify
-from colossal_bcd.booster.faults import named, require_finite
+from colossal_bcd.engine.faults import named, require_finite
 
 MANIFEST = "checkpoint.json"
 FORMAT = "colossal_bcd checkpoint"

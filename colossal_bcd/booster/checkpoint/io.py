@@ -18,7 +18,7 @@ from colossal_bcd.booster.checkpoint.load import check_path
 from colossal_bcd.booster.checkpoint.model import writing_together
 from colossal_bcd.booster.checkpoint.save import index_name, save_file, save_folder
 from colossal_bcd.booster.checkpoint.source import read_torch
-from colossal_bcd.booster.faults import named, require_finite
+from colossal_bcd.engine.faults import named, require_finite
 
 logger = logging.getLogger(__name__)
 
