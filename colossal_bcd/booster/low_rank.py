@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from colossal_bcd.booster.config import EngineConfig
 from colossal_bcd.booster.masters import ShardedMasters
-from colossal_bcd.engine.reducer import GradientReducer
 from colossal_bcd.booster.replicas import replicate
+from colossal_bcd.engine.reducer import GradientReducer
 from colossal_bcd.optim import ImageOptimizer, ShardedOptimizer
 from colossal_bcd.optim.rounding import LOW_PRECISION
 from colossal_bcd.sharding import Image, Mesh, Sum, resolve

@@ -23,12 +23,12 @@ from colossal_bcd.booster.checkpoint import checkpoint_io
 from colossal_bcd.booster.config import EngineConfig, LowRankOptions
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.factors import holds_factors, refuse_factors
-from colossal_bcd.engine.faults import limit_waiting, named
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, plan_stages, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
 from colossal_bcd.booster.registry import names_of, shapes_of
 from colossal_bcd.booster.zero import ZeroOptimizer
+from colossal_bcd.engine.faults import limit_waiting, named
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.booster.checkpoint.held import EngineState
 from colossal_bcd.booster.checkpoint.load import check_opened
 from colossal_bcd.booster.checkpoint.save import whole_state
@@ -31,13 +30,14 @@ from colossal_bcd.booster.clipping import scale_gradients
 from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler, mesh_of
 from colossal_bcd.booster.correction import corrections_of
 from colossal_bcd.booster.factors import EngineFactors
-from colossal_bcd.engine.faults import LateCheck, named
 from colossal_bcd.booster.importance import squared_weights
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
-from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.booster.sequence import add_sequence_parallel
+from colossal_bcd.engine.agreement import require_agreement
+from colossal_bcd.engine.faults import LateCheck, named
+from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Request, Sum, square_sum
 
