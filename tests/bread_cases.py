@@ -11,6 +11,7 @@ import block_cases
 import models
 import torch
 import torch.distributed as dist
+from support.errors import largest_error, worst
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -113,13 +114,13 @@ def scaled(options: dict[str, Any], rule: str) -> float:
     (models.loss(plain, models.tokens(0)) * engine.mixed_precision_mixin.loss_scale).backward()
     scale = engine.mixed_precision_mixin.loss_scale
     step_once(model, engine, booster, [models.tokens(0)])
-    worst = 0.0
+    errors = []
     for name, mine in model.unwrap(unwrap_peft=False).named_parameters():
         if name in engine.optim.corrected_names():
             theirs = plain.get_parameter(name)
             want = (theirs.float() - 0.1 * theirs.grad.float() / scale).half()
-            worst = max(worst, (mine.float() - want.float()).abs().max().item())
-    return worst
+            errors.append(largest_error(mine, want))
+    return worst(errors)
 
 
 def traffic(options: dict[str, Any], block: dict[str, Any], width: int = 64) -> dict[str, Any]:
@@ -218,4 +219,4 @@ def partial_accumulation(stage: int) -> float:
         )
         step_once(model, engine, booster, [models.tokens(dist.get_rank()), models.tokens(5 + dist.get_rank())])
         weights.append([copy.deepcopy(param.detach()) for param in model.parameters()])
-    return max((a - b).abs().max().item() for a, b in zip(*weights, strict=True))
+    return largest_error(*weights)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from conformance_cases import CASES, Case, Sizes, process_mesh
+from support.errors import largest_error
 from torch import Tensor
 
 from colossal_bcd import CAME, Adafactor, AdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreSGD
@@ -97,8 +98,13 @@ def sharded(sizes: Sizes, name: str, expected: list[dict[str, Tensor]]) -> list[
                 )
                 write(entry, optimizer.state[param], entry.cut.pick(source.view(entry.cut.shape)))
         after = optimizer.state[param]
-        errors = [0.0, *((before[key] - after[key]).abs().max().item() for key in before if before[key].numel())]
-        found.append({"sent": sent, "error": max(errors), "absent": [e.name for e in entries if not e.held]})
+        found.append(
+            {
+                "sent": sent,
+                "error": largest_error({key: after[key] for key in before}, before),
+                "absent": [e.name for e in entries if not e.held],
+            }
+        )
     return found
 
 

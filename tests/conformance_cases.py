@@ -14,6 +14,7 @@ import galore_references
 import references
 import torch
 import torch.distributed as dist
+from support.errors import largest_error
 
 from colossal_bcd import CAME, Adafactor, AdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreSGD, Lamb
 from colossal_bcd.optim import ShardedOptimizer
@@ -281,8 +282,7 @@ class ShardedRun:
         result = []
         for index, layout in enumerate(self.layouts):
             target = layout.shard(expected[index][step]).view(-1)[: layout.num_local]
-            difference = (self.data(index) - target).abs()
-            result.append(torch.where(difference.isnan(), torch.inf, difference).max().item() if len(target) else 0.0)
+            result.append(largest_error(self.data(index), target))
         return result
 
     def padding_is_untouched(self):

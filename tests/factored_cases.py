@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import came_pytorch
 import torch
 import transformers.optimization
 from conformance_cases import CASES, Case, Sizes, gradient, initial, process_mesh
+from support.errors import largest_error
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -63,16 +63,6 @@ def groups_of(params: list[Parameter], options: dict[str, Any]) -> list[dict[str
     return [{"params": params[::2]}, {"params": params[1::2], **own}]
 
 
-def largest_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Largest difference; a value that is not finite is infinitely far away."""
-    worst = 0.0
-    for ours, theirs in pairs:
-        if ours.numel():
-            difference = (ours - theirs).abs()
-            worst = max(worst, torch.where(difference.isfinite(), difference, torch.inf).max().item())
-    return worst
-
-
 def on_one_process(name: str, options: dict[str, Any]) -> float:
     """Largest error of ours against the original on whole tensors in float64, after any step."""
     cls, original = ORIGINALS[name]
@@ -84,7 +74,7 @@ def on_one_process(name: str, options: dict[str, Any]) -> float:
             for index, param in enumerate(params):
                 param.grad = gradient(index, step)
             optimizer.step()
-        worst = max(worst, largest_error((a.detach(), b.detach()) for a, b in zip(ours, theirs, strict=True)))
+        worst = max(worst, largest_error(ours, theirs))
     return worst
 
 
@@ -111,11 +101,9 @@ def bound_to(sizes: Sizes, name: str, options: dict[str, Any]) -> float:
             ours[index].grad = None if grad is None else local(index, grad)
         for optimizer in optimizers:
             optimizer.step()
-        pairs = [
-            (a.detach().view(-1)[: layout.num_local], layout.shard(b.detach()).view(-1)[: layout.num_local])
-            for a, b, layout in zip(ours, theirs, layouts, strict=True)
-        ]
-        worst = max(worst, largest_error(pairs))
+        for a, b, layout in zip(ours, theirs, layouts, strict=True):
+            got, want = (part.view(-1)[: layout.num_local] for part in (a.detach(), layout.shard(b.detach())))
+            worst = max(worst, largest_error(got, want))
     return worst
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from conformance_cases import Case, Sizes, process_mesh
+from support.errors import largest_error
 from torch import Tensor
 
 from colossal_bcd import GaLoreAdamW
@@ -76,8 +77,7 @@ def sharded(sizes: Sizes, hyper: dict[str, Any]) -> dict[str, Any]:
     worst = 0.0
     for param, layout, want in zip(params, layouts, one_process(hyper), strict=True):
         data = slice(0, layout.num_local)
-        errors = (param.detach().view(-1)[data] - layout.shard(want).view(-1)[data]).abs().nan_to_num(torch.inf)
-        worst = max(worst, errors.max().item() if len(errors) else 0.0)
+        worst = max(worst, largest_error(param.detach().view(-1)[data], layout.shard(want).view(-1)[data]))
     bases = [state[name] for state in optimizer.state.values() for name in ("left", "right") if name in state]
     held = [state["exp_avg"].numel() for state in optimizer.state.values()]
     return {"error": worst, "between": calls[1], "refresh": calls[GAP], "bases": bases, "held": held}

@@ -8,6 +8,7 @@ from typing import Any
 import galore_references
 import torch
 from conformance_cases import Case, Sizes, process_mesh
+from support.errors import largest_error
 from torch import Tensor
 
 from colossal_bcd import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
@@ -111,7 +112,7 @@ def worst(rule: str, options: dict[str, Any], sizes: Sizes) -> tuple[float, dict
     error = 0.0
     for param, layout, want in zip(params, layouts, by_reference(rule, options), strict=True):
         data = slice(0, layout.num_local)
-        error = max([error, *(param.detach().view(-1)[data] - layout.shard(want).view(-1)[data]).abs().tolist()])
+        error = max(error, largest_error(param.detach().view(-1)[data], layout.shard(want).view(-1)[data]))
     return error, calls
 
 

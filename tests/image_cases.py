@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from conformance_cases import Sizes, process_mesh
 from galore_cases import CASES, STEPS, gradient, one_process, optimizer_of, weight
+from support.errors import largest_error
 from torch import Tensor
 
 from colossal_bcd.sharding import Image, Layout, TensorSplit, resolve
@@ -70,14 +71,13 @@ def sharded(sizes: Sizes, hyper: dict[str, Any], partitioned: bool, whole_rows: 
         for param, norm in zip(wanted, norms, strict=True):
             index = next(i for i, other in enumerate(params) if other is param)
             exact = whole_image(wanted[param], gradient(index, step)).square().sum()
-            norm_error = max(norm_error, ((norm - exact) / exact).abs().item())
+            norm_error = max(norm_error, largest_error(norm / exact, torch.ones_like(norm)))
         optimizer.give_images(images)
         optimizer.step()
     worst = 0.0
     for param, layout, want in zip(params, layouts, one_process(hyper), strict=True):
         data = slice(0, layout.num_local)
-        errors = (param.detach().view(-1)[data] - layout.shard(want).view(-1)[data]).abs().nan_to_num(torch.inf)
-        worst = max(worst, errors.max().item() if len(errors) else 0.0)
+        worst = max(worst, largest_error(param.detach().view(-1)[data], layout.shard(want).view(-1)[data]))
     return {"error": worst, "counts": counts, "norm_error": norm_error}
 
 

@@ -18,6 +18,7 @@ from colossalai.booster import Booster
 from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, hybrid_parallel_plugin
 from colossalai.nn import optimizer as colossalai_optimizers
 from colossalai.zero.low_level import LowLevelZeroOptimizer
+from support.errors import largest_error
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
@@ -107,7 +108,7 @@ def _injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) ->
     error = 0.0
     for param, master in zip(filter(layouts.__contains__, order), masters, strict=True):
         want = part(layouts[param].shard(full[names[id(param)]]), master.numel(), plugin)
-        error = max(error, *(master.detach().view(-1).double() - want).abs().tolist())
+        error = max(error, largest_error(master.view(-1), want))
     largest = max(weight.abs().max().item() for weight in full.values())
     return {"error": error, "bound": plugin_cases.bound_of(largest, largest_step), "calls": calls}
 

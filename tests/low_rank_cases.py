@@ -10,6 +10,7 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from support.errors import largest_error
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -141,10 +142,9 @@ def compared(*args: Any, low_rank: dict[str, Any] | None = None, **kwargs: Any) 
     plugin, options, *rest = args
     images = trained(plugin, {**options, "low_rank": LowRankOptions(**(low_rank or {}))}, *rest, **kwargs)
     whole = trained(plugin, {**options, "low_rank": LowRankOptions(reduce=False)}, *rest, **kwargs)
-    pairs = [(weight, whole["weights"][name]) for name, weight in images["weights"].items()]
     return {
-        "losses": max(abs(a - b) for a, b in zip(images["losses"], whole["losses"], strict=True)),
-        "weights": max((a.double() - b.double()).abs().max().item() for a, b in pairs),
+        "losses": largest_error(images["losses"], whole["losses"]),
+        "weights": largest_error(images["weights"], whole["weights"]),
         "images": images["images"],
         "without": whole["images"],
         "replicas": images["replicas"] and whole["replicas"],
@@ -179,8 +179,8 @@ def injected(options: dict[str, Any], hyper: dict[str, Any], steps: int) -> dict
             engine.zero_grad()
         counts.append(images)
         found.append([engine.masters.of[param].detach().clone() for param in engine.layouts])
-    differences = [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
-    return {"error": max(differences), "images": counts[0], "without": counts[1], "replicas": replicas(engine, booster)}
+    error = largest_error(*found)
+    return {"error": error, "images": counts[0], "without": counts[1], "replicas": replicas(engine, booster)}
 
 
 def payloads(options: dict[str, Any], hyper: dict[str, Any], low_rank: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def gathered(
     differences = [(found[0][name].double() - weight.double()).abs() for name, weight in found[1].items()]
     shapes = [tuple(layout.shape) for param, layout in engine.layouts.items() if param.requires_grad]
     return {
-        "error": max(difference.max().item() for difference in differences),
+        "error": largest_error(*found),
         "mean": torch.cat([difference.view(-1) for difference in differences]).mean().item(),
         "replicas": equal,
         "bytes": counts,
@@ -371,8 +371,8 @@ def pipelined(options: dict[str, Any], steps: int) -> dict[str, Any]:
         losses.append(seen)
         found.append([engine.masters.of[param].detach().clone() for param in engine.layouts])
     return {
-        "weights": max((a - b).abs().max().item() for a, b in zip(*found, strict=True)),
-        "losses": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "weights": largest_error(*found),
+        "losses": largest_error(*losses),
         "images": counts,
         "norm": max(norms),
         "loss": max(losses[1]),

@@ -1,6 +1,7 @@
 """Parameters, gradients and training loops for tests of optimizers on one process."""
 
 import torch
+from support.errors import largest_error
 from torch import nn
 
 from colossal_bcd import AdamW, Lamb
@@ -28,4 +29,4 @@ def train(optimizer, params, num_steps=6, first=0):
 
 
 def errors(some, others):
-    return [(one - other).abs().max().item() for one, other in zip(some, others, strict=True)]
+    return [largest_error(one, other) for one, other in zip(some, others, strict=True)]

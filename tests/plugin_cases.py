@@ -10,6 +10,7 @@ import references
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from support.errors import largest_error
 from torch import Tensor, nn
 
 import colossal_bcd
@@ -94,7 +95,7 @@ def injected(optimizer: str, kind: str, vocab: int, options: dict[str, Any]) -> 
         layout, master = engine.masters.layout(param), engine.masters.of[param]
         data = layout.num_local
         want = layout.shard(full[names[id(param)]]).view(-1)[:data]
-        worst = max([worst, *(master.view(-1)[:data].double() - want).abs().tolist()])
+        worst = max(worst, largest_error(master.view(-1)[:data], want))
         working = engine.layouts[param]
         shard = working.shard(full[names[id(param)]]).view(-1)[: working.num_local]
         close = torch.allclose(param.detach().view(-1)[: working.num_local].double(), shard, rtol=2**-7, atol=1e-5)

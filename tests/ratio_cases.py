@@ -9,6 +9,7 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from support.errors import largest_error
 from torch import Tensor
 
 from colossal_bcd import BlockOptimizerRatio
@@ -68,8 +69,8 @@ def injected(kind: str, options: dict[str, Any], mode: Any) -> dict[str, Any]:
     worst, equal = 0.0, True
     for param, master in engine.masters.of.items():
         part = engine.masters.layout(param)
-        errors = (master.view(-1) - part.shard(want[names[id(param)]]).view(-1))[: part.num_local].abs()
-        worst = max([worst, *errors.tolist()])
+        data, goal = slice(0, part.num_local), part.shard(want[names[id(param)]]).view(-1)
+        worst = max(worst, largest_error(master.view(-1)[data], goal[data]))
         group = getattr(booster.plugin, "dp_group", dist.group.WORLD)
         largest = param.detach().float().clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from conformance_cases import Case, Sizes, process_mesh
+from support.errors import largest_error
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -105,9 +106,7 @@ def errors(sizes: Sizes, hyper: dict[str, Any]) -> dict[str, Any]:
     """A run, and its largest error against the plain loop."""
     report = sharded(sizes, hyper)
     plain = plain_loop(report["due"] if hyper.get("lazy_threshold") is None else None, hyper)
-    pairs = zip(report["values"], shards_of(sizes, plain["values"]), strict=True)
-    worst = max([0.0, *((mine - want).abs().max().item() for mine, want in pairs if mine.numel())])
-    return {**report, "error": worst, "plain": plain}
+    return {**report, "error": largest_error(report["values"], shards_of(sizes, plain["values"])), "plain": plain}
 
 
 def _bases(state: dict[str, Any]) -> Tensor | None:

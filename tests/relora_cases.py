@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from support.errors import largest_error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -126,7 +127,7 @@ def distributed(plugin: str, kind: str, random_from: int) -> dict[str, Any]:
         equal &= torch.equal(largest, value.double())
     held = sum(value.numel() for state in states.values() for value in state.values() if isinstance(value, Tensor))
     return {
-        "error": max((got[name] - value).abs().max().item() for name, value in want.items()),
+        "error": largest_error({name: got[name] for name in want}, want),
         "equal": equal,
         "held": held,
         "same_names": set(got) == set(want),

@@ -11,6 +11,7 @@ import plain_badam
 import pytest
 import torch
 from block_cases import LAYERS, PERIOD
+from support.errors import largest_error
 
 from colossal_bcd.testing import run_ranks
 
@@ -42,7 +43,7 @@ def worst(results: list[dict[str, Any]], want: list[list[float]]) -> float:
     for result in results:
         for got, expected in zip(result["losses"], want, strict=True):
             mine = expected[result["rank"] * len(got) : (result["rank"] + 1) * len(got)]
-            differences += [abs(a - b) for a, b in zip(got, mine, strict=True)]
+            differences.append(largest_error(got, mine))
     return max(differences)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from conformance_cases import Sizes
+from support.errors import largest_error
 from torch import nn
 
 import colossal_bcd
@@ -34,7 +35,7 @@ SIDES: dict[str, dict[str, Any]] = {
 
 
 def error(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    return largest_error(ours, theirs)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -11,6 +11,7 @@ import plain_badam
 import pytest
 import torch
 from block_cases import PERIOD
+from support.errors import largest_error
 from test_block_plugins import SUM_BOUND
 
 from colossal_bcd.testing import run_ranks
@@ -42,7 +43,12 @@ def plain(num_ranks: int, order: list[Any], num_layers: int, *, tied: bool = Fal
 
 def worst(results: list[dict[str, Any]], want: list[list[float]]) -> float:
     ends = [result for result in results if result["last"]]
-    return max(abs(end["losses"][step] - want[step][end["rank"]]) for end in ends for step in range(STEPS))
+    return max(
+        largest_error(
+            [end["losses"][step] for step in range(STEPS)], [want[step][end["rank"]] for step in range(STEPS)]
+        )
+        for end in ends
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What test files share.  errors: how far results are from what is wanted."""
