@@ -85,6 +85,8 @@ class BlockOptimizer(Switching):
         importance_floor: share of the probability that all blocks have in equal parts.
         seed: of the orders; the same on every process.
         block_ranges: half-open ranges of blocks, each with its own order and active block; None: one over all.
+        data_group: on several processes without a booster, those whose gradients are averaged: "auto" (the group of
+            torch's DDP around the model, else all), a process group, or None, with which each trains on its own.
     Raises:
         TypeError, ValueError: an argument is wrong; the model and the base optimizer are then as before.
     """
@@ -119,6 +121,7 @@ class BlockOptimizer(Switching):
         residual_offload: bool = False,
         importance: Norm = "gradient",
         importance_floor: float = 0.1,
+        data_group: Any = "auto",
     ) -> None:
         if isinstance(base_optimizer, BlockOptimizer):
             raise ValueError("base_optimizer: got a BlockOptimizer, expected the optimizer that it wraps. Wrap once.")
@@ -183,6 +186,7 @@ class BlockOptimizer(Switching):
             corrector=corrector,
             importance=None if drawing is None else Importance(drawing, len(plan.blocks)),
             verbose=verbose,
+            data_group=data_group,
         )
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
@@ -207,6 +211,7 @@ class BlockOptimizer(Switching):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._average()
         self.masters.load_gradients()
         if self._corrections is not None:
             self._corrections.settle()
@@ -214,7 +219,7 @@ class BlockOptimizer(Switching):
             self.importance.note_local(self._tenants.tensors)
         self._base_step()
         self.masters.write_back()
-        self.switch_if_due()
+        self.switch_if_due(None if self._replicas is None else self._replicas.agree)
         return loss
 
     @property
@@ -234,8 +239,9 @@ class BlockOptimizer(Switching):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.masters.zero_grad(set_to_none)
-        if self._corrections is not None:
-            self._corrections.clear()
+        for gradients in (self._corrections, self._replicas):
+            if gradients is not None:
+                gradients.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, and under "block" what resumes in the middle of a block.

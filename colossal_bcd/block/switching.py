@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -17,6 +18,7 @@ from colossal_bcd.block.corrector import Corrector
 from colossal_bcd.block.importance import Importance
 from colossal_bcd.block.masters import Masters
 from colossal_bcd.block.plan import Plan
+from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.roster import set_active
 from colossal_bcd.block.snapshot import Contributor
 from colossal_bcd.block.wrapper import Wrapper
@@ -38,6 +40,7 @@ class Switching(Wrapper):
         corrector: updates what is not active; None: nothing does.
         importance: norms by which blocks are drawn, if they are.
         verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains.
+        data_group: processes that train replicas.
     """
 
     def __init__(
@@ -52,8 +55,12 @@ class Switching(Wrapper):
         corrector: Corrector | None,
         importance: Importance | None,
         verbose: int,
+        data_group: Any = "auto",
     ) -> None:
         super().__init__(base_optimizer, plan, named_parameters)
+        self._names, self._data_group = names, data_group
+        self._replicas: Averages | None = None
+        """What averages gradients where there are several processes without an engine."""
         self.verbose = verbose
         self.masters = masters
         self._kept = {named_parameters[name] for name in kept}
@@ -115,6 +122,9 @@ class Switching(Wrapper):
                 raise ValueError("attach: got an engine without corrections, expected some, as sgd_mode asks for them")
             self._corrections.activate([])
             self._corrections = corrections
+        if self._replicas is not None:
+            self._replicas.detach()
+            self._replicas = None
         self.masters, self.attached = masters, True
         if held is not None:
             here = set(held)
@@ -165,11 +175,41 @@ class Switching(Wrapper):
             self.masters.bind()
         elif isinstance(self.base_optimizer, ShardedOptimizer):
             self._tenants.bind_whole(self.base_optimizer, self.members)
-        if self._corrections is not None:
-            self._corrections.activate([param for name, param in self.named_parameters.items() if name in corrected])
+        following = [param for name, param in self.named_parameters.items() if name in corrected]
+        if self._replicas is None and not self.attached:
+            self._replicas = averages_for(self, self._data_group, self.corrector)
+        if self._replicas is not None:
+            self._replicas.activate([param for param in self.named_parameters.values() if param in active], following)
+        elif self._corrections is not None:
+            self._corrections.activate(following)
         if self.importance is not None:
             indices = self.schedule.active(self.num_steps)
             self.importance.begin(indices, [self._members_of(index) for index in indices])
+
+    def replica_names(self) -> Mapping[Parameter, str]:
+        """See `ReplicaClient`."""
+        return self._names
+
+    def take_averages(self, averages: Mapping[Parameter, Tensor]) -> None:
+        """See `ReplicaClient`."""
+        for param, grad in averages.items():
+            param.grad = grad.view(param.shape)
+
+    def _average(self) -> None:
+        """Before a step: average what waits, and gradients of backward passes that nobody has seen."""
+        if self._replicas is None:
+            self._replicas = averages_for(self, self._data_group, self.corrector)
+            if self._replicas is None:
+                return
+            if self.corrector is not None:
+                raise ValueError(
+                    f"sgd_mode={self.corrector.mode!r}: got a process group of several processes after the optimizer "
+                    "was made, when gradients had been applied on this process alone; expected it before. Call "
+                    "torch.distributed.init_process_group first."
+                )
+            active = self._tenants.tensors
+            self._replicas.activate([param for param in self.named_parameters.values() if param in active])
+        self._replicas.settle()
 
     def _members_of(self, block: int) -> list[Parameter]:
         """Parameters of a block on this rank."""

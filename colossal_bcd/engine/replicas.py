@@ -1,0 +1,238 @@
+"""Averages of gradients over processes that train replicas of a model without an engine: DDP, accelerate, plain loops.
+
+Nobody calls this package when backward begins and ends, so it looks: at forward passes (`ForwardWatch`), at gradients
+that arrive at their outputs, and at gradients of parameters.  When such a backward pass ends, what is active is
+averaged in one round, and `param.grad` then holds averages, as clipping between backward and step expects.
+
+Averaging is linear, and averages stay as they are when they are averaged again: gradients of several backward passes
+may be averaged one by one or together.  So ranks only need to make equally many rounds:
+
+    a backward pass            one round at its end, whichever gradients this rank has; none under `no_sync`
+    a forward pass whose       one round at its end, with zeros: other ranks' passes have gradients
+    output has no gradient
+    a step                     one round if there was none since the last step, or what was made under `no_sync` waits
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from colossal_bcd.block.corrector import Corrector
+from colossal_bcd.block.replicas import ReplicaClient
+from colossal_bcd.engine.agreement import fingerprints_of, require_agreement
+from colossal_bcd.engine.correction import CorrectingReducer, CorrectionConfig
+from colossal_bcd.engine.faults import named
+from colossal_bcd.engine.forward_watch import ForwardWatch, in_backward
+from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
+from colossal_bcd.engine.same_replicas import require_plain, require_same_replicas
+from colossal_bcd.sharding import Image
+
+BUCKET = 12 * 2**20
+"""Values in one collective."""
+
+_averaged_by: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Parameter -> weak reference to what averages it: a model that is wrapped again is averaged once."""
+
+
+class ReplicaAverages:
+    """See `colossal_bcd.block.replicas.Averages`.
+
+    Args:
+        client: the optimizer, which is not kept alive.
+        choice: "auto": the group of the DDP around the model, or all processes; a process group; None: this process is
+            alone.
+        corrector: of parameters that are not active; None: there are none.
+    """
+
+    def __init__(self, client: ReplicaClient, choice: Any, corrector: Corrector | None) -> None:
+        if choice not in ("auto", None) and not isinstance(choice, dist.ProcessGroup):
+            raise ValueError(
+                f"data_group: got {choice!r}, expected 'auto', a process group of torch.distributed, or None, with "
+                "which every process trains on its own"
+            )
+        self._client, self._choice, self._corrector = weakref.ref(client), choice, corrector
+        self._active: tuple[Parameter, ...] = ()
+        self._corrected: tuple[Parameter, ...] = ()
+        self._images: dict[Parameter, Image] = {}
+        self._group: dist.ProcessGroup | None = None
+        self._reducer: GradientReducer | None = None
+        self._handles: list[Any] = []
+        self._watch = ForwardWatch(self)
+        self._synced = True
+        self._pass_running = self._waits = self._checked = False
+        self._num_rounds = 0
+
+    def activate(
+        self,
+        active: Sequence[Parameter],
+        corrected: Sequence[Parameter] = (),
+        images: Mapping[Parameter, Image] | None = None,
+    ) -> None:
+        self._active, self._corrected, self._images = tuple(active), tuple(corrected), dict(images or {})
+        self._dismantle()
+        if dist.is_initialized():
+            self._build()
+
+    def settle(self) -> None:
+        if self._reducer is None:
+            self._build()
+        assert self._reducer is not None
+        correcting = self._reducer if isinstance(self._reducer, CorrectingReducer) else None
+        if self._num_rounds == 0 or self._waits or (correcting is not None and correcting.incomplete):
+            self._round(last=True)
+        elif correcting is not None:
+            correcting.start_over()
+        self._num_rounds, self._pass_running = 0, False
+
+    def clear(self) -> None:
+        self._waits = False
+        if self._reducer is not None:
+            self._reducer.clear()
+
+    def agree(self) -> None:
+        client = self._client()
+        if client is None or self._group is None:
+            return
+        device = self._active[0].device
+        bits = fingerprints_of([*self._active, *self._corrected], device)
+        require_agreement(
+            "blocks and weights of replicas at a switch",
+            [*client.fingerprint(), sum(bits) % 2**61],
+            device,
+            self._group,
+            "Replicas have trained apart since the last switch: look for random numbers, clipping, or weights that are "
+            "written on some ranks only. Processes that train on their own are given data_group=None.",
+        )
+
+    def detach(self) -> None:
+        self._dismantle()
+        self._watch.close()
+        self._active = self._corrected = ()
+
+    def trained(self) -> Collection[Parameter]:
+        """See `colossal_bcd.engine.forward_watch.Listener`; also the next three."""
+        return frozenset(self._active)
+
+    def found_group(self, group: dist.ProcessGroup) -> None:
+        if self._choice not in ("auto", group):
+            raise ValueError(
+                f"data_group: got {self._choice} and a model in a DistributedDataParallel over "
+                f"{dist.get_world_size(group)} processes, expected the same group, or 'auto'. Leave data_group out."
+            )
+        self._choice = group
+        if self._group is not group:
+            self._dismantle()
+
+    def forward_begins(self) -> None:
+        # A backward pass that raised an error has had no end.
+        self._pass_running = False
+        if self._reducer is None:
+            self._build()
+
+    def forward_ends(self, outputs: list[Tensor], *, synced: bool, fruitless: bool) -> None:
+        self._synced = synced
+        for output in outputs:
+            output.register_hook(partial(_on_output, weakref.ref(self), synced))
+        if fruitless:
+            assert self._reducer is not None
+            self._reducer.begin(synced)
+            self._end_pass()
+
+    def begin_pass(self, synced: bool | None = None) -> None:
+        """A gradient has come: of an output of the model, or, where it has none, of a parameter."""
+        if self._pass_running or self._reducer is None:
+            return
+        self._watch.wake()
+        self._pass_running, self._synced = True, self._synced if synced is None else synced
+        self._reducer.begin(self._synced)
+        engine: Any = Variable._execution_engine
+        engine.queue_callback(self._end_pass)
+
+    def _end_pass(self) -> None:
+        self._pass_running = False
+        if self._synced:
+            self._round()
+        else:
+            self._waits = True
+
+    @named("average of gradients")
+    def _round(self, *, last: bool = False) -> None:
+        """Average what there is, on all ranks; with `last` no other micro-batch of this step will come."""
+        client, reducer = self._client(), self._reducer
+        if client is None or reducer is None:
+            return
+        if not self._checked and self._group is not None:
+            require_same_replicas(client, self._group, self._active[0].device)
+        self._checked = True
+        if last and isinstance(reducer, CorrectingReducer):
+            reducer.close()
+        else:
+            reducer.finish()
+        self._num_rounds += 1
+        self._waits = False
+        averages = dict(reducer.grads)
+        reducer.grads.clear()
+        client.take_averages(averages)
+
+    def _build(self) -> None:
+        """Average from now on, over the processes that there are."""
+        client = self._client()
+        if client is None:
+            return
+        require_plain(client.replica_names())
+        self._group = self._chosen_group()
+        for param in (*self._active, *self._corrected):
+            other = _averaged_by.get(param, lambda: None)()
+            if other is not None and other is not self:
+                other.detach()
+            _averaged_by[param] = weakref.ref(self)
+            # Before the reducer's own hook.
+            self._handles.append(param.register_post_accumulate_grad_hook(partial(_on_param, weakref.ref(self))))
+        groups = () if self._group is None else (self._group,)
+        config = ReducerConfig(groups=groups, partition=False, bucket_size=BUCKET if groups else 0, overlap=False)
+        if self._corrector is None:
+            self._reducer = GradientReducer(self._active, config)
+            self._reducer.expect(self._images)
+            return
+        corrections = CorrectionConfig(
+            corrector=self._corrector, by_pipeline=False, tied=frozenset(), loss_scale=None, tp_group=None
+        )
+        self._reducer = CorrectingReducer(
+            self._active, self._corrected, list(client.replica_names()), replace(config, overlap=True), corrections
+        )
+
+    def _chosen_group(self) -> dist.ProcessGroup | None:
+        group = self._choice
+        if group == "auto":
+            group = dist.group.WORLD if dist.is_initialized() else None
+        return group if group is not None and dist.get_world_size(group) > 1 else None
+
+    def _dismantle(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._reducer is not None:
+            self._reducer.detach()
+        self._reducer, self._waits = None, False
+
+
+def _on_output(averages: weakref.ref[ReplicaAverages], synced: bool, grad: Tensor) -> None:
+    found = averages()
+    if found is not None and in_backward():
+        found.begin_pass(synced)
+
+
+def _on_param(averages: weakref.ref[ReplicaAverages], param: Tensor) -> None:
+    found = averages()
+    if found is not None:
+        found.begin_pass()
