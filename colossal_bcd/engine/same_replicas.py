@@ -17,8 +17,8 @@ from colossal_bcd.engine.forward_watch import PLUGINS
 
 REMEDY = (
     "Seed before the model and the optimizer are made, load the same checkpoint everywhere, or wrap the model in "
-    "torch's DistributedDataParallel, which copies the weights of the first process. Processes that are no replicas of each "
-    "other are given data_group=None, or data_group=the process group of those that are."
+    "torch's DistributedDataParallel, which copies the weights of the first process. Processes that are no replicas of "
+    "each other are given data_group=None, or data_group=the process group of those that are."
 )
 
 
