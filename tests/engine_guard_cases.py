@@ -123,9 +123,11 @@ def different_frozen_weights() -> bool:
 
 def clipping_calls() -> list[str]:
     _, engine, _ = block_cases.boosted("zero", OPTIONS["zero"])
+    with engine.no_sync():
+        within = message(lambda: engine.clip_grad_by_value(1.0))
     return [
-        message(lambda: engine.clip_grad_by_norm(1.0)),
-        message(lambda: engine.clip_grad_by_value(1.0)),
+        message(lambda: engine.clip_grad_by_norm(1.0, norm_type=1)),
+        within,
         message(lambda: engine.get_grad_norm(norm_type=1)),
     ]
 

@@ -46,9 +46,9 @@ def test_engine_starts_from_the_first_rank_in_what_is_frozen() -> None:
 
 
 def test_engine_refuses_clipping_that_would_do_nothing() -> None:
-    for by_norm, by_value, norm_type in run_ranks(1, cases.clipping_calls):
-        assert "max_norm" in by_norm
-        assert "max_norm" in by_value
+    for by_norm, within, norm_type in run_ranks(1, cases.clipping_calls):
+        assert "norm_type=1" in by_norm
+        assert "within no_sync" in within
         assert "norm_type=1" in norm_type
 
 

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.rules import Correction
 from colossal_bcd.optim.entries import Entry, entry_like
+from colossal_bcd.optim.functional import plain_number
 from colossal_bcd.optim.rounding import (
     CPU_CHUNK,
     DEVICE_CHUNK,
@@ -171,7 +172,9 @@ class ElementwiseCorrector(Corrector):
             self._state[param] = self._new_state(param)
         stochastic = self.rounding == "stochastic" and param.dtype in LOW_PRECISION
         numbers = stream(self.seed, self._keys[param], self.num_steps) if stochastic else None
-        lr = self._groups[param]["lr"] * self.lr_scaling
+        lr = self._groups[param]["lr"]
+        # A rate on an accelerator is not waited for in the middle of backward.
+        lr = (plain_number(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr) * self.lr_scaling
         size = CPU_CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
         for start in range(0, n, size):
             part = slice(start, min(start + size, n))

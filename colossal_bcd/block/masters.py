@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.importance import squared_norms
 from colossal_bcd.block.residual import ResidualOptions, Residuals
+from colossal_bcd.block.written import WriteMarks, follow
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -63,7 +64,7 @@ class LocalMasters:
         self._names = names
         self.tensors: dict[Parameter, Tensor] = {}
         """Master of every active parameter; the parameter itself where it is its own."""
-        self._versions: dict[Parameter, int] = {}
+        self._marks = WriteMarks()
         self.aside: dict[Parameter, Tensor] = {}
         self.residuals = Residuals(residual)
 
@@ -74,19 +75,17 @@ class LocalMasters:
         held = {**self.aside, **self.tensors}
         self.tensors = {param: master for param, master in held.items() if param in keep}
         self.aside = {param: master for param, master in self.tensors.items() if param not in active}
+        survivors = set(self.tensors)
         del held
-        # A survivor keeps its version, so that a weight written in the meantime still is noticed.
-        self._versions = {
-            param: self._versions[param] if param in self.tensors else param._version
-            for param in active.union(self.aside)
-        }
         self.tensors = {param: self._master(param) for group in groups for param in group}
+        self._marks.renew(self.tensors, survivors)
         return [[self.tensors[param] for param in group] for group in groups]
 
     def put_aside(self, masters: dict[Parameter, Tensor]) -> None:
         """Hold masters, as of a saved run, for parameters that are not active."""
         self.aside = masters
-        self._versions.update({param: param._version for param in masters})
+        for param, master in masters.items():
+            self._marks.note(param, master, loaded=True)
 
     def bind(self) -> None:
         """Nothing: whole parameters need no layout."""
@@ -100,12 +99,9 @@ class LocalMasters:
         """
         for param, master in self.tensors.items():
             self._check(param, master)
+        self.follow()
         for param, master in self.tensors.items():
-            if master is param:
-                continue
-            if param._version != self._versions[param]:
-                self._follow(param, master)
-            if param.grad is not None:
+            if master is not param and param.grad is not None:
                 master.grad = param.grad.to(master.dtype)
                 param.grad = None
 
@@ -114,7 +110,7 @@ class LocalMasters:
         for param, master in self.tensors.items():
             if master is not param:
                 param.copy_(master)
-                self._versions[param] = param._version
+                self._marks.note(param, master)
             master.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -139,13 +135,12 @@ class LocalMasters:
         self.residuals.give_back(param, master)
         return master.requires_grad_()
 
-    def _follow(self, param: Parameter, master: Tensor) -> None:
-        """Take over weights that were written into the model from outside, such as by `model.load_state_dict`.
-
-        Where the weight still is the rounded master, the master keeps what rounding lost.
-        """
-        master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
-        self._versions[param] = param._version
+    def follow(self) -> None:
+        """Take over weights that were written into the model from outside, such as by `model.load_state_dict`."""
+        for param, master in [*self.tensors.items(), *self.aside.items()]:
+            if master is not param and not self._marks.master_goes_first(param, master):
+                follow(master, param)
+                self._marks.note(param, master)
 
     def _check(self, param: Parameter, master: Tensor) -> None:
         if param.device != master.device or (master is param) != (param.dtype not in LOW_PRECISION):

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from colossal_bcd.block.corrector import Corrector
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.entries import Entry, allocate, entries_of
+from colossal_bcd.optim.functional import plain_number
 from colossal_bcd.optim.quantized import StorageHyper
 from colossal_bcd.sharding import Layout, Mesh, wide
 
@@ -121,7 +122,7 @@ class OptimizerCorrector(Corrector):
         if finite is not None and not finite.item():
             return
         for (source, _), group in zip(self._sources, self._optimizer.param_groups, strict=True):
-            group["lr"] = source["lr"] * self.lr_scaling
+            group["lr"] = plain_number(source["lr"]) * self.lr_scaling
             if self.rounding == "stochastic":
                 group["num_steps"] = self.num_steps
         handed = {}

@@ -91,7 +91,9 @@ def resume(optimizer: BlockOptimizer, schedule: Schedule, num_steps: int) -> Non
 
 def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:
     """State and hyper-parameters of the base optimizer, progress, identity of the blocks, float32 masters by name."""
-    tensors = _local(optimizer).tensors
+    local = _local(optimizer)
+    local.follow()
+    tensors = local.tensors
     masters = {
         name: tensors[param].detach()
         for name, param in optimizer.named_parameters.items()

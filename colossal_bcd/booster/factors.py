@@ -25,6 +25,7 @@ class EngineFactors:
     def __init__(self, engine: ZeroOptimizer, mesh: Mesh) -> None:
         self._engine, self.mesh = engine, mesh
         engine._force_wait_all_gather()
+        engine._reducer.take_back()
         if engine._reducer.unfinished:
             engine._reducer.finish()
 

@@ -21,13 +21,24 @@ class PendingGather:
         self._params, self._lengths, self._buffer, self._work = params, lengths, buffer, work
         # A collective under way does not own what it sends.
         self._row = row
+        self._written = [(param._version, param.data_ptr()) for param in params]
 
     def wait(self) -> None:
-        """Block until the bucket has arrived and its parameters hold the new values."""
+        """Block until the bucket has arrived and its parameters hold the new values.
+
+        Raises:
+            ValueError: one was written meanwhile, from its values before the step.
+        """
         if self._work is None:
             return
         self._work.wait()
         self._work = None
+        for param, written in zip(self._params, self._written, strict=True):
+            if written != (param._version, param.data_ptr()):
+                raise ValueError(
+                    f"overlap_allgather: a weight of shape {tuple(param.shape)} was written from outside while the "
+                    "step's new values were on their way to it, expected that after optimizer.wait_for_weights()."
+                )
         offset = 0
         for param, length in zip(self._params, self._lengths, strict=True):
             rows = self._buffer[:, offset : offset + length].reshape(-1)

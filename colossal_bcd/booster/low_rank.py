@@ -51,6 +51,11 @@ class LowRankGradients:
         self.held: dict[Parameter, Tensor] = {}
         """Complete images of the coming step, as much of them as this rank holds; to be scaled in place."""
 
+    @property
+    def wanted(self) -> bool:
+        """Whether images may travel instead of gradients."""
+        return self._optimizer is not None
+
     def expect(self, reducer: GradientReducer, masters: Mapping[Parameter, Tensor]) -> None:
         """Tell the reducer what the next step wants, unless gradients of that step are under way already."""
         if self._optimizer is None or not reducer.pristine:

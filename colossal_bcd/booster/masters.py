@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.residual import ResidualOptions, Residuals
+from colossal_bcd.block.written import WriteMarks, follow
 from colossal_bcd.booster.gather import gather_weights
 from colossal_bcd.sharding import Layout, wide
 
@@ -47,6 +48,7 @@ class ShardedMasters:
         """Masters of kept parameters that are not active."""
         self.residuals = Residuals(residual)
         """Of parameters that are not active."""
+        self._marks = WriteMarks()
         self.num_shards = math.prod(dist.get_world_size(group) for group in groups)
         self.shard = 0
         for group in groups:  # of several groups, the last one counts fastest
@@ -69,8 +71,10 @@ class ShardedMasters:
         held = {param: master for param, master in held.items() if param in survivors}
         self.aside = {param: master for param, master in held.items() if param not in active}
         self.of = {param: held[param] for param in params if param in held}
+        remaining = {*self.of, *self.aside}
         del held
         self.of = {param: self.of[param] if param in self.of else self._restored(param) for param in params}
+        self._marks.renew(self.of, remaining)
 
     def dtype(self, param: Parameter) -> torch.dtype:
         """Dtype of the parameter's master."""
@@ -80,9 +84,35 @@ class ShardedMasters:
     def refresh(self, params: Iterable[Parameter] | None = None) -> None:
         """Take the values of these working parameters again, where they are not the rounded masters; None: of all."""
         for param in self.of if params is None else params:
-            master, values = self.of[param], self._new(param)
-            rounded = master.to(param.dtype).to(master.dtype)
-            master.copy_(torch.where(rounded == values, master, values))
+            self._follow(param, self.of[param])
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Take over weights that were written from outside since the last step; every rank looks at its own part.
+
+        Raises:
+            ValueError: a weight has another shape now.
+        """
+        for param, master in [*self.of.items(), *self.aside.items()]:
+            if not self._marks.master_goes_first(param, master):
+                self._follow(param, master)
+
+    def _follow(self, param: Parameter, master: Tensor) -> None:
+        if master.data_ptr() == param.data_ptr():
+            return
+        if tuple(param.shape) != self._layouts[param].local_shape:
+            raise ValueError(
+                f"a weight of shape {self._layouts[param].local_shape} now has shape {tuple(param.shape)}, expected "
+                "the same. Change a model's shapes before it is boosted."
+            )
+        weight = self.weight(param)
+        alone = self.num_shards == 1 and not self._offload
+        if alone and weight.dtype == master.dtype and weight.data_ptr() == param.data_ptr():
+            # The weight is its own master; `param.data = other` has given it another memory.
+            master.data = weight
+        else:
+            follow(master, weight.view(master.shape))
+        self._marks.note(param, master)
 
     def shard_layout(self, param: Parameter) -> Layout:
         """Layout of the working parameter."""
@@ -112,10 +142,10 @@ class ShardedMasters:
         if self.num_shards > 1:
             left = [(param, master) for param, master in self.of.items() if param not in done]
             gather_weights(left, self.groups, max(bucket_size // self.num_shards, 1), defer=defer)
-            return
         for param, master in self.of.items():
-            if master.data_ptr() != param.data_ptr():
+            if self.num_shards == 1 and master.data_ptr() != param.data_ptr():
                 param.data.copy_(master.view(param.shape))
+            self._marks.note(param, master)
 
     def _restored(self, param: Parameter) -> Tensor:
         master = self._new(param)

@@ -22,12 +22,23 @@ def add_sequence_parallel(
         params: those that are trained now.
         grads: their gradients, where they have one.
     """
+    partial = _partial(model, params, grads)
+    if partial:
+        SeqParallelUtils.allreduce_partial_data_grad(process_group=tp_group, grads=partial)
+
+
+def part_of_sum(
+    model: Any, tp_group: dist.ProcessGroup | None, params: Iterable[Parameter], grads: Mapping[Parameter, Tensor]
+) -> None:
+    """Undo `add_sequence_parallel`: divide sums into equal parts, which it adds up again; arguments as there."""
+    for grad in _partial(model, params, grads):
+        grad.div_(dist.get_world_size(tp_group))
+
+
+def _partial(model: Any, params: Iterable[Parameter], grads: Mapping[Parameter, Tensor]) -> list[Tensor]:
     shard_config = getattr(model, "shard_config", None)
     if shard_config is None or not shard_config.enable_sequence_parallelism or model.stage_manager is not None:
-        return
-    if shard_config.sequence_parallelism_mode in ("split_gather", "ring"):
-        partial = [
-            grads[param] for param in params if SeqParallelUtils.is_sp_partial_derived_param(param) and param in grads
-        ]
-        if partial:
-            SeqParallelUtils.allreduce_partial_data_grad(process_group=tp_group, grads=partial)
+        return []
+    if shard_config.sequence_parallelism_mode not in ("split_gather", "ring"):
+        return []
+    return [grads[param] for param in params if SeqParallelUtils.is_sp_partial_derived_param(param) and param in grads]

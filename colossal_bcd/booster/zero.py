@@ -7,6 +7,7 @@ trains, everything is here.  Stage 0 is the same code with masters that are not 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from colossal_bcd.booster.checkpoint.held import EngineState
 from colossal_bcd.booster.checkpoint.load import check_opened
 from colossal_bcd.booster.checkpoint.save import whole_state
 from colossal_bcd.booster.checkpoint.source import opened_state
-from colossal_bcd.booster.clipping import scale_gradients
+from colossal_bcd.booster.clipping import clip_by_norm, clip_by_value, require_foreach, scale_gradients
 from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler, mesh_of
 from colossal_bcd.booster.correction import corrections_of
 from colossal_bcd.booster.factors import EngineFactors
@@ -34,12 +35,14 @@ from colossal_bcd.booster.importance import squared_weights
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.registry import keys_of
-from colossal_bcd.booster.sequence import add_sequence_parallel
+from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
 from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.faults import LateCheck, named
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Request, Sum, square_sum
+
+logger = logging.getLogger(__name__)
 
 
 class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
@@ -80,6 +83,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._backward_context = getattr(model, "_hook_context", contextlib.nullcontext)
         self._partition_grads = config.partition_grad
         self._current_grad_norm: Tensor | None = None
+        self._consumed = self._said_consumed = False
         self.late_check = LateCheck()
         self.masters = ShardedMasters(
             layouts,
@@ -127,6 +131,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
     def load_gradients(self) -> None:
         """Move the averaged gradients to the masters."""
+        self._reducer.take_back()
         images = self._low_rank.take(self._reducer)
         self.masters.load_gradients(self._reducer.grads, partitioned=self.config.partition_grad)
         self._low_rank.hand_over(images, self.masters, self._mesh)
@@ -146,6 +151,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients of what is active."""
+        self._consumed = False
         for param, master in self.masters.of.items():
             param.grad = master.grad = None
         self._reducer.clear()
@@ -170,6 +176,17 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         """Average what backward passes under `no_sync` have left; called by ColossalAI after a pipeline's passes."""
         self._low_rank.expect(self._reducer, self.masters.of)
         self._reducer.finish()
+        self.show_gradients()
+
+    def settle(self) -> None:
+        """Average what waits; from here to the step `param.grad` is not read any more."""
+        self._reducer.take_back()
+        self._low_rank.expect(self._reducer, self.masters.of)
+        self._reducer.settle()
+
+    def show_gradients(self) -> None:
+        """Let `param.grad` be the average where every rank has the whole of it; what is changed there counts."""
+        self._reducer.show(alone=self.tp_pg is None and self.pp_pg is None)
 
     @contextlib.contextmanager
     def no_sync(self) -> Any:
@@ -192,11 +209,11 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self.late_check.raise_if_bad()
         scaler = self.mixed_precision_mixin
         with named("average of gradients"):
-            self._low_rank.expect(self._reducer, self.masters.of)
-            self._reducer.settle()
+            self.settle()
             if scaler is not None and scaler.should_skip_step():
                 self.zero_grad()
                 return
+        self.follow_weights()
         add_sequence_parallel(self.model, self.tp_pg, self.masters.of, self._reducer.grads)
         self.load_gradients()
         self._scale_gradients(1.0 if scaler is None else scaler.get_grad_div_scale())
@@ -213,21 +230,48 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
             raise ValueError(f"get_grad_norm: got norm_type={norm_type}, expected 2, the norm that clipping uses")
         return None if self._current_grad_norm is None else self._current_grad_norm.item()
 
-    def clip_grad_by_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: gradients are sharded and averaged here, and clipped in `step` by the plugin's `max_norm`."""
-        raise ValueError(
-            "clip_grad_by_norm: gradients are clipped within step(). Give the plugin max_norm=... instead."
-        )
+    def clip_grad_by_norm(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, **kwargs: Any
+    ) -> Tensor:
+        """Clip the averaged gradients of what trains, between the last backward pass and `step`.  All ranks must call.
 
-    def clip_grad_by_value(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: see `clip_grad_by_norm`."""
-        raise ValueError(
-            "clip_grad_by_value: not supported on sharded gradients. Give the plugin max_norm=... instead."
-        )
+        The plugin's `max_norm` clips in the step, too.
+
+        Args:
+            max_norm: largest Euclidean norm over all parameters and ranks.
+            norm_type: 2.
+            error_if_nonfinite: raise if the norm is infinite or not a number; waits for the device.
+            kwargs: `foreach`, as of `torch.nn.utils.clip_grad_norm_`, changes nothing.
+        Returns:
+            Scalar: the norm before, without the loss scale.
+        Raises:
+            ValueError: another norm is asked for, or it comes within `no_sync`, or low-rank gradients have no norm.
+            RuntimeError: see `error_if_nonfinite`.
+        """
+        require_foreach("clip_grad_by_norm", kwargs)
+        return clip_by_norm(self, max_norm, norm_type, error_if_nonfinite)
+
+    def clip_grad_by_value(self, clip_value: float, **kwargs: Any) -> None:
+        """Clamp the averaged gradients of what trains to [-clip_value, clip_value], as `clip_grad_by_norm` does."""
+        require_foreach("clip_grad_by_value", kwargs)
+        clip_by_value(self, clip_value)
 
     def update_master_params(self, model: Any) -> None:
         """Take the masters from the working parameters again, after weights were loaded."""
+        self._force_wait_all_gather()
         self.masters.refresh()
+
+    def wait_for_weights(self) -> None:
+        """With `overlap_allgather`: wait until every weight holds what the last step made of it.
+
+        A forward pass waits by itself.  Call this before weights are read or written outside of one.
+        """
+        self._force_wait_all_gather()
+
+    def follow_weights(self) -> None:
+        """Let masters follow weights that were written from outside since the last step; `step` does so itself."""
+        self._force_wait_all_gather()
+        self.masters.follow()
 
     def state_dict(self) -> dict[str, Any]:
         """All state, gathered on every rank: what `booster.save_optimizer` writes into a file.  All ranks must call."""
@@ -277,12 +321,31 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
     def _drop_gradients(self) -> None:
         """Free the masters' gradients; zeros without memory go on saying which parameters had one.
 
-        torch keeps gradients until `zero_grad`, and transformers' AdafactorSchedule looks for them.
+        torch keeps gradients until `zero_grad`, and transformers' AdafactorSchedule looks for them.  So does a plain
+        optimizer whose weights are their own masters, on which the next backward pass adds.
         """
         self._low_rank.held.clear()
-        for master in self.masters.of.values():
-            if master.grad is not None:
-                master.grad = master.new_zeros(()).expand_as(master)
+        whole = not self.config.zero_groups and not isinstance(self.optim, BlockOptimizer) and not self._low_rank.wanted
+        for param, master in self.masters.of.items():
+            if master.grad is None:
+                continue
+            if whole and master.data_ptr() == param.data_ptr():
+                self._reducer.grads[param] = master.grad.view(-1)
+            else:
+                self._consumed = True
+            master.grad = master.new_zeros(()).expand_as(master)
+        part_of_sum(self.model, self.tp_pg, self.masters.of, self._reducer.grads)
+        self.show_gradients()
+
+    def _say_consumed(self) -> None:
+        """Say once that gradients of the last step are not added to."""
+        if self._consumed and not self._said_consumed:
+            self._said_consumed = True
+            if dist.get_rank() == 0:
+                logger.warning(
+                    "backward comes after step() without optimizer.zero_grad(): the step has used up the gradients, "
+                    "which do not accumulate over steps here. To accumulate, call step() after the last backward pass."
+                )
 
     @named("switch of blocks")
     def _agree(self, optimizer: BlockOptimizer) -> None:
@@ -303,6 +366,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         )
 
     def _before_backward(self, loss: Any = None) -> None:
+        self._say_consumed()
         if self._partition_grads and not self.require_grad_sync:
             raise ValueError(
                 "no_sync: stage 2 keeps only a shard of each gradient; accumulate without no_sync, or use stage 1"
@@ -319,6 +383,12 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         if self.require_grad_sync:
             with named("average of gradients"):
                 self._reducer.finish()
+            self.show_gradients()
+
+    @property
+    def loss_scale(self) -> float:
+        """By which gradients are too large until the step."""
+        return 1.0 if self.mixed_precision_mixin is None else self.mixed_precision_mixin.loss_scale
 
     @named("norm of gradients")
     def _scale_gradients(self, loss_scale: float) -> None:

@@ -113,6 +113,7 @@ class CorrectingReducer(GradientReducer):
         self.start_over()
 
     def settle(self) -> None:
+        self.take_back()
         if self.unfinished:
             self.close()
         self.start_over()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.engine.sharded_gradient import ShardedGradient
 from colossal_bcd.sharding import Image, slice_length, wide
 
 
@@ -67,6 +68,7 @@ class GradientReducer:
             parameter that had no gradient on any rank is absent.  Of a parameter in `images` its image, in float32 or
             wider: this rank's row of `Image.rows`, or the shard's image.
         images: what was given to `expect`.
+        shown: parameters whose `grad` stands for the average in `grads`, and whether it is the average; see `show`.
     """
 
     def __init__(self, params: Sequence[Parameter], config: ReducerConfig) -> None:
@@ -74,6 +76,7 @@ class GradientReducer:
         self.enabled = True
         self.grads: dict[Parameter, Tensor] = {}
         self.images: dict[Parameter, Image] = {}
+        self.shown: dict[Parameter, bool] = {}
         self._local: dict[Parameter, Tensor] = {}
         """Images of this rank's gradients that are not reduced yet, flat."""
         self._params = tuple(params)
@@ -107,13 +110,15 @@ class GradientReducer:
 
     def clear(self) -> None:
         """Forget gradients, reduced or not."""
+        self.take_back()
         self.grads.clear()
         self._reset()
 
     @property
     def unfinished(self) -> bool:
         """Whether gradients wait to be averaged: backward ran under `no_sync` or not through the engine."""
-        return self._next > 0 or bool(self._local) or any(param.grad is not None for param in self._bucket_of)
+        fresh = (param.grad is not None for param in self._bucket_of if param not in self.shown)
+        return self._next > 0 or bool(self._local) or any(fresh)
 
     @property
     def checked(self) -> list[Tensor]:
@@ -122,15 +127,50 @@ class GradientReducer:
 
     def begin(self, synced: bool) -> None:
         """Start of a backward pass, whose gradients are averaged if `synced`."""
+        self.take_back()
         self.enabled = synced
+
+    def show(self, *, alone: bool) -> None:
+        """Let each `param.grad` be the average, without a copy, or a `ShardedGradient` where that would be a part only.
+
+        Args:
+            alone: data-parallel ranks are all ranks, so that the gradients here are those of the whole model.
+        """
+        for param, grad in self.grads.items():
+            is_whole = alone and param not in self.images and (self._world == 1 or not self.config.partition)
+            param.grad = grad.view(param.shape) if is_whole else ShardedGradient(param)
+            self.shown[param] = is_whole
+
+    def take_back(self) -> None:
+        """End of `show`: what was put in the place of a gradient counts instead of it, and None for none.
+
+        Raises:
+            ValueError: a gradient was put in the place of one that is a part only.
+        """
+        for param, is_whole in self.shown.items():
+            grad, param.grad = param.grad, None
+            if grad is None:
+                self.grads.pop(param, None)
+            elif is_whole:
+                _refuse_sparse(param, grad)
+                self.grads[param] = grad.reshape(-1)
+            elif not isinstance(grad, ShardedGradient):
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} was given a gradient by hand, expected the one that "
+                    "backward has left, as ranks hold parts of it. Change gradients with ZeRO stage 0 or 1 and "
+                    "without tensor and pipeline parallelism."
+                )
+        self.shown.clear()
 
     def settle(self) -> None:
         """Before a step: average what waits."""
+        self.take_back()
         if self.unfinished:
             self.finish()
 
     def finish(self) -> None:
         """End of a backward pass: reduce what is left, wait, and add the averages to `grads`."""
+        self.take_back()
         while self._next < len(self._buckets):
             self._launch()
         for bucket in self._buckets:
@@ -168,6 +208,9 @@ class GradientReducer:
         return len(bucket.ready) == len(bucket.params)
 
     def _on_grad(self, param: Parameter) -> None:
+        if param in self.shown:
+            # Backward was called past the engine and has added to the average, which is averaged again with the rest.
+            del self.shown[param], self.grads[param]
         self._project(param)
         if not self.enabled or not (self.config.overlap or self.config.partition):
             return
@@ -187,7 +230,7 @@ class GradientReducer:
         image = self.images.get(param)
         if image is None or param.grad is None:
             return
-        _refuse_sparse(param)
+        _refuse_sparse(param, param.grad)
         flat = image.of(param.grad)
         param.grad = None
         if param in self._local:
@@ -211,7 +254,7 @@ class GradientReducer:
         if flat is not None and self._is_partitioned(param):
             return self.images[param].rows(flat)
         if flat is None and param.grad is not None:
-            _refuse_sparse(param)
+            _refuse_sparse(param, param.grad)
             flat, param.grad = param.grad.reshape(-1), None
         if flat is None:
             return None
@@ -298,9 +341,8 @@ class GradientReducer:
             self.grads[param] = grad
 
 
-def _refuse_sparse(param: Parameter) -> None:
-    assert param.grad is not None
-    if param.grad.is_sparse:
+def _refuse_sparse(param: Parameter, grad: Tensor) -> None:
+    if grad.is_sparse:
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} has a sparse gradient, expected a dense one. "
             "Build its embedding with sparse=False."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.factored import FactoredAverage, factored_spec, is_factored
-from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.functional import plain_number, require
 from colossal_bcd.optim.quantized import StorageHyper
 from colossal_bcd.optim.rounding import Rounding
 from colossal_bcd.optim.spec import Bits, StateSpec
@@ -179,5 +179,5 @@ class Adafactor(ShardedOptimizer):
         Before the first step of its state it is what the schedule has written into the group, its initial lr.
         """
         if not param_state:
-            return param_group["lr"] or 0.0
+            return plain_number(param_group["lr"]) or 0.0
         return step_size(self._hyper(param_group), param_state["step"], param_state["RMS"]).item()

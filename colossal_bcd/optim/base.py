@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from colossal_bcd.optim.functional import plain_number
 from colossal_bcd.optim.quantized import StorageHyper, require_library
 from colossal_bcd.optim.rounding import LOW_PRECISION, is_stochastic
 from colossal_bcd.optim.spec import StateSpec
@@ -54,7 +55,8 @@ class ShardedOptimizer(Optimizer):
         self.wave_bytes = wave_bytes
         self._warned = False
         self._handed: Mapping[Tensor, Tensor] | None = None
-        defaults = dataclasses.asdict(hyper)
+        # Not copies: a learning rate that is a tensor stays the user's own, as under torch's optimizers.
+        defaults = {field.name: getattr(hyper, field.name) for field in dataclasses.fields(hyper)}
         # Options of storage are in a group only where they are asked for: groups and checkpoints of everybody else stay
         # those of the originals.
         for name in self._optional():
@@ -249,7 +251,9 @@ class ShardedOptimizer(Optimizer):
 
     def _hyper(self, group: Mapping[str, Any]) -> Hyper:
         names, optional = [field.name for field in dataclasses.fields(self.hyper_type)], self._optional()
-        return self.hyper_type(**{name: group[name] for name in names if name in group or name not in optional})
+        return self.hyper_type(
+            **{name: plain_number(group[name]) for name in names if name in group or name not in optional}
+        )
 
     def _optional(self) -> list[str]:
         """Hyper-parameters that a group need not have."""

@@ -7,6 +7,16 @@ from typing import Any
 from torch import Tensor
 
 
+def plain_number(value: Any) -> Any:
+    """A hyper-parameter as rules read it: the value of a tensor of one value, such as a learning rate, and of a tuple.
+
+    A tensor on an accelerator is waited for.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(plain_number, value))
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def require(condition: bool, name: str, got: Any, expected: str) -> None:
     """Refuse a hyper-parameter.
 

@@ -99,6 +99,9 @@ class Boosted:
         """Inside, the base optimizer has tensors of what will wait, too, new where there are none, to be written."""
         yield
 
+    def follow(self) -> None:
+        """Let masters follow weights that were written from outside since the last step."""
+
     def renew(self) -> None:
         """Let the optimizer forget what it has made from hyper-parameters that were replaced."""
 
@@ -159,6 +162,9 @@ class EngineState(Boosted):
             dtype=dtype,
             has_master=dtype != param.dtype,
         )
+
+    def follow(self) -> None:
+        self.wrapper.follow_weights()
 
     def renew(self) -> None:
         self.wrapper.bind()

@@ -184,6 +184,7 @@ class _FolderWriter:
 
 
 def _prepare(boosted: Boosted) -> tuple[Own, Plan, dict[str, Any]]:
+    boosted.follow()
     with together():
         own = Own(boosted)
     plan = make_plan(own)
