@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn import Parameter
 
+from colossal_bcd.block.names import plain_name
 from colossal_bcd.block.partition import place
 from colossal_bcd.optim import GaLoreAdamW
 from colossal_bcd.optim.galore import Projection
@@ -96,7 +97,7 @@ def _trainable(model: nn.Module) -> Names:
     names: dict[Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad:
-            names.setdefault(param, []).append(name)
+            names.setdefault(param, []).append(plain_name(name))
     return names
 
 
@@ -138,7 +139,7 @@ def _matches(pattern: Pattern, name: str) -> bool:
 
 def _nothing(pattern: Pattern, model: nn.Module, found: bool) -> str:
     text = pattern if isinstance(pattern, str) else pattern.pattern
-    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    every = [plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)]
     if found:
         return (
             f"target_modules: {text!r} matches tensors of fewer than two dims only, which are not projected, expected "

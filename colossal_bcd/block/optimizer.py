@@ -263,6 +263,7 @@ class BlockOptimizer(Switching):
         load_snapshot(self, state_dict)
 
     def _base_step(self) -> None:
+        self._note_reach()
         with scaled_rates(self.param_groups, warm_up(self.num_steps, self.schedule.period, self.warm_up_steps)):
             self.base_optimizer.step()
         self._count(self.num_steps + 1)

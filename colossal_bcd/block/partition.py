@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from colossal_bcd.block.checks import require_int
+from colossal_bcd.block.names import plain_name
 
 PrefixList: TypeAlias = Sequence[str | Sequence[str]]
 
@@ -147,7 +148,7 @@ def match(prefix: str, names: Sequence[str], aliases: Mapping[str, str], subject
     """
     if not isinstance(prefix, str):
         raise TypeError(f"{subject}: got {prefix!r} of type {type(prefix).__name__}, expected a string")
-    stem = prefix.removesuffix(".")
+    stem = plain_name(prefix.removesuffix("."))
     everything = {**{name: name for name in names}, **aliases}
     found = {canonical for name, canonical in everything.items() if name == stem or name.startswith(stem + ".")}
     if not found:
@@ -188,7 +189,7 @@ def _listed(
                     f"({block_prefix_list[owner[name]]}) and in block {index} ({entry}), expected it in one. Tied "
                     "parameters are one parameter."
                 )
-        label = "+".join(prefix.removesuffix(".") for prefix in prefixes)
+        label = "+".join(plain_name(prefix.removesuffix(".")) for prefix in prefixes)
         block = _only(Block(label, _ordered(found, names)), trainable)
         if not block.parameters:
             raise ValueError(

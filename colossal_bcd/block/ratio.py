@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.announce import announce
+from colossal_bcd.block.checkpointing import keep_checkpoints_whole
+from colossal_bcd.block.compiled import CompiledGraphs
 from colossal_bcd.block.mask import Entries, EntryImage, EntrySpec, MaskMode, Selection
+from colossal_bcd.block.names import plain_name
 from colossal_bcd.block.partition import place
 from colossal_bcd.block.ratio_rule import KeyedLayout, RatioHyper, adam_on, require_ratio
+from colossal_bcd.block.reached import Reach
 from colossal_bcd.block.roster import read_roster
 from colossal_bcd.optim.base import State
 from colossal_bcd.optim.functional import require
@@ -89,7 +93,7 @@ class BlockOptimizerRatio(ImageOptimizer):
         )
         roster = read_roster(named_parameters_list)
         self._names = {param: name for name, param in roster.parameters.items()}
-        self._ratios = dict(param_update_ratios or {})
+        self._ratios = {plain_name(name): ratio for name, ratio in (param_update_ratios or {}).items()}
         for name, ratio in self._ratios.items():
             require_ratio(f"param_update_ratios[{name!r}]", ratio)
             if not any(_is_in(name, each) for each in roster.parameters):
@@ -104,6 +108,7 @@ class BlockOptimizerRatio(ImageOptimizer):
         self._cache: dict[int, Entries] = {}
         self._compact: dict[int, Tensor] = {}
         self._handles: list[Any] = []
+        self._reach = Reach("layer")
         self.verbose, self.keep_mask, self.dense_gradients = verbose, keep_mask, dense_gradients
         super().__init__(param_groups, hyper)
         kinds = {"embedding": include_embedding, "head": include_lm_head}
@@ -118,6 +123,8 @@ class BlockOptimizerRatio(ImageOptimizer):
             elif param.requires_grad and not dense_gradients:
                 self._handles.append(param.register_post_accumulate_grad_hook(self._keep_entries))
         self._names = {}
+        keep_checkpoints_whole()
+        CompiledGraphs().renew(list(roster.parameters.values()), 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group.get("amsgrad"):
@@ -183,10 +190,14 @@ class BlockOptimizerRatio(ImageOptimizer):
                 "torch's DDP looks for them in param.grad. Pass dense_gradients=True, or boost with LowLevelZeroPlugin "
                 "or HybridParallelPlugin of colossal_bcd.booster."
             )
+        had = {}
         for group in self.param_groups:
             hyper = self._hyper(group)
             for param in group["params"]:
-                self._step_one(param, hyper)
+                stepped = self._step_one(param, hyper)
+                if stepped or param.requires_grad or not isinstance(param, Parameter):
+                    had[self._named[self._keys[param]]] = stepped
+        self._note_reach(had)
         self._compact.clear()
         if not self.keep_mask:
             self._cache.clear()
@@ -233,6 +244,7 @@ class BlockOptimizerRatio(ImageOptimizer):
         # A copy has no hooks on its parameters, and so takes whole gradients.
         names = ("_named", "_ratios", "_group_of", "_devices", "verbose", "keep_mask", "dense_gradients")
         fresh: dict[str, Any] = {"_cache": {}, "_compact": {}, "_images_wanted": {}, "_names": {}, "_handles": []}
+        fresh["_reach"] = Reach("layer")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, **fresh}
 
     def _params(self) -> Iterator[Parameter]:
@@ -249,8 +261,20 @@ class BlockOptimizerRatio(ImageOptimizer):
             self.state.pop(param, None)
         self._forget()
 
-    def _step_one(self, param: Tensor, hyper: RatioHyper) -> None:
-        """Adam on the entries of one parameter that train of BAdam's parameter-ratio form."""
+    def _note_reach(self, had: Mapping[str, bool]) -> None:
+        """Look at a step: which of the parameters that train had a gradient, by name."""
+        layers: dict[str, dict[str, bool]] = {}
+        for name, present in had.items():
+            if (layer := place(name).layer) is not None:
+                layers.setdefault(layer, {})[name] = present
+        others = any(present for name, present in had.items() if place(name).layer is None)
+        first = self.param_groups[0]
+        self._reach.note(first["global_step"], layers, others)
+        if layers and (first["global_step"] + 1) % first["switch_every"] == 0:
+            self._reach.end(layers, list(layers))
+
+    def _step_one(self, param: Tensor, hyper: RatioHyper) -> bool:
+        """Adam on the entries of one parameter that train; whether it has a gradient."""
         key, layout = self._keys[param], self._layouts[param]
         grad = self.take_image(key)
         if grad is None:
@@ -261,7 +285,7 @@ class BlockOptimizerRatio(ImageOptimizer):
                     "to. Pass dense_gradients=True."
                 )
         if grad is None and param.grad is None:
-            return
+            return False
         entries = self._entries(key, layout, hyper, param.device)
         local = param.detach().contiguous()
         flat = local.view(-1)[: layout.num_local]
@@ -276,6 +300,7 @@ class BlockOptimizerRatio(ImageOptimizer):
         entries.put(flat, adam_on(entries.take(flat), grad, state, hyper))
         if not param.is_contiguous():
             param.copy_(local)
+        return True
 
     @torch.no_grad()
     def _keep_entries(self, param: Tensor) -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.block.names import plain_name
+
 _FROZEN = "_colossal_bcd_frozen"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roster:
-    """Named parameters as they were given."""
+    """Named parameters as they were given, without what wrappers have put into the names."""
 
     parameters: dict[str, Parameter]
     """Every tensor under the first of its names, which is its canonical one."""
@@ -53,7 +55,7 @@ def read_roster(named_parameters: Iterable[tuple[str, Parameter]], lora_mode: st
                 f"named_parameters_list: got an entry of type {type(item).__name__}, expected (name, parameter) pairs. "
                 "Pass list(model.named_parameters())."
             )
-        name, param = item
+        name, param = plain_name(item[0]), item[1]
         if name in parameters or name in aliases:
             raise ValueError(
                 f"named_parameters_list: the name {name!r} comes twice, expected every name once. If the pairs come "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block.announce import active_line, announce
+from colossal_bcd.block.checkpointing import keep_checkpoints_whole
 from colossal_bcd.block.checks import require_int
+from colossal_bcd.block.compiled import CompiledGraphs
 from colossal_bcd.block.correction import Corrections, LocalCorrections
 from colossal_bcd.block.corrector import Corrector
 from colossal_bcd.block.importance import Importance
 from colossal_bcd.block.masters import Masters
 from colossal_bcd.block.plan import Plan
+from colossal_bcd.block.reached import Reach
 from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.roster import set_active
 from colossal_bcd.block.snapshot import Contributor
@@ -79,6 +83,8 @@ class Switching(Wrapper):
         """Whether an engine has taken over; it then feeds gradients, writes weights back and calls `switch_if_due`."""
         if base_optimizer.state:
             logger.warning("the base optimizer has taken steps; its state is cleared, as at every switch")
+        self._reach, self._graphs = Reach(), CompiledGraphs()
+        keep_checkpoints_whole()
         self._activate(keep=frozenset())
         self._log_active()
 
@@ -126,6 +132,7 @@ class Switching(Wrapper):
             self._replicas.detach()
             self._replicas = None
         self.masters, self.attached = masters, True
+        self._graphs = CompiledGraphs()  # sharding may have moved the parameters to other modules
         if held is not None:
             here = set(held)
             for param in set(self.named_parameters.values()) - here:
@@ -169,6 +176,8 @@ class Switching(Wrapper):
         active = {param for name, param in self.named_parameters.items() if name in names}
         for name, param in self.named_parameters.items():
             set_active(param, name in names or name in corrected)
+        num_sets = math.prod(max(stop - start, 1) for start, stop in self.schedule.ranges)
+        self._graphs.renew(self.named_parameters.values(), num_sets)
         groups = [[param for param in members if param in active] for members in self.members]
         self._tenants.replace(self.base_optimizer, self.masters, groups, keep)
         if self.attached:
@@ -210,6 +219,18 @@ class Switching(Wrapper):
             active = self._tenants.tensors
             self._replicas.activate([param for param in self.named_parameters.values() if param in active])
         self._replicas.settle()
+
+    def _note_reach(self) -> None:
+        """Before a step, when every master has its gradient; the masters of an engine have that of any rank."""
+        tensors, named, groups, grouped = self._tenants.tensors, self.named_parameters, {}, set[Parameter]()
+        for block in self.active_blocks():
+            members = {name: named[name] for name in block.parameters if name in named}
+            groups[block.name] = {name: tensors[param].grad is not None for name, param in members.items()}
+            grouped.update(members.values())
+        others = any(tensor.grad is not None for param, tensor in tensors.items() if param not in grouped)
+        self._reach.note(self.num_steps, groups, others)
+        if self.schedule.is_switch(self.num_steps + 1) and not self.stages:
+            self._reach.end(groups, [block.name for block in self.blocks])
 
     def _members_of(self, block: int) -> list[Parameter]:
         """Parameters of a block on this rank."""

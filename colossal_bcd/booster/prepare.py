@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.block.checkpointing import prefer_non_reentrant
+from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
+from colossal_bcd.block.checkpointing import keep_checkpoints_whole, prefer_non_reentrant
 from colossal_bcd.booster.registry import cast, parameters_of
 from colossal_bcd.booster.setup import require_same_setup
 
@@ -32,9 +32,11 @@ def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in trained:
             raise ValueError(f"module {name!r} has sparse gradients, expected dense ones. Build it with sparse=False.")
-    if isinstance(optimizer, BlockOptimizer):
+    keep_checkpoints_whole()
+    optimizer = cast(optimizer)
+    if isinstance(optimizer, (BlockOptimizer, BlockOptimizerRatio)):
         prefer_non_reentrant(model)
-    return cast(optimizer)
+    return optimizer
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.names import plain_name
 from colossal_bcd.booster import registry_galore
 from colossal_bcd.booster.registry_ratio import cast_ratio
 from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
@@ -269,7 +270,7 @@ def shapes_of(optimizer: Optimizer | None) -> dict[int, tuple[int, ...]]:
 def names_of(model: Any) -> dict[int, str]:
     """One name by id of every parameter, to be taken before the model is sharded: the same on every mesh."""
     module = model.unwrap(unwrap_peft=False) if hasattr(model, "unwrap") else model
-    return {id(param): name for name, param in module.named_parameters()}
+    return {id(param): plain_name(name) for name, param in module.named_parameters()}
 
 
 def keys_of(optimizer: Optimizer) -> dict[int, int]:

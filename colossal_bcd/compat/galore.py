@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from colossal_bcd.block.names import plain_name
 from colossal_bcd.optim import GaLoreAdamW8bit
 from colossal_bcd.optim.base import Params
 from colossal_bcd.optim.galore import Projection
@@ -61,7 +62,7 @@ def get_galore_param_groups(
         if any(f".{ending}." in f".{name}." for ending in _NO_DECAY):
             place = 2
         groups[place]["params"].append(param)
-        groups[place]["param_names"].append(name)
+        groups[place]["param_names"].append(plain_name(name))
     return [group for group in groups if group["params"]]
 
 
