@@ -17,6 +17,8 @@ from torch.nn import Parameter
 
 from colossal_bcd import CAME, BlockOptimizer, GaLoreAdamW, GoLoreAdamW, Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+from colossal_bcd.booster.checkpoint.plan import MASTER
+from colossal_bcd.booster.registry import cast
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
 PLUGINS = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin, "ddp": TorchDDPPlugin}
@@ -406,6 +408,77 @@ def scaled_norm(options: dict[str, Any]) -> dict[str, float]:
         engine.zero_grad()
         result |= {f"before {step}": before, f"again {step}": again, f"step {step}": engine.get_grad_norm()}
     return result
+
+
+def saved_masters(options: dict[str, Any]) -> dict[str, bool]:
+    """Whether the state that is saved after a write belongs to the weights that are saved with it."""
+    model, engine, booster = boost(options, lambda params: torch.optim.AdamW(params, lr=LR))
+    result = {}
+    for name in ("clamp_", "data.mul_"):
+        booster.backward(models.loss(model, models.tokens(0, vocab=128)), engine)
+        engine.step()
+        engine.zero_grad()
+        module = model.unwrap()
+        WRITES[name](module, list(module.parameters()))
+        state, weights = engine.state_dict(), dict(module.named_parameters())
+        masters = {key.removesuffix(f".{MASTER}"): value for key, value in state["others"].items() if MASTER in key}
+        assert masters
+        result[name] = all(torch.equal(value.to(torch.bfloat16), weights[key].data) for key, value in masters.items())
+    return result
+
+
+BY_HAND: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "Lamb": lambda params: StockLamb(params, lr=1e-3, weight_decay=0.01),
+}
+
+
+def groups_by_hand(options: dict[str, Any]) -> dict[str, float]:
+    """Largest difference from one process where rates and decays are written by hand and by schedulers."""
+    return {name: _by_hand(options, make) for name, make in BY_HAND.items()}
+
+
+def _by_hand(options: dict[str, Any], make: Callable[[Any], torch.optim.Optimizer]) -> float:
+    given: list[torch.optim.Optimizer] = []
+    schedulers: list[Any] = []
+
+    def keep(params: Any) -> torch.optim.Optimizer:
+        given.append(make(params))
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(given[0], lambda step: 1 / (1 + step)))
+        return given[0]
+
+    model, engine, booster = boost(options, keep)
+    scheduled = engine if isinstance(engine, torch.optim.Optimizer) else engine.optim
+    schedulers.append(torch.optim.lr_scheduler.ExponentialLR(scheduled, 0.5))
+    reference = models.llama(vocab=128).train()
+    plain = cast(make(reference.parameters()))
+    theirs = [torch.optim.lr_scheduler.LambdaLR(plain, lambda step: 1 / (1 + step))]
+    theirs.append(torch.optim.lr_scheduler.ExponentialLR(plain, 0.5))
+    for step in range(6):
+        batch = models.tokens(step, vocab=128)
+        booster.backward(models.loss(model, batch), engine)
+        models.loss(reference, batch).backward()
+        for optimizer in (engine, plain):
+            optimizer.step()
+            optimizer.zero_grad()
+        _write_groups(step, engine.param_groups[0], given[0].param_groups[0], schedulers)
+        _write_groups(step, plain.param_groups[0], plain.param_groups[0], theirs)
+    pairs = zip(model.unwrap().parameters(), reference.parameters(), strict=True)
+    errors = torch.cat([(a.detach() - b.detach()).abs().view(-1) for a, b in pairs])
+    return errors.max().item() if errors.isfinite().all() else float("inf")
+
+
+def _write_groups(step: int, boosted: dict[str, Any], given: dict[str, Any], schedulers: Sequence[Any]) -> None:
+    if step == 0:
+        boosted["lr"] *= 0.5
+    elif step == 1:
+        given["lr"] *= 3.0
+    elif step == 2:
+        given["weight_decay"] = 0.5
+    elif step == 3:
+        schedulers[0].step()
+    else:
+        schedulers[1].step()
 
 
 RATED: dict[str, Callable[[Any, Any], torch.optim.Optimizer]] = {

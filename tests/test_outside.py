@@ -8,6 +8,7 @@ import outside_cases
 import pytest
 import torch
 
+from colossal_bcd import BlockOptimizer
 from colossal_bcd.booster.config import LowRankOptions
 from colossal_bcd.testing import run_ranks
 
@@ -141,3 +142,65 @@ def test_outside_clipping_knows_the_loss_scale() -> None:
                 # Gradients are rounded to 2^-9 (bfloat16) or 2^-11 of themselves after they are scaled.
                 torch.testing.assert_close(norms[f"again {step}"], 0.125, rtol=2**-8, atol=0, msg=config)
                 torch.testing.assert_close(norms[f"step {step}"], 0.125, rtol=2**-8, atol=0, msg=config)
+
+
+def test_outside_saved_masters_follow_weights() -> None:
+    """Masters in a checkpoint were those before a write between the last step and the save."""
+    configs: dict[str, dict[str, Any]] = {
+        "zero1": {"plugin": "zero", "stage": 1, "precision": "bf16"},
+        "zero2-blocks": {"plugin": "zero", "stage": 2, "precision": "bf16", "blocks": True},
+        "hybrid0": {**HYBRID, "zero_stage": 0, "precision": "bf16"},
+    }
+    for result in run_ranks(2, outside_cases.each, outside_cases.saved_masters, configs):
+        assert result == {config: {"clamp_": True, "data.mul_": True} for config in configs}
+
+
+def test_outside_groups_written_by_hand_count() -> None:
+    """In the engine's groups and in those of the user's optimizer, under schedulers made before and after boosting."""
+    configs: dict[str, dict[str, Any]] = {
+        "zero1": {"plugin": "zero", "stage": 1, "precision": "fp32"},
+        "zero2": {"plugin": "zero", "stage": 2, "precision": "fp32"},
+        "hybrid0": {**HYBRID, "zero_stage": 0},
+        "ddp": {"plugin": "ddp", "dtype": torch.float32},
+    }
+    for result in run_ranks(2, outside_cases.each, outside_cases.groups_by_hand, configs):
+        wrong = [(c, n, e) for c, errors in result.items() for n, e in errors.items() if not e <= GRADIENTS]
+        assert not wrong
+
+
+@pytest.mark.parametrize("write", outside_cases.WRITES)
+def test_outside_written_weights_are_followed_on_one_process(write: str) -> None:
+    """Writes through `data` change no version of the weight."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(7, 5, dtype=torch.bfloat16)
+    params = list(module.parameters())
+    base = torch.optim.AdamW(params, lr=outside_cases.LR, eps=outside_cases.EPS, weight_decay=0.0)
+    optimizer = BlockOptimizer(base, list(module.named_parameters()), [["weight", "bias"]], verbose=0)
+    books = {param: outside_cases.Textbook(param.detach().float()) for param in params}
+    for step in range(4):
+        for param in params:
+            param.grad = outside_cases.gradient(str(param.dim()), tuple(param.shape), step).to(param.dtype)
+            books[param].step(param.grad.double())
+        optimizer.step()
+        before = {param: param.detach().clone() for param in params}
+        outside_cases.WRITES[write](module, params)
+        for param, book in books.items():
+            book.follow(before[param], param.detach())
+    masters = optimizer.state_dict()["block"]["masters"]
+    for name, param in module.named_parameters():
+        torch.testing.assert_close(masters[name].double(), books[param].values, rtol=0, atol=ROUNDING)
+
+
+def test_outside_consumed_gradients_are_said_once_on_one_process(caplog: pytest.LogCaptureFixture) -> None:
+    for zero_grad in (True, False):
+        module = torch.nn.Linear(3, 2)
+        base = torch.optim.SGD(module.parameters(), lr=0.1)
+        optimizer = BlockOptimizer(base, list(module.named_parameters()), [["weight", "bias"]], verbose=0)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="colossal_bcd"):
+            for _ in range(3):
+                module(torch.ones(3)).sum().backward()
+                optimizer.step()
+                if zero_grad:
+                    optimizer.zero_grad()
+        assert sum("uses gradients up" in message for message in caplog.messages) == int(not zero_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from colossal_bcd.block.importance import squared_norms
 from colossal_bcd.block.residual import ResidualOptions, Residuals
 from colossal_bcd.block.written import WriteMarks, follow
 
+logger = logging.getLogger(__name__)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -65,6 +67,7 @@ class LocalMasters:
         self.tensors: dict[Parameter, Tensor] = {}
         """Master of every active parameter; the parameter itself where it is its own."""
         self._marks = WriteMarks()
+        self._used_up = self._said_used_up = False
         self.aside: dict[Parameter, Tensor] = {}
         self.residuals = Residuals(residual)
 
@@ -99,6 +102,12 @@ class LocalMasters:
         """
         for param, master in self.tensors.items():
             self._check(param, master)
+        if self._used_up and not self._said_used_up:
+            self._said_used_up = True
+            logger.info(
+                "a step follows another one without zero_grad() of the BlockOptimizer between them: a step uses "
+                "gradients up, they do not accumulate over steps"
+            )
         self.follow()
         for param, master in self.tensors.items():
             if master is not param and param.grad is not None:
@@ -107,6 +116,7 @@ class LocalMasters:
 
     @torch.no_grad()
     def write_back(self) -> None:
+        self._used_up = True
         for param, master in self.tensors.items():
             if master is not param:
                 param.copy_(master)
@@ -114,6 +124,7 @@ class LocalMasters:
             master.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        self._used_up = False
         for param, master in self.tensors.items():
             if master is not param:
                 master.grad = None
