@@ -4,6 +4,7 @@ from colossal_bcd.booster.checkpoint import CheckpointError, CheckpointFolder, R
 from colossal_bcd.booster.config import LowRankOptions
 from colossal_bcd.booster.explain import estimate, explain
 from colossal_bcd.booster.install import install
+from colossal_bcd.booster.low_level import LowLevelZeroOptimizer
 from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.registry import cast
 
@@ -11,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFolder",
     "HybridParallelPlugin",
+    "LowLevelZeroOptimizer",
     "LowLevelZeroPlugin",
     "LowRankOptions",
     "Resumed",

@@ -56,6 +56,8 @@ class EngineConfig:
     """Clip the global norm of the gradients of what is active; 0 does not."""
     low_rank: LowRankOptions = field(default_factory=LowRankOptions)
     """How gradients of projected parameters travel."""
+    verbose: bool = False
+    """Log every step that loss scaling skips."""
     fp16: Mapping[str, float] | None = None
     """Arguments of the loss scaler; None is no loss scaling."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 class HybridModule(HybridParallelModule):
-    """ColossalAI's module wrapper, for weights tied across stages that may be frozen."""
+    """ColossalAI's module wrapper, for weights tied across stages that may be frozen.
+
+    Attributes:
+        engine: what averages the gradients; set by the plugin, if an optimizer is boosted with the model.
+    """
+
+    engine: Any = None
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate local gradients without communication."""
+        with super().no_sync(), contextlib.nullcontext() if self.engine is None else self.engine.no_sync():
+            yield
+
+    def sync_dp_grads(self) -> None:
+        """Average what `no_sync` has left over the data-parallel ranks."""
+        if self.engine is None:
+            super().sync_dp_grads()
+        else:
+            self.engine.sync_dp_grads()
 
     @named("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:

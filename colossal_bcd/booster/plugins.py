@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from types import MethodType
@@ -19,37 +18,44 @@ from torch import nn
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.arguments import (
+    SCALER_ARGUMENTS,
+    arguments_of,
+    check_hybrid,
+    check_zero,
+    refuse_fp8,
+    refuse_torch_reducer,
+)
 from colossal_bcd.booster.checkpoint import checkpoint_io
 from colossal_bcd.booster.config import EngineConfig, LowRankOptions
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.factors import holds_factors, refuse_factors
 from colossal_bcd.booster.layouts import shard_layouts
+from colossal_bcd.booster.lora import LoraPlugin, adopt_adapters
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, plan_stages, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
 from colossal_bcd.booster.registry import names_of, shapes_of
+from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.faults import limit_waiting, named
 
 logger = logging.getLogger(__name__)
 
 Boosted = tuple[nn.Module, Any, Any, Any, Any]
-SCALER_ARGUMENTS = (
-    "initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale",
-)  # fmt: skip
 
 
-class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
+class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
     """ZeRO stage 1 and 2.  Takes the arguments of colossalai.booster.plugin.LowLevelZeroPlugin.
 
     Args:
         low_rank: how gradients of projected parameters travel; see `LowRankOptions`.
     Raises:
-        ValueError: fp8_communication is asked for.
+        ValueError: fp8_communication or use_fp8 is asked for.
     """
 
     def __init__(self, *args: Any, low_rank: LowRankOptions | None = None, **kwargs: Any) -> None:
         self.low_rank = low_rank or LowRankOptions()
-        _refuse_fp8(_arguments(StockLowLevelZeroPlugin, args, kwargs))
+        check_zero(arguments_of(StockLowLevelZeroPlugin, args, kwargs), StockLowLevelZeroPlugin)
         install_cpu_accelerator()
         with limit_waiting():
             super().__init__(*args, **kwargs)
@@ -66,11 +72,10 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
-        if fresh and self.lora_enabled and not isinstance(optimizer, BlockOptimizer):
-            self.add_lora_params_to_optimizer(model, optimizer)
         if fresh:
             optimizer = prepare(model, optimizer)
         shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
+        info = param_info_of(optimizer) if fresh else {}
         with thawed(optimizer):
             model, _, criterion, dataloader, lr_scheduler = super().configure(
                 model, None, criterion, dataloader, lr_scheduler
@@ -80,11 +85,16 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
                 same_start(model, dist.group.WORLD)
             layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1)
             optimizer = ZeroOptimizer(optimizer, model, layouts, self._config(), parameter_names=names)
+            optimizer.param_info = info
             model.update_master_params = MethodType(optimizer.update_master_params, model)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
     def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Any:
         return optimizer.no_sync()
+
+    def add_lora_params_to_optimizer(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Put adapters into the param groups of what they adapt; boosting does so itself."""
+        adopt_adapters(model, optimizer)
 
     def get_checkpoint_io(self) -> Any:
         return checkpoint_io(super().get_checkpoint_io())
@@ -99,13 +109,14 @@ class LowLevelZeroPlugin(StockLowLevelZeroPlugin):
             zero_groups=groups,
             max_norm=options["clip_grad_norm"],
             master_weights=options["master_weights"],
+            verbose=self.verbose,
             low_rank=self.low_rank,
             fp16={key: options[key] for key in SCALER_ARGUMENTS} if self.precision == "fp16" else None,
             **_shared_options(options),
         )
 
 
-class HybridParallelPlugin(StockHybridParallelPlugin):
+class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
     """Tensor, pipeline and data parallelism with ZeRO 0, 1, 2.
 
     Takes the arguments of colossalai.booster.plugin.HybridParallelPlugin.  Kernels that a machine without an
@@ -114,24 +125,24 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
     Args:
         low_rank: how gradients of projected parameters travel; see `LowRankOptions`.
     Raises:
-        ValueError: fp8_communication is asked for, or overlap_allgather together with tensor parallelism, where
-            ColossalAI multiplies gradients.
+        ValueError: what `check_hybrid` refuses: fp8, zero-bubble pipelines, ring sequence parallelism, options of
+            torch's DDP at stage 0, overlap_allgather together with tensor parallelism.
     """
 
     def __init__(self, *args: Any, low_rank: LowRankOptions | None = None, **kwargs: Any) -> None:
         self.low_rank = low_rank or LowRankOptions()
-        arguments = _arguments(StockHybridParallelPlugin, args, kwargs)
-        _refuse_fp8(arguments)
-        if arguments["overlap_allgather"] and arguments["tp_size"] > 1:
-            raise ValueError(
-                f"overlap_allgather=True with tp_size={arguments['tp_size']}: ColossalAI's hooks then multiply "
-                "gradients; expected at most one of the two. Set overlap_allgather=False."
-            )
+        arguments = arguments_of(StockHybridParallelPlugin, args, kwargs)
         on_cpu = install_cpu_accelerator()
+        check_hybrid(arguments, StockHybridParallelPlugin, on_cpu=on_cpu)
         with limit_waiting():
-            super().__init__(*args, **kwargs)
+            super().__init__(**arguments)
         if on_cpu:
             self._switch_off_kernels()
+
+    def __del__(self) -> None:
+        # What was refused in the constructor has no process groups to destroy.
+        if hasattr(self, "pg_mesh"):
+            super().__del__()
 
     def supported_devices(self) -> list[str]:
         return [*super().supported_devices(), "cpu"]
@@ -149,12 +160,15 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
         if fresh:
             optimizer = prepare(model, optimizer)
         shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
+        info = param_info_of(optimizer) if fresh else {}
         # Weights that several stages share get groups of their own.
         with thawed(optimizer), limit_waiting():
             if not isinstance(model, ModelWrapper):
                 model = self._wrap(model)
         if fresh:
             optimizer = self._engine(model, optimizer, shapes, names)
+            optimizer.param_info = info
+            model.engine = optimizer
             model.update_master_params = MethodType(optimizer.update_master_params, model)
         return model, optimizer, criterion, dataloader, lr_scheduler
 
@@ -191,7 +205,7 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
     ) -> ZeroOptimizer:
         module = model.unwrap(unwrap_peft=False)
         if self.zero_stage == 0 or isinstance(optimizer, BlockOptimizer):
-            same_start(model, self.mixed_dp_group)
+            same_start(model, self.mixed_dp_group, buffers=self.ddp_config["broadcast_buffers"])
         layouts = shard_layouts(module, shapes, dist.get_rank(self.tp_group), self.tp_size)
         if self.enable_pipeline_parallelism:
             if not self.stage_manager.is_last_stage(ignore_chunk=True):
@@ -209,6 +223,9 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
 
     def _config(self) -> EngineConfig:
         groups = (self.mixed_dp_group,)
+        options = dict(self.zero_config)
+        if self.zero_stage == 0:
+            options["reduce_bucket_size"] = self.ddp_config["bucket_cap_mb"] * 2**18
         return EngineConfig(
             data_groups=groups,
             zero_groups=groups if self.zero_stage > 0 else (),
@@ -217,7 +234,7 @@ class HybridParallelPlugin(StockHybridParallelPlugin):
             max_norm=self.max_norm,
             low_rank=self.low_rank,
             fp16={key: self.amp_config[key] for key in SCALER_ARGUMENTS} if self.precision == "fp16" else None,
-            **_shared_options(self.zero_config),
+            **_shared_options(options),
         )
 
     def _switch_off_kernels(self) -> None:
@@ -234,13 +251,31 @@ class BlockDDPModel(TorchDDPModel):
     """Data parallelism for a model whose trained parameters change: torch's DDP reduces a fixed set."""
 
     def __init__(self, module: nn.Module) -> None:
-        ModelWrapper.__init__(self, module)
-
-    def unwrap(self, unwrap_peft: bool = True) -> nn.Module:
-        return ModelWrapper.unwrap(self, unwrap_peft)
+        ModelWrapper.__init__(self, Replica(module))
 
 
-class TorchDDPPlugin(StockTorchDDPPlugin):
+class Replica(nn.Module):
+    """In the place of torch's DistributedDataParallel: the model, and `no_sync`.
+
+    Attributes:
+        module: the model.
+        engine: what averages its gradients; set by the plugin.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.engine: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def no_sync(self) -> Any:
+        """Accumulate local gradients without communication."""
+        return self.engine.no_sync()
+
+
+class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
     """Data parallelism.  Takes the arguments of colossalai.booster.plugin.TorchDDPPlugin.
 
     With a BlockOptimizer the gradients of the active block are averaged by this package's hooks instead of torch's
@@ -253,7 +288,7 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
 
     def __init__(self, *args: Any, low_rank: LowRankOptions | None = None, **kwargs: Any) -> None:
         self.low_rank = low_rank
-        self._asked = _arguments(StockTorchDDPPlugin, args, kwargs)
+        self._asked = arguments_of(StockTorchDDPPlugin, args, kwargs)
         install_cpu_accelerator()
         with limit_waiting():
             super().__init__(*args, **kwargs)
@@ -282,16 +317,13 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
             if boosted[1] is not None:
                 boosted[1].parameter_names = names
             return boosted
-        for name in ("static_graph", "check_reduction", "gradient_as_bucket_view", "fp8_communication"):
-            if self._asked[name]:
-                raise ValueError(
-                    f"TorchDDPPlugin({name}=True) with a BlockOptimizer: torch's DDP, which that configures, is not "
-                    f"used, because the trained parameters change. Set {name}=False."
-                )
-        shapes = shapes_of(optimizer)
+        changing = "the trained parameters change"
+        refuse_torch_reducer("TorchDDPPlugin", self._asked, "with a BlockOptimizer", changing)
+        refuse_fp8(self._asked)
+        shapes, info = shapes_of(optimizer), param_info_of(optimizer)
         with thawed(optimizer):
             model = BlockDDPModel(nn.SyncBatchNorm.convert_sync_batchnorm(model.to(get_current_device()), None))
-        same_start(model, dist.group.WORLD)
+        same_start(model, dist.group.WORLD, buffers=self._asked["broadcast_buffers"])
         world: Any = dist.group.WORLD
         config = EngineConfig(
             data_groups=(world,),
@@ -301,6 +333,8 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
         )
         layouts = shard_layouts(model.unwrap(False), shapes, 0, 1)
         engine = ZeroOptimizer(optimizer, model, layouts, config, parameter_names=names)
+        engine.param_info = info
+        model.module.engine = engine
         model.update_master_params = MethodType(engine.update_master_params, model)
         return model, engine, criterion, dataloader, lr_scheduler
 
@@ -309,20 +343,6 @@ class TorchDDPPlugin(StockTorchDDPPlugin):
 
     def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Any:
         return optimizer.no_sync() if isinstance(optimizer, ZeroOptimizer) else super().no_sync(model, optimizer)
-
-
-def _arguments(stock: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a stock plugin by name, defaults filled in; a wrong name raises TypeError."""
-    bound = inspect.signature(stock).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-def _refuse_fp8(arguments: dict[str, Any]) -> None:
-    if arguments["fp8_communication"]:
-        raise ValueError(
-            "fp8_communication=True is not supported: it loses what float32 averages keep. Set it to False."
-        )
 
 
 def _shared_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block.checkpointing import keep_checkpoints_whole, prefer_non_reentrant
+from colossal_bcd.booster.lora import adopt_adapters
 from colossal_bcd.booster.registry import cast, parameters_of
 from colossal_bcd.booster.setup import require_same_setup
 
 
 def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
     """Cast the optimizer and settle what would fail later, before the first collective about weights."""
+    adopt_adapters(model, optimizer)
     require_same_setup(model, optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"boost: got an optimizer of type {type(optimizer).__name__}, expected a torch.optim.Optimizer")
@@ -55,12 +57,13 @@ def thawed(optimizer: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def same_start(model: nn.Module, group: Any) -> None:
+def same_start(model: nn.Module, group: Any, *, buffers: bool = True) -> None:
     """Copy weights and buffers of the group's first rank to the others, as torch's DDP does.
 
     ZeRO's first gather does so for what is trained; what a block optimizer leaves frozen is never gathered.
+    Without `buffers` every rank keeps its own.
     """
     if dist.get_world_size(group) > 1:
         source = dist.get_global_rank(group, 0)
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in [*model.parameters(), *(model.buffers() if buffers else ())]:
             dist.broadcast(tensor.data, source, group=group)

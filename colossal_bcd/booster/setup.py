@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
 import hashlib
+from collections.abc import Mapping, Set
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,17 +19,24 @@ from colossal_bcd.block import BlockOptimizer
 Setup = dict[str, dict[str, Any]]
 """Subject -> name -> a short value; the same names and values on ranks that agree."""
 
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
+"""Types whose `repr` says all of a value, and the same on every rank."""
 
-def require_same_setup(model: nn.Module, optimizer: Any) -> None:
+
+def require_same_setup(model: nn.Module, optimizer: Any, group: dist.ProcessGroup | None = None) -> None:
     """Compare what this rank was given with what the others were: one exchange of names and numbers.
 
+    Args:
+        model: not wrapped yet.
+        optimizer: the user's.
+        group: the ranks that must agree, which errors number; None: all.
     Raises:
         ValueError: on every rank, naming the ranks and what differs.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
-    everyone: list[Setup] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, _setup(model, optimizer))
+    everyone: list[Setup] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, _setup(model, optimizer), group=group)
     first = everyone[0]
     for subject in first:
         different = [rank for rank, setup in enumerate(everyone) if setup.get(subject) != first[subject]]
@@ -66,8 +78,33 @@ def _setup(model: nn.Module, optimizer: Any) -> Setup:
     return setup
 
 
-def _plain(value: Any) -> Any:
-    return repr(value.tolist() if isinstance(value, Tensor) else value)
+def _plain(value: Any) -> str:
+    """What ranks can compare of a value of a param group: nothing of it is an address, which differs on every rank.
+
+    Functions count by their qualified name, and objects of other classes by their type alone.
+    """
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    if value is None or isinstance(
+        value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
+    ):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_plain(key)}: {_plain(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, Set):
+        return "{" + ", ".join(sorted(map(_plain, value))) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(map(_plain, value)) + ")"
+    if isinstance(value, functools.partial):
+        return f"partial({_plain(value.func)}, {_plain(value.args)}, {_plain(value.keywords)})"
+    kind = type(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{kind.__qualname__}{_plain(fields)}"
+    name = getattr(value, "__qualname__", None)
+    if isinstance(name, str):
+        return f"{getattr(value, '__module__', None)}.{name}"
+    return f"a {kind.__module__}.{kind.__qualname__}"
 
 
 def _digest(value: Any) -> str:

@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.checkpoint.held import EngineState
 from colossal_bcd.booster.checkpoint.load import check_opened
-from colossal_bcd.booster.checkpoint.save import whole_state
 from colossal_bcd.booster.checkpoint.source import opened_state
+from colossal_bcd.booster.checkpoint.stream import Pinned
 from colossal_bcd.booster.clipping import clip_by_norm, clip_by_value, require_foreach, scale_gradients
 from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler, mesh_of
 from colossal_bcd.booster.correction import corrections_of
@@ -36,6 +36,7 @@ from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
+from colossal_bcd.booster.stock_surface import StockSurface
 from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.faults import LateCheck, named
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
@@ -45,7 +46,7 @@ from colossal_bcd.sharding import Layout, Request, Sum, square_sum
 logger = logging.getLogger(__name__)
 
 
-class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
+class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     """Optimizer wrapper for what the optimizer trains now: all parameters, or the active block of a `BlockOptimizer`.
 
     It is also a `torch.optim.Optimizer` by type, so that schedulers can be made on it.  It is the `Masters` of a
@@ -70,7 +71,6 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         parameter_names: Mapping[int, str],
         tied_elsewhere: Set[Parameter] = frozenset(),
     ) -> None:
-        self.grad_handles: list[Any] = []
         OptimizerWrapper.__init__(self, optimizer)
         self.config, self.model = config, model
         self.parameter_names = parameter_names
@@ -211,6 +211,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         with named("average of gradients"):
             self.settle()
             if scaler is not None and scaler.should_skip_step():
+                self._say_overflow()
                 self.zero_grad()
                 return
         self.follow_weights()
@@ -273,18 +274,20 @@ class ZeroOptimizer(HybridParallelZeroOptimizer, Optimizer):
         self._force_wait_all_gather()
         self.masters.follow()
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state, gathered on every rank: what `booster.save_optimizer` writes into a file.  All ranks must call."""
-        return whole_state(EngineState(self, self.parameter_names), everywhere=True)
+    def state_dict(self, pinned_state_dicts: Pinned | None = None, only_on_master: bool = False) -> dict[str, Any]:
+        """All state, gathered: what `booster.save_optimizer` writes into a file.  All ranks must call.
+
+        Args:
+            pinned_state_dicts: see `state_dict_shard`.
+            only_on_master: the other ranks get no tensors.
+        """
+        return self._whole_state(pinned_state_dicts, everywhere=not only_on_master)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this or another mesh, or a state dict of torch's kind."""
+        self._require_state()
         boosted = EngineState(self, self.parameter_names)
         check_opened(boosted, "state dict", opened_state(state_dict)).apply()
-
-    def get_working_grads_by_group_id(self, group_id: int) -> list[Tensor]:
-        grads = self._reducer.grads
-        return [grads[param] for param in self._working_param_groups[group_id] if param in grads]
 
     @property
     def _device(self) -> torch.device:

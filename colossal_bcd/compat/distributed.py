@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from colossal_bcd.compat.setup_distributed import SetupDistributed
 from colossal_bcd.optim import CAME, Adafactor, Lamb
 from colossal_bcd.optim.base import Params
 
 
-class DistributedLamb(Lamb):
+class DistributedLamb(SetupDistributed, Lamb):
     """LAMB by the formula of ColossalAI's class of that name: the bias correction multiplies the step size.
 
     It runs under the plugins of `colossal_bcd.booster`, under ColossalAI's own after `colossal_bcd.booster.install()`,
-    and on one process.
+    on weights that were divided by hand, after `setup_distributed`, and on one process.
 
     Args:
         params: parameters, or param groups as plain dicts.
@@ -40,7 +41,7 @@ class DistributedLamb(Lamb):
         return super()._hyper({**group, "bias_correction": "step_size" if correction is True else correction})
 
 
-class DistributedAdaFactor(Adafactor):
+class DistributedAdaFactor(SetupDistributed, Adafactor):
     """`colossal_bcd.Adafactor` with the call of ColossalAI's class of that name.
 
     It differs from ColossalAI's where that one differs from the paper and from transformers.Adafactor: `lr` is used,
@@ -85,7 +86,7 @@ class DistributedAdaFactor(Adafactor):
         self.defaults["lr"] = lr
 
 
-class DistributedCAME(CAME):
+class DistributedCAME(SetupDistributed, CAME):
     """`colossal_bcd.CAME` with the call of ColossalAI's class of that name, which is wrong from its second step on.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from colossal_bcd.block.names import plain_name
+from colossal_bcd.compat.setup_distributed import SetupDistributed
 from colossal_bcd.optim import GaLoreAdamW8bit
 from colossal_bcd.optim.base import Params
 from colossal_bcd.optim.galore import Projection
@@ -66,7 +67,7 @@ def get_galore_param_groups(
     return [group for group in groups if group["params"]]
 
 
-class DistGaloreAwamW(GaLoreAdamW8bit):
+class DistGaloreAwamW(SetupDistributed, GaLoreAdamW8bit):
     """`colossal_bcd.GaLoreAdamW8bit` with the call of ColossalAI's class of that name.
 
     It differs where ColossalAI's differs from the paper: the whole matrix is projected, where theirs multiplies every

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.engine.sharded_gradient import ShardedGradient
 from colossal_bcd.sharding import Image, slice_length, wide
@@ -175,6 +176,15 @@ class GradientReducer:
             self._launch()
         for bucket in self._buckets:
             self._receive(bucket)
+        self._reset()
+
+    @property
+    def handles(self) -> list[RemovableHandle]:
+        """Of the hooks on the parameters."""
+        return self._handles
+
+    def drop_buckets(self) -> None:
+        """Forget what is on its way, not what has been averaged."""
         self._reset()
 
     def _reset(self) -> None:

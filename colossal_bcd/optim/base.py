@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -87,6 +87,13 @@ class ShardedOptimizer(Optimizer):
         for param in self.param_groups[-1]["params"]:
             self._layouts[param] = Layout.whole(tuple(param.shape))
             self._keys[param] = len(self._keys)
+
+    def extend_group(self, index: int, params: Sequence[Tensor]) -> None:
+        """Add whole parameters to the end of a param group, before the optimizer is bound or has taken a step."""
+        self.param_groups[index]["params"].extend(params)
+        everything = [param for group in self.param_groups for param in group["params"]]
+        self._layouts.update({param: Layout.whole(tuple(param.shape)) for param in params})
+        self._keys = {param: key for key, param in enumerate(everything)}
 
     def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
         """Say which part of which parameter each tensor of the param groups is.

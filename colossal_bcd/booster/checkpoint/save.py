@@ -50,7 +50,7 @@ def save_folder(boosted: Boosted, folder: Path, prefix: str | None, size_per_sha
     Raises:
         CheckpointError: on every rank, with the writer's reason.
     """
-    own, plan, manifest = _prepare(boosted)
+    own, plan, manifest = prepare_state(boosted)
     with together():
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"save_optimizer(shard=True): {folder} is a file, expected a folder")
@@ -92,7 +92,7 @@ def save_file(boosted: Boosted, path: Path) -> None:
 
 def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
     """All state with tensors that do not depend on the mesh, on the writer or on all ranks."""
-    own, plan, manifest = _prepare(boosted)
+    own, plan, manifest = prepare_state(boosted)
     state: dict[int, dict[str, Any]] = {}
     others: dict[str, Tensor] = {}
     for name, numbers in plan.numbers.items():
@@ -183,7 +183,8 @@ class _FolderWriter:
             entry["file"] = names[entry["file"]]
 
 
-def _prepare(boosted: Boosted) -> tuple[Own, Plan, dict[str, Any]]:
+def prepare_state(boosted: Boosted) -> tuple[Own, Plan, dict[str, Any]]:
+    """This rank's tensors, which tensors there are on any rank, and what the file says of them; all ranks must call."""
     boosted.follow()
     with together():
         own = Own(boosted)
