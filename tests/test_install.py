@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from colossal_bcd import Lamb
-from colossal_bcd.booster.install import _sections, cast_for_stock_plugin, distributed_class
+from colossal_bcd.booster.install import cast_for_stock_plugin, distributed_class
+from colossal_bcd.compat.setup_distributed import _sections
 from colossal_bcd.testing import run_ranks
 
 HYBRID = {"plugin": "hybrid", "tp_size": 2}

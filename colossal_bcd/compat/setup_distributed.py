@@ -44,6 +44,8 @@ class SetupDistributed:
             ValueError: the part of a weight that a master is does not follow from these.
         """
         assert isinstance(self, ShardedOptimizer)
+        if _is_bound(self, shard_to_working_param or {}):
+            return
         for index, original in enumerate(self.original_groups):
             original.update(self.param_groups[index])
             self.param_groups[index] = original
@@ -104,6 +106,13 @@ def global_shape(weight: Any, known: tuple[int, ...], index: int) -> tuple[int, 
     return known
 
 
+def _is_bound(optimizer: ShardedOptimizer, working: Mapping[int, Tensor]) -> bool:
+    """Whether an engine of this package has made the masters, and said what they are."""
+    masters = [param for group in optimizer.param_groups for param in group["params"]]
+    known = optimizer._layouts
+    return bool(working) and all(param in known and working.get(id(param), param) not in known for param in masters)
+
+
 def _weights(optimizer: ShardedOptimizer, working: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
     """Weight of the model behind every tensor that ColossalAI has put into the param groups."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -126,6 +135,11 @@ def _weights(optimizer: ShardedOptimizer, working: Mapping[int, Tensor]) -> dict
 def _layout(
     index: int, param: Tensor, weight: Tensor, shape: tuple[int, ...], tp: Place, data: Place, is_zero: bool
 ) -> Layout:
+    if is_divided(weight) and tp[1] == 1:
+        raise ValueError(
+            f"setup_distributed: parameter {index} is a shard of {tuple(weight.shape)} of a weight of {shape}, got no "
+            "tp_group, expected the ranks that hold the other shards. Pass tp_group."
+        )
     layout = shard_layout(weight, shape, *tp)
     if layout.local_shape != tuple(weight.shape):
         raise ValueError(
