@@ -193,9 +193,7 @@ class StockSurface:
 
     def zero_grad_stores(self) -> None:
         """Forget averaged gradients, not what `no_sync` has left to be averaged."""
-        for param, average in self._reducer.grads.items():
-            if param.grad is not None and param.grad.data_ptr() == average.data_ptr():
-                param.grad = None
+        self._reducer.take_back()
         self._reducer.grads.clear()
 
     def zero_bucket_stores(self) -> None:
@@ -364,7 +362,7 @@ class StockSurface:
         if average.untyped_storage().nbytes() < num_slices * length * average.itemsize:
             padded = torch.nn.functional.pad(average, (0, num_slices * length - average.numel()))
             self._reducer.grads[param] = padded[: average.numel()]
-            if param.grad is not None and param.grad.data_ptr() == average.data_ptr():
+            if self._reducer.shown.get(param):
                 param.grad = self._reducer.grads[param].view(param.shape)
             average = padded
         return list(average.as_strided((num_slices, length), (length, 1)).unbind())
