@@ -155,6 +155,9 @@ def calls_differ(theirs: Any, ours: Any) -> str | None:
     wanted = [p for p in inspect.signature(theirs).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     given = list(inspect.signature(ours).parameters.values())
     takes_any = {p.kind for p in given} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    loose = {p.kind for p in inspect.signature(theirs).parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
+    if not loose <= {p.kind for p in given}:
+        return "other keywords"
     for place, parameter in enumerate(wanted):
         if takes_any:
             break

@@ -150,18 +150,18 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         return squared_weights(blocks, self.masters, self._mesh, self._device, self._tied_elsewhere)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients of what is active."""
+        """Forget all gradients of what is active; zeros in their place would count as gradients, so none are left."""
         self._consumed = False
         for param, master in self.masters.of.items():
             param.grad = master.grad = None
         self._reducer.clear()
 
-    def backward(self, loss: Tensor, inputs: Any = None, retain_graph: bool = False) -> None:
+    def backward(self, loss: Tensor, inputs: Any = None, retain_graph: bool = False, **kwargs: Any) -> None:
         self._before_backward(loss)
         if self.mixed_precision_mixin is not None:
             loss = self.mixed_precision_mixin.pre_backward(loss)
         with self._backward_context(), named("backward"):
-            loss.backward(inputs=inputs, retain_graph=retain_graph)
+            loss.backward(inputs=inputs, retain_graph=retain_graph, **kwargs)
         self._after_backward()
 
     def backward_by_grad(self, tensor: Any, grad: Any, inputs: Any = None, retain_graph: bool = False) -> None:
