@@ -9,14 +9,20 @@ from torch.optim import LBFGS, Optimizer
 
 from colossal_bcd.block.partition import match
 from colossal_bcd.block.roster import Roster
+from colossal_bcd.optim.contract import Contract, examine
+
+JUDGED_LATER = ("colossalai", "galore_torch")
+"""Packages with optimizers that step only as what a plugin makes of them."""
 
 
-def require_base(base_optimizer: Any) -> None:
+def require_base(base_optimizer: Any) -> Contract:
     """Refuse what cannot be driven block by block.
 
+    Returns:
+        What it keeps where.
     Raises:
         TypeError: not an optimizer.
-        ValueError: LBFGS.
+        ValueError: LBFGS, or one that does not bear that its tensors are exchanged.
     """
     if not isinstance(base_optimizer, Optimizer):
         raise TypeError(
@@ -28,6 +34,46 @@ def require_base(base_optimizer: Any) -> None:
             "base_optimizer: got LBFGS, which evaluates the model inside its step and keeps its own list of "
             "parameters; expected one whose step reads gradients, such as torch.optim.AdamW"
         )
+    contract = examine(base_optimizer)
+    if type(base_optimizer).__module__.partition(".")[0] not in JUDGED_LATER:
+        contract.require_exchangeable("base_optimizer")
+    return contract
+
+
+def require_counts_apart(
+    contract: Contract, groups: Sequence[Sequence[str]], kept: frozenset[str], always: frozenset[str]
+) -> None:
+    """Refuse kept state where the optimizer has a count that is both theirs and that of what starts anew.
+
+    Args:
+        contract: of the base optimizer.
+        groups: names of what each param group ever trains.
+        kept: names of parameters whose state survives switches.
+        always: names of parameters that train at every step.
+    Raises:
+        ValueError: there would have to be two counts in one place.
+    """
+    if contract.by_parameter or not kept.intersection(name for group in groups for name in group):
+        return
+    expected = (
+        "expected one that counts by parameter, such as torch.optim.AdamW, where the state of active_modules or "
+        "adapters is kept at a switch while that of blocks starts anew"
+    )
+    if contract.attributes or contract.shares_state:
+        where = ", ".join(map(repr, contract.attributes)) or "entries of its state"
+        raise ValueError(
+            f"base_optimizer: got {contract.name}, which keeps {where} for all parameters together, {expected}. Leave "
+            'active_modules out, or set adapter_state="reset".'
+        )
+    for index, group in enumerate(groups):
+        if kept.intersection(group) and not always.issuperset(group):
+            counts = ", ".join(map(repr, sorted(contract.counts)))
+            other = next(name for name in group if name not in always)
+            raise ValueError(
+                f"base_optimizer: got {contract.name}, which counts in the param group ({counts}), and in group "
+                f"{index} kept parameters together with {other!r}, {expected}. Give the parameters of active_modules a "
+                'param group of their own, or with adapters set adapter_state="reset".'
+            )
 
 
 def require_same_parameters(base_optimizer: Optimizer, roster: Roster, trained: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from colossal_bcd.block.correction import (
 )
 from colossal_bcd.block.guards import (
     require_base,
+    require_counts_apart,
     require_rates,
     require_same_parameters,
 )
@@ -47,7 +48,8 @@ class BlockOptimizer(Switching):
     `group["params"]` changes: it holds the active masters.
 
     What was frozen before stays frozen and is in no block; what is in no block is frozen.  A wrapped model can be
-    wrapped again, a `copy.deepcopy` of it cannot: torch copies no record of who froze what.  In a model with LoRA
+    wrapped again, a `copy.deepcopy` of it alone cannot: torch copies no record of who froze what.  Both are copied by
+    `copy.deepcopy((model, optimizer))`.  In a model with LoRA
     adapters blocks train the adapters only.  A head tied to the embedding is in one block: the embedding's with
     `include_embedding`, else the head's with `include_lm_head`; it is never trained unasked.
 
@@ -125,7 +127,7 @@ class BlockOptimizer(Switching):
     ) -> None:
         if isinstance(base_optimizer, BlockOptimizer):
             raise ValueError("base_optimizer: got a BlockOptimizer, expected the optimizer that it wraps. Wrap once.")
-        require_base(base_optimizer)
+        contract = require_base(base_optimizer)
         require_int("verbose", verbose, 0)
         require_int("lr_warmup_step_afterswitch", lr_warmup_step_afterswitch, 0)
         require_choice("lora_mode", lora_mode, (None, "all", "partial", "adapter_only"))
@@ -176,13 +178,17 @@ class BlockOptimizer(Switching):
         self.warm_up_steps = lr_warmup_step_afterswitch
         names = {param: name for name, param in roster.parameters.items()}
         kept = roster.adapters if lora_mode is not None and adapter_state == "keep" else frozenset[str]()
+        kept = frozenset(kept.union(plan.always_active))
+        groups = [[names[param] for param in group["params"]] for group in base_optimizer.param_groups]
+        always = frozenset(plan.always_active).union(plan.adapters if lora_mode == "all" else ())
+        require_counts_apart(contract, [[name for name in group if name in trained] for group in groups], kept, always)
         super().__init__(
             base_optimizer,
             plan,
             {name: roster.parameters[name] for name in plan.names},
             names=names,
             masters=LocalMasters(names, residual=self.residual),
-            kept=kept.union(plan.always_active),
+            kept=kept,
             corrector=corrector,
             importance=None if drawing is None else Importance(drawing, len(plan.blocks)),
             verbose=verbose,
@@ -263,6 +269,7 @@ class BlockOptimizer(Switching):
         load_snapshot(self, state_dict)
 
     def _base_step(self) -> None:
+        self.contract.require_exchangeable("base_optimizer")
         self._note_reach()
         with scaled_rates(self.param_groups, warm_up(self.num_steps, self.schedule.period, self.warm_up_steps)):
             self.base_optimizer.step()

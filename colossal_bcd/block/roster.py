@@ -92,8 +92,13 @@ def set_active(param: Parameter, active: bool) -> None:
         param.grad = None
 
 
+def is_frozen_here(param: Parameter) -> bool:
+    """Whether `set_active` has frozen the parameter."""
+    return getattr(param, _FROZEN, False)
+
+
 def _is_trainable(param: Parameter) -> bool:
-    return param.requires_grad or getattr(param, _FROZEN, False)
+    return param.requires_grad or is_frozen_here(param)
 
 
 def _is_adapter(name: str) -> bool:

@@ -110,6 +110,8 @@ def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:
     if optimizer.importance is not None:
         block["importance"] = optimizer.importance.numbers()
     block.update(_waiting(optimizer))
+    if attributes := optimizer.base_attributes():
+        block["attributes"] = attributes
     return {**optimizer.base_optimizer.state_dict(), "block": block}
 
 
@@ -137,6 +139,7 @@ def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> Non
         optimizer.corrector.load({optimizer.named_parameters[name]: s for name, s in block["corrections"].items()})
     _load_waiting(optimizer, block)
     optimizer.load_base_state({key: value for key, value in snapshot.items() if key != "block"})
+    optimizer.set_base_attributes(block.get("attributes", {}))
 
 
 def _waiting(optimizer: BlockOptimizer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from colossal_bcd.block.announce import active_line, announce
 from colossal_bcd.block.checkpointing import keep_checkpoints_whole
 from colossal_bcd.block.checks import require_int
 from colossal_bcd.block.compiled import CompiledGraphs
+from colossal_bcd.block.copying import CopiedWithModel
 from colossal_bcd.block.correction import Corrections, LocalCorrections
 from colossal_bcd.block.corrector import Corrector
 from colossal_bcd.block.importance import Importance
@@ -31,7 +32,7 @@ from colossal_bcd.optim import ShardedOptimizer
 logger = logging.getLogger(__name__)
 
 
-class Switching(Wrapper):
+class Switching(CopiedWithModel, Wrapper):
     """A wrapper whose base optimizer holds what a plan activates.
 
     Args:
@@ -81,7 +82,7 @@ class Switching(Wrapper):
         """Pipeline stages that hold parameters of each block; empty without a pipeline."""
         self.attached = False
         """Whether an engine has taken over; it then feeds gradients, writes weights back and calls `switch_if_due`."""
-        if base_optimizer.state:
+        if self._tenants.has_stepped(base_optimizer):
             logger.warning("the base optimizer has taken steps; its state is cleared, as at every switch")
         self._reach, self._graphs = Reach(), CompiledGraphs()
         keep_checkpoints_whole()
@@ -119,7 +120,7 @@ class Switching(Wrapper):
         Raises:
             ValueError: steps were taken, whose state would be lost, or there is nobody for the corrections.
         """
-        if self.num_steps or self.base_optimizer.state:
+        if self.num_steps or self._tenants.has_stepped(self.base_optimizer):
             raise ValueError(
                 f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence, Set
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block.masters import Masters
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.contract import Contract
 from colossal_bcd.sharding import Layout, Mesh
 
 
@@ -24,6 +26,12 @@ class Tenants:
         """What the base optimizer holds for each active parameter."""
         self.aside: dict[Parameter, Any] = {}
         """State of kept parameters that are not active now."""
+        self.contract = Contract(name="the base optimizer")
+        """What the base optimizer keeps besides."""
+
+    def has_stepped(self, base: Optimizer) -> bool:
+        """Whether the base optimizer has state that its constructor has not made."""
+        return bool(base.state) and not self.contract.is_new(base)
 
     def replace(
         self, base: Optimizer, masters: Masters, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]
@@ -36,6 +44,8 @@ class Tenants:
             groups: active parameters of each param group.
             keep: parameters whose masters and state survive, whether they are active now or not.
         """
+        if not isinstance(base.state, dict):  # overwritten from outside, which torch mends in load_state_dict
+            base.state = collections.defaultdict(dict)
         active = {param for params in groups for param in params}
         stay = {tensor for param, tensor in self.tensors.items() if param in keep and param in active}
         self.aside = {param: state for param, state in self.aside.items() if param in keep}
@@ -52,6 +62,7 @@ class Tenants:
         for group, params, tensors in zip(base.param_groups, groups, masters.activate(groups, keep), strict=True):
             self.tensors.update(zip(params, tensors, strict=True))
             group["params"] = list(tensors)
+        self.contract.begin(base, stay)
         for param in active.intersection(self.aside):
             base.state[self.tensors[param]] = self.aside.pop(param)
 

@@ -11,6 +11,8 @@ from colossal_bcd.block.partition import Block
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.schedule import Schedule
 from colossal_bcd.block.tenants import Tenants, load_state
+from colossal_bcd.optim.contract import Contract, examine
+from colossal_bcd.optim.twin import copied
 
 
 class Wrapper(Optimizer):
@@ -37,6 +39,11 @@ class Wrapper(Optimizer):
         """Parameters of each param group as the base optimizer was given them, active or not."""
         self._tenants = Tenants()
         self._adopt(base_optimizer)
+
+    @property
+    def contract(self) -> Contract:
+        """What the base optimizer keeps, and where."""
+        return self._tenants.contract
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -87,7 +94,7 @@ class Wrapper(Optimizer):
         same = len(old.param_groups) == len(base_optimizer.param_groups) and all(
             ours is theirs for ours, theirs in zip(old.param_groups, base_optimizer.param_groups, strict=True)
         )
-        if old.state or not same:
+        if self._tenants.has_stepped(old) or not same:
             raise ValueError(
                 f"replace_base: got a {type(base_optimizer).__name__} while the {type(old).__name__} has state of "
                 f"{len(old.state)} parameters and {'the same' if same else 'other'} param groups; expected no state "
@@ -103,6 +110,15 @@ class Wrapper(Optimizer):
         """Replace what `states_aside` returns."""
         self._tenants.aside = states
 
+    def base_attributes(self) -> dict[str, Any]:
+        """What the base optimizer's steps have written on the object, by name."""
+        written = self.contract.attributes
+        return {name: copied(vars(self.base_optimizer)[name]) for name in written if name in vars(self.base_optimizer)}
+
+    def set_base_attributes(self, attributes: dict[str, Any]) -> None:
+        """Write again what `base_attributes` returned."""
+        vars(self.base_optimizer).update(copied(attributes))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group["params"]:
             raise ValueError(
@@ -114,8 +130,10 @@ class Wrapper(Optimizer):
     def load_base_state(self, state_dict: dict[str, Any]) -> None:
         """Load the base optimizer's own state dict, keeping the group dicts that schedulers hold."""
         load_state(self.base_optimizer, state_dict)
+        self.state = self.base_optimizer.state
 
     def _adopt(self, base_optimizer: Optimizer) -> None:
+        self._tenants.contract = examine(base_optimizer)
         self.base_optimizer, self.defaults = base_optimizer, base_optimizer.defaults
         self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
         self._get_lr = getattr(base_optimizer, "_get_lr", None)  # transformers' AdafactorSchedule calls it

@@ -73,7 +73,7 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
         if fresh:
-            optimizer = prepare(model, optimizer)
+            optimizer = prepare(model, optimizer, "parts")
         shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
         info = param_info_of(optimizer) if fresh else {}
         with thawed(optimizer):
@@ -158,7 +158,8 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
         refuse_factors(model, self.tp_size)
         if fresh:
-            optimizer = prepare(model, optimizer)
+            divided = self.zero_stage > 0 or self.tp_size > 1 or self.pp_size > 1
+            optimizer = prepare(model, optimizer, "parts" if divided else "wholes")
         shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
         info = param_info_of(optimizer) if fresh else {}
         # Weights that several stages share get groups of their own.
@@ -305,7 +306,7 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
-            optimizer = prepare(model, optimizer)
+            optimizer = prepare(model, optimizer, "wholes" if isinstance(optimizer, BlockOptimizer) else "parameters")
         names = names_of(model)
         if not isinstance(optimizer, BlockOptimizer):
             if self.low_rank is not None:

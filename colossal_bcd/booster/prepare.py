@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block.checkpointing import keep_checkpoints_whole, prefer_non_reentrant
+from colossal_bcd.booster.fitness import Given, require_fit
 from colossal_bcd.booster.lora import adopt_adapters
 from colossal_bcd.booster.registry import cast, parameters_of
 from colossal_bcd.booster.setup import require_same_setup
 
 
-def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
+def prepare(model: nn.Module, optimizer: Any, given: Given) -> Optimizer:
     """Cast the optimizer and settle what would fail later, before the first collective about weights."""
     adopt_adapters(model, optimizer)
     require_same_setup(model, optimizer)
@@ -35,7 +36,8 @@ def prepare(model: nn.Module, optimizer: Any) -> Optimizer:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in trained:
             raise ValueError(f"module {name!r} has sparse gradients, expected dense ones. Build it with sparse=False.")
     keep_checkpoints_whole()
-    optimizer = cast(optimizer)
+    optimizer = cast(optimizer, measured=True)
+    require_fit(optimizer, given)
     if isinstance(optimizer, (BlockOptimizer, BlockOptimizerRatio)):
         prefer_non_reentrant(model)
     return optimizer

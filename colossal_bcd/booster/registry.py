@@ -152,17 +152,27 @@ UPDATE_METHODS = ("step", "update_step", "_get_lr", "_get_options", "_rms", "_ap
 """What makes the update: bitsandbytes' optimizers share `step` and differ in the second; the others are Adafactor's."""
 
 
-def cast(optimizer: Optimizer) -> Optimizer:
+def is_known_elementwise(optimizer: Optimizer) -> bool:
+    """Whether the optimizer runs the update of one of `ELEMENTWISE`."""
+    home, unchanged = _origin(type(optimizer))
+    package, _, name = (home or "").rpartition(".")
+    return unchanged and name in ELEMENTWISE.get(package, ())
+
+
+def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
     """The optimizer to train with on a mesh.
 
     Ours pass through; known ones become ours with their hyper-parameters carried exactly and their param-group dicts
     kept (a scheduler made before goes on working); optimizers that are right on shards pass through.
 
+    Args:
+        optimizer: the user's.
+        measured: the caller looks itself at what no table knows; else a warning says so.
     Raises:
         ValueError: the optimizer has taken steps, or it needs whole matrices and has no equal here.
     """
     if isinstance(optimizer, BlockOptimizer):
-        base = cast(optimizer.base_optimizer)
+        base = cast(optimizer.base_optimizer, measured=measured)
         if base is not optimizer.base_optimizer:
             optimizer.replace_base(base)
         return optimizer
@@ -187,7 +197,7 @@ def cast(optimizer: Optimizer) -> Optimizer:
                 "has an exact equal in this version. "
                 + INSTEAD.get(home, "Use one of colossal_bcd, or an element-wise optimizer of torch.optim.")
             )
-    elif not isinstance(optimizer, ShardedOptimizer):
+    elif not isinstance(optimizer, ShardedOptimizer) and not measured:
         why = "is unknown here" if home is None else f"overrides the step of {home}, so it is not cast"
         logger.warning(
             "%s.%s %s and left as it is: right only if its update of a value needs that value alone",

@@ -41,6 +41,7 @@ from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.faults import LateCheck, named
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.contract import examine
 from colossal_bcd.sharding import Layout, Request, Sum, square_sum
 
 logger = logging.getLogger(__name__)
@@ -105,9 +106,11 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             self._agree(optimizer)
             optimizer.attach(self, held=held, corrections=corrections_of(self, optimizer.corrector))
         else:
+            contract = examine(optimizer)
             groups = [[p for p in g["params"] if p in held and p.requires_grad] for g in optimizer.param_groups]
             for group, masters in zip(optimizer.param_groups, self.activate(groups, set()), strict=True):
                 group["params"] = masters
+            contract.begin(optimizer)
             self.bind()
 
     def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
