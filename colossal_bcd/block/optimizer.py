@@ -205,8 +205,8 @@ class BlockOptimizer(Switching):
         """One step of the active blocks, then the switch if one is due.
 
         Raises:
-            ValueError: a gradient is sparse, the model was moved or converted, or a closure comes while an engine feeds
-                the gradients.
+            ValueError: a gradient is sparse, the model was moved or converted, the base optimizer was given more
+                parameters, or a closure comes while an engine feeds the gradients.
         """
         if self.attached:
             if closure is not None:
@@ -217,6 +217,7 @@ class BlockOptimizer(Switching):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.require_no_newcomers()
         self._average()
         self.masters.load_gradients()
         if self._corrections is not None:

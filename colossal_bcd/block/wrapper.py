@@ -14,6 +14,11 @@ from colossal_bcd.block.tenants import Tenants, load_state
 from colossal_bcd.optim.contract import Contract, examine
 from colossal_bcd.optim.twin import copied
 
+NO_NEWCOMERS = (
+    "add_param_group: got parameters after the blocks were made, expected none. Add them to the base optimizer before "
+    "it is wrapped."
+)
+
 
 class Wrapper(Optimizer):
     """Shares param groups and state with its base optimizer, and answers questions about a plan.
@@ -121,11 +126,18 @@ class Wrapper(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group["params"]:
-            raise ValueError(
-                "add_param_group: got parameters after the blocks were made, expected none. Add them to the base "
-                "optimizer before it is wrapped."
-            )
+            raise ValueError(NO_NEWCOMERS)
         super().add_param_group(param_group)
+
+    def require_no_newcomers(self) -> None:
+        """Refuse parameters that were given to the base optimizer itself, which no block has.
+
+        Raises:
+            ValueError: there are some.
+        """
+        held = {id(tensor) for tensor in self._tenants.tensors.values()}
+        if any(id(tensor) not in held for group in self.param_groups for tensor in group["params"]):
+            raise ValueError(NO_NEWCOMERS)
 
     def load_base_state(self, state_dict: dict[str, Any]) -> None:
         """Load the base optimizer's own state dict, keeping the group dicts that schedulers hold."""

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.checkpoint import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
+from colossal_bcd.booster.fixed_set import frozen_in, refuse_newcomers
 from colossal_bcd.booster.registry import cast, names_of
 from colossal_bcd.compat import DistGaloreAwamW, DistributedAdaFactor, DistributedCAME, DistributedLamb
 from colossal_bcd.compat.setup_distributed import SetupDistributed
@@ -88,10 +89,12 @@ def _complete_checkpoints(plugin: Any) -> None:
 
     @functools.wraps(configure)
     def configure_named(self: Any, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        names = names_of(model)
+        sharded = not isinstance(self, TorchDDPPlugin)
+        names, frozen = names_of(model), frozen_in(model, optimizer, sharded=sharded)
         boosted = configure(self, model, optimizer, *args, **kwargs)
         if isinstance(boosted[1], OptimizerWrapper) and not hasattr(boosted[1], "parameter_names"):
             boosted[1].parameter_names = names
+            refuse_newcomers(boosted[1].optim, frozen, names, sharded=sharded)
         return boosted
 
     plugin.configure = configure_named

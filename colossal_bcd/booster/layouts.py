@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from colossalai.tensor.d_tensor import get_sharding_spec, is_distributed_tensor
 from torch import nn
@@ -11,7 +11,11 @@ from colossal_bcd.sharding import Layout, TensorSplit
 
 
 def shard_layouts(
-    module: nn.Module, shapes: Mapping[int, tuple[int, ...]], tp_rank: int, tp_size: int
+    module: nn.Module,
+    shapes: Mapping[int, tuple[int, ...]],
+    tp_rank: int,
+    tp_size: int,
+    required: Collection[int] | None = None,
 ) -> dict[nn.Parameter, Layout]:
     """The tensor-parallel layout of each parameter that is in `shapes` and in `module`.
 
@@ -23,8 +27,10 @@ def shard_layouts(
         shapes: id of a parameter -> its global shape, taken before ShardFormer (which keeps the parameter objects).
         tp_rank: this rank in the tensor-parallel group.
         tp_size: number of ranks in it.
+        required: ids of those that are to be trained; others are left out where their shard does not follow from the
+            global shape.  None: all.
     Raises:
-        ValueError: a parameter's shard does not follow from its global shape.
+        ValueError: a required parameter's shard does not follow from its global shape.
     """
     sections = {
         param: tuple(child.split_sizes)
@@ -36,9 +42,19 @@ def shard_layouts(
     for name, param in module.named_parameters():
         if id(param) in shapes:
             shape = tuple(shapes[id(param)])
+            if required is not None and id(param) not in required and not _follows(param, shape, tp_size):
+                continue
             dim = _split_dim(param, shape)
             layouts[param] = _layout(name, param, shape, dim, tp_rank, tp_size, sections.get(param))
     return layouts
+
+
+def _follows(param: nn.Parameter, shape: tuple[int, ...], tp_size: int) -> bool:
+    """Whether a shard is the whole, or one of `tp_size` parts of it along one dim."""
+    if len(shape) != param.dim():
+        return False
+    divided = [(whole, local) for whole, local in zip(shape, param.shape, strict=True) if whole != local]
+    return not divided or (len(divided) == 1 and divided[0][1] * tp_size >= divided[0][0])
 
 
 def _split_dim(param: nn.Parameter, shape: tuple[int, ...]) -> int | None:

@@ -30,11 +30,12 @@ from colossal_bcd.booster.checkpoint import checkpoint_io
 from colossal_bcd.booster.config import EngineConfig, LowRankOptions
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.factors import holds_factors, refuse_factors
+from colossal_bcd.booster.fixed_set import frozen_in, refuse_newcomers
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.booster.lora import LoraPlugin, adopt_adapters
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, plan_stages, tied_elsewhere
 from colossal_bcd.booster.prepare import prepare, same_start, thawed
-from colossal_bcd.booster.registry import names_of, shapes_of
+from colossal_bcd.booster.registry import names_of, parameters_of, shapes_of
 from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.faults import limit_waiting, named
@@ -74,7 +75,7 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
         if fresh:
             optimizer = prepare(model, optimizer, "parts")
-        shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
+        shapes, names = (shapes_of(model), names_of(model)) if fresh else ({}, {})
         info = param_info_of(optimizer) if fresh else {}
         with thawed(optimizer):
             model, _, criterion, dataloader, lr_scheduler = super().configure(
@@ -83,7 +84,7 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
         if fresh:
             if isinstance(optimizer, BlockOptimizer) or holds_factors(model):
                 same_start(model, dist.group.WORLD)
-            layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1)
+            layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1, _ids_of(optimizer))
             optimizer = ZeroOptimizer(optimizer, model, layouts, self._config(), parameter_names=names)
             optimizer.param_info = info
             model.update_master_params = MethodType(optimizer.update_master_params, model)
@@ -160,7 +161,7 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
         if fresh:
             divided = self.zero_stage > 0 or self.tp_size > 1 or self.pp_size > 1
             optimizer = prepare(model, optimizer, "parts" if divided else "wholes")
-        shapes, names = (shapes_of(optimizer), names_of(model)) if fresh else ({}, {})
+        shapes, names = (shapes_of(model), names_of(model)) if fresh else ({}, {})
         info = param_info_of(optimizer) if fresh else {}
         # Weights that several stages share get groups of their own.
         with thawed(optimizer), limit_waiting():
@@ -207,7 +208,7 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
         module = model.unwrap(unwrap_peft=False)
         if self.zero_stage == 0 or isinstance(optimizer, BlockOptimizer):
             same_start(model, self.mixed_dp_group, buffers=self.ddp_config["broadcast_buffers"])
-        layouts = shard_layouts(module, shapes, dist.get_rank(self.tp_group), self.tp_size)
+        layouts = shard_layouts(module, shapes, dist.get_rank(self.tp_group), self.tp_size, _ids_of(optimizer))
         if self.enable_pipeline_parallelism:
             if not self.stage_manager.is_last_stage(ignore_chunk=True):
                 keep_output_differentiable(module)
@@ -314,14 +315,16 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
                     f"TorchDDPPlugin(low_rank={self.low_rank}) without a BlockOptimizer: torch's DDP reduces whole "
                     "gradients. Use LowLevelZeroPlugin, or HybridParallelPlugin(zero_stage=0)."
                 )
+            frozen = frozen_in(model, optimizer, sharded=False)
             boosted = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
-            if boosted[1] is not None:
+            if boosted[1] is not None and not isinstance(optimizer, OptimizerWrapper):
                 boosted[1].parameter_names = names
+                refuse_newcomers(boosted[1].optim, frozen, names, sharded=False)
             return boosted
         changing = "the trained parameters change"
         refuse_torch_reducer("TorchDDPPlugin", self._asked, "with a BlockOptimizer", changing)
         refuse_fp8(self._asked)
-        shapes, info = shapes_of(optimizer), param_info_of(optimizer)
+        shapes, info = shapes_of(model), param_info_of(optimizer)
         with thawed(optimizer):
             model = BlockDDPModel(nn.SyncBatchNorm.convert_sync_batchnorm(model.to(get_current_device()), None))
         same_start(model, dist.group.WORLD, buffers=self._asked["broadcast_buffers"])
@@ -332,7 +335,7 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
             low_rank=self.low_rank or LowRankOptions(),
             reduce_bucket_size=self._asked["bucket_cap_mb"] * 2**18,
         )
-        layouts = shard_layouts(model.unwrap(False), shapes, 0, 1)
+        layouts = shard_layouts(model.unwrap(False), shapes, 0, 1, _ids_of(optimizer))
         engine = ZeroOptimizer(optimizer, model, layouts, config, parameter_names=names)
         engine.param_info = info
         model.module.engine = engine
@@ -344,6 +347,11 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
 
     def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Any:
         return optimizer.no_sync() if isinstance(optimizer, ZeroOptimizer) else super().no_sync(model, optimizer)
+
+
+def _ids_of(optimizer: Optimizer) -> set[int]:
+    """Ids of all parameters that the optimizer may train."""
+    return {id(param) for param in parameters_of(optimizer)}
 
 
 def _shared_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -272,9 +272,10 @@ def _share(source: Optimizer, target: Optimizer) -> None:
         vars(source)["_get_lr"] = target._get_lr
 
 
-def shapes_of(optimizer: Optimizer | None) -> dict[int, tuple[int, ...]]:
-    """Global shape by id of every parameter, to be taken before ShardFormer replaces the data."""
-    return {id(param): tuple(param.shape) for param in parameters_of(optimizer)}
+def shapes_of(model: Any) -> dict[int, tuple[int, ...]]:
+    """Global shape by id of every parameter, trained or not, to be taken before ShardFormer replaces the data."""
+    module = model.unwrap(unwrap_peft=False) if hasattr(model, "unwrap") else model
+    return {id(param): tuple(param.shape) for param in module.parameters()}
 
 
 def names_of(model: Any) -> dict[int, str]:

@@ -34,9 +34,11 @@ from colossal_bcd.booster.factors import EngineFactors
 from colossal_bcd.booster.importance import squared_weights
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
+from colossal_bcd.booster.newcomers import Newcomers
 from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
 from colossal_bcd.booster.stock_surface import StockSurface
+from colossal_bcd.booster.unused import Unused
 from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.faults import LateCheck, named
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
@@ -56,7 +58,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     Args:
         optimizer: the user's, already cast.
         model: ColossalAI's model wrapper.
-        layouts: tensor-parallel layout of every parameter that may be trained and is on this rank.
+        layouts: tensor-parallel layout of every parameter on this rank, whether the optimizer has it or not.
         config: see `EngineConfig`.
         parameter_names: names in the model before it was sharded, by id; for checkpoints.
         tied_elsewhere: parameters whose gradient another pipeline stage counts.
@@ -80,7 +82,8 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self.shared_params = getattr(model, "shared_params", [])
         self.require_grad_sync = True
         self._keys = keys_of(optimizer)
-        self.layouts, self._tied_elsewhere = layouts, tied_elsewhere
+        self.model_layouts, self._tied_elsewhere = layouts, tied_elsewhere
+        self.layouts = {param: layout for param, layout in layouts.items() if id(param) in self._keys}
         self._backward_context = getattr(model, "_hook_context", contextlib.nullcontext)
         self._partition_grads = config.partition_grad
         self._current_grad_norm: Tensor | None = None
@@ -101,13 +104,17 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         if config.fp16 is not None:
             self.mixed_precision_mixin = LossScaler(lambda: self._reducer.checked, **config.fp16)
         self.param_to_pg = dict.fromkeys(layouts, self._zero_pg())
-        held = set(layouts)
+        held = set(self.layouts)
+        self._unused = Unused(parameter_names)
+        blocks = isinstance(optimizer, BlockOptimizer)
+        members = [[] if blocks else [p for p in g["params"] if p in held] for g in optimizer.param_groups]
+        self._newcomers = Newcomers(self, members)
         if isinstance(optimizer, BlockOptimizer):
             self._agree(optimizer)
             optimizer.attach(self, held=held, corrections=corrections_of(self, optimizer.corrector))
         else:
             contract = examine(optimizer)
-            groups = [[p for p in g["params"] if p in held and p.requires_grad] for g in optimizer.param_groups]
+            groups = [[p for p in params if p.requires_grad] for params in members]
             for group, masters in zip(optimizer.param_groups, self.activate(groups, set()), strict=True):
                 group["params"] = masters
             contract.begin(optimizer)
@@ -160,11 +167,12 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._reducer.clear()
 
     def backward(self, loss: Tensor, inputs: Any = None, retain_graph: bool = False, **kwargs: Any) -> None:
-        self._before_backward(loss)
+        self._before_backward()
         if self.mixed_precision_mixin is not None:
             loss = self.mixed_precision_mixin.pre_backward(loss)
-        with self._backward_context(), named("backward"):
-            loss.backward(inputs=inputs, retain_graph=retain_graph, **kwargs)
+        if loss.requires_grad:  # else this rank's batch uses nothing that trains now: it takes part with zeros
+            with self._backward_context(), named("backward"):
+                loss.backward(inputs=inputs, retain_graph=retain_graph, **kwargs)
         self._after_backward()
 
     def backward_by_grad(self, tensor: Any, grad: Any, inputs: Any = None, retain_graph: bool = False) -> None:
@@ -179,13 +187,16 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """Average what backward passes under `no_sync` have left; called by ColossalAI after a pipeline's passes."""
         self._low_rank.expect(self._reducer, self.masters.of)
         self._reducer.finish()
+        self._newcomers.join()
         self.show_gradients()
 
     def settle(self) -> None:
         """Average what waits; from here to the step `param.grad` is not read any more."""
         self._reducer.take_back()
+        self._newcomers.look()
         self._low_rank.expect(self._reducer, self.masters.of)
         self._reducer.settle()
+        self._newcomers.join()
 
     def show_gradients(self) -> None:
         """Let `param.grad` be the average where every rank has the whole of it; what is changed there counts."""
@@ -210,9 +221,12 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         if not self.require_grad_sync:
             return
         self.late_check.raise_if_bad()
+        self._newcomers.raise_if_different()
         scaler = self.mixed_precision_mixin
         with named("average of gradients"):
             self.settle()
+            if not isinstance(self.optim, BlockOptimizer):  # which watches its blocks itself
+                self._unused.note(self.masters.of, self._reducer.grads)
             if scaler is not None and scaler.should_skip_step():
                 self._say_overflow()
                 self.zero_grad()
@@ -225,8 +239,17 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             self.optim.step()
         self._drop_gradients()
         self.write_back()
+        self._newcomers.end_step()
         if isinstance(self.optim, BlockOptimizer):
             self.optim.switch_if_due(partial(self._agree, self.optim))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters of the boosted model, on every rank alike; see `Newcomers.add_group`."""
+        self._newcomers.add_group(param_group)
+
+    def admit_newcomers(self) -> None:
+        """Train what was thawed or added from now on, before a backward pass finds it.  All ranks must call."""
+        self._newcomers.settle()
 
     def get_grad_norm(self, norm_type: float = 2, **kwargs: Any) -> float | None:
         """Euclidean norm of the last step's gradients (and images), before clipping, without the loss scale."""
@@ -284,11 +307,13 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             pinned_state_dicts: see `state_dict_shard`.
             only_on_master: the other ranks get no tensors.
         """
+        self.admit_newcomers()
         return self._whole_state(pinned_state_dicts, everywhere=not only_on_master)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this or another mesh, or a state dict of torch's kind."""
         self._require_state()
+        self.admit_newcomers()
         boosted = EngineState(self, self.parameter_names)
         check_opened(boosted, "state dict", opened_state(state_dict)).apply()
 
@@ -369,19 +394,17 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             overlap=self.config.overlap_communication,
             communication_dtype=self.config.communication_dtype,
             whole_rows=self.masters.whole_rows,
+            votes=not isinstance(self.optim, BlockOptimizer),
+            device=self._device,
         )
 
-    def _before_backward(self, loss: Any = None) -> None:
+    def _before_backward(self) -> None:
         self._say_consumed()
         if self._partition_grads and not self.require_grad_sync:
             raise ValueError(
                 "no_sync: stage 2 keeps only a shard of each gradient; accumulate without no_sync, or use stage 1"
             )
-        if isinstance(loss, Tensor) and not loss.requires_grad:
-            raise ValueError(
-                "backward: the loss depends on no parameter that is trained now. If the model uses gradient "
-                "checkpointing, pass use_reentrant=False: the reentrant kind cuts the graph above frozen layers."
-            )
+        self._newcomers.look()
         self._low_rank.expect(self._reducer, self.masters.of)
         self._reducer.begin(self.require_grad_sync)
 
@@ -389,6 +412,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         if self.require_grad_sync:
             with named("average of gradients"):
                 self._reducer.finish()
+                self._newcomers.join()
             self.show_gradients()
 
     @property

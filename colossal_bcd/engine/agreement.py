@@ -54,6 +54,22 @@ def is_equal(fingerprint: list[int], device: torch.device, group: dist.ProcessGr
     return torch.equal(largest, smallest)
 
 
+def all_agree(fingerprint: list[int], groups: Sequence[dist.ProcessGroup], device: torch.device) -> bool:
+    """Whether a fingerprint is the same on all ranks of the product of some groups; every rank gets the same answer.
+
+    Args:
+        fingerprint: see `require_agreement`.
+        groups: process groups of this rank.
+        device: where they communicate.
+    """
+    mine = torch.tensor(fingerprint, dtype=torch.int64, device=device)
+    extremes = torch.cat([mine, -mine])
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return torch.equal(extremes[: len(mine)], -extremes[len(mine) :])
+
+
 @torch.no_grad()
 def fingerprints_of(tensors: Sequence[Tensor], device: torch.device) -> list[int]:
     """One number for the bits of each tensor, in their order; read from the device at once."""

@@ -36,6 +36,10 @@ class ReducerConfig:
     """Dtype on the wire, of images, too; None is the gradient's."""
     whole_rows: bool = False
     """See `slice_length`; the same as the masters'."""
+    votes: bool = False
+    """Say in the first bucket of a pass whether this rank has `joining`; with no parameters in a bucket of its own."""
+    device: torch.device | None = None
+    """Where the groups communicate, for a bucket without parameters."""
 
     @property
     def sizes(self) -> list[int]:
@@ -51,6 +55,8 @@ class _Bucket:
     """Each rank receives its row only."""
     ready: set[Parameter] = field(default_factory=set)
     had_grad: list[bool] = field(default_factory=list)
+    votes: bool = False
+    """Two more values travel at the end: whether any rank has parameters that join, and whether any has none."""
     buffer: Tensor | None = None
     sent: Tensor | None = None
     """Held until the collective ends, which does not own what it sends."""
@@ -70,6 +76,11 @@ class GradientReducer:
             wider: this rank's row of `Image.rows`, or the shard's image.
         images: what was given to `expect`.
         shown: parameters whose `grad` stands for the average in `grads`, and whether it is the average; see `show`.
+        joining: parameters that this rank wants to train from now on; their gradients stay where they are until
+            `cover`, because other ranks may not know of them.
+        asked: `joining` as the last finished pass said it to the other ranks.
+        votes: [2] above 0 where any rank had parameters that join, and where any had none, in the last finished pass,
+            the same on all ranks; None where nothing travels.
     """
 
     def __init__(self, params: Sequence[Parameter], config: ReducerConfig) -> None:
@@ -78,13 +89,33 @@ class GradientReducer:
         self.grads: dict[Parameter, Tensor] = {}
         self.images: dict[Parameter, Image] = {}
         self.shown: dict[Parameter, bool] = {}
+        self.joining: tuple[Parameter, ...] = ()
+        self.asked: tuple[Parameter, ...] = ()
+        self.votes: Tensor | None = None
+        self._finished = False
+        """Whether all ranks have finished a pass since gradients were last cleared or a pass begun."""
         self._local: dict[Parameter, Tensor] = {}
         """Images of this rank's gradients that are not reduced yet, flat."""
         self._params = tuple(params)
         self._world = math.prod(config.sizes)
         self._arrange()
         self._next = 0
-        self._handles = [param.register_post_accumulate_grad_hook(self._on_grad) for param in params]
+        self._handles = {param: param.register_post_accumulate_grad_hook(self._on_grad) for param in params}
+
+    def cover(self, params: Sequence[Parameter], grads: Mapping[Parameter, Tensor]) -> None:
+        """Average the gradients of more parameters, between two passes; what has accumulated stays.
+
+        Args:
+            params: all parameters from now on, in order, the same on all ranks.
+            grads: averaged gradients of those that join, as in the attribute.
+        """
+        assert self._next == 0
+        self._params, self.joining = tuple(params), ()
+        self.grads.update(grads)
+        self._arrange()
+        for param in params:
+            if param not in self._handles:
+                self._handles[param] = param.register_post_accumulate_grad_hook(self._on_grad)
 
     @property
     def pristine(self) -> bool:
@@ -105,7 +136,7 @@ class GradientReducer:
 
     def detach(self) -> None:
         """Remove the hooks and forget everything."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self.clear()
 
@@ -113,12 +144,15 @@ class GradientReducer:
         """Forget gradients, reduced or not."""
         self.take_back()
         self.grads.clear()
+        for param in self.joining:
+            param.grad = None
+        self._finished = False
         self._reset()
 
     @property
     def unfinished(self) -> bool:
         """Whether gradients wait to be averaged: backward ran under `no_sync` or not through the engine."""
-        fresh = (param.grad is not None for param in self._bucket_of if param not in self.shown)
+        fresh = (param.grad is not None for param in (*self._bucket_of, *self.joining) if param not in self.shown)
         return self._next > 0 or bool(self._local) or any(fresh)
 
     @property
@@ -129,7 +163,7 @@ class GradientReducer:
     def begin(self, synced: bool) -> None:
         """Start of a backward pass, whose gradients are averaged if `synced`."""
         self.take_back()
-        self.enabled = synced
+        self.enabled, self._finished = synced, False
 
     def show(self, *, alone: bool) -> None:
         """Let each `param.grad` be the average, without a copy, or a `ShardedGradient` where that would be a part only.
@@ -164,9 +198,13 @@ class GradientReducer:
         self.shown.clear()
 
     def settle(self) -> None:
-        """Before a step: average what waits."""
+        """Before a step: average what waits.
+
+        A rank on which nothing waits takes part, too, unless a pass was finished on all ranks: where backward ran
+        without collectives, another rank may have gradients that this one has not.
+        """
         self.take_back()
-        if self.unfinished:
+        if self.unfinished or not self._finished:
             self.finish()
 
     def finish(self) -> None:
@@ -177,11 +215,12 @@ class GradientReducer:
         for bucket in self._buckets:
             self._receive(bucket)
         self._reset()
+        self._finished = True
 
     @property
     def handles(self) -> list[RemovableHandle]:
         """Of the hooks on the parameters."""
-        return self._handles
+        return list(self._handles.values())
 
     def drop_buckets(self) -> None:
         """Forget what is on its way, not what has been averaged."""
@@ -204,6 +243,10 @@ class GradientReducer:
                 filled = 0
             buckets[-1].params.append(param)
             filled += self._numel(param)
+        if not buckets and self.config.votes:
+            buckets.append(_Bucket([], partition=False))
+        for bucket in buckets[:1]:
+            bucket.votes = self.config.votes
         return buckets
 
     def _is_partitioned(self, param: Parameter) -> bool:
@@ -276,6 +319,8 @@ class GradientReducer:
         """Pack the next bucket, free its gradients and start its collective."""
         bucket = self._buckets[self._next]
         self._next += 1
+        if bucket.votes:
+            self.asked = self.joining
         for param in bucket.params:
             self._project(param)
         bucket.had_grad = [param.grad is not None or param in self._local for param in bucket.params]
@@ -295,23 +340,30 @@ class GradientReducer:
                 buffer = received
             else:
                 bucket.handle = dist.all_reduce(buffer, group=group, async_op=overlapped)
-        bucket.buffer = buffer.view(-1, sum(map(self._length, bucket.params)) + len(bucket.params))
+        bucket.buffer = buffer.view(-1, self._width(bucket))
+
+    def _width(self, bucket: _Bucket) -> int:
+        """Values in a row of the bucket: each parameter's, a flag for each, and the votes."""
+        return sum(map(self._length, bucket.params)) + len(bucket.params) + (2 if bucket.votes else 0)
 
     def _pack(self, bucket: _Bucket) -> Tensor:
-        """[W, row]: each parameter's rows side by side, then one flag per parameter; divided by W."""
+        """[W, row]: each parameter's rows side by side, a flag per parameter, and the votes; divided by W."""
         lengths = [self._length(param) for param in bucket.params]
-        first = bucket.params[0]
-        shape = self._world, sum(lengths) + len(lengths)
+        dtype, device = torch.float32, self.config.device
+        if bucket.params:
+            dtype, device = bucket.params[0].dtype, bucket.params[0].device
+        shape = self._world, self._width(bucket)
         # What is sent in a wider dtype must not be rounded to the gradients' first: images are float32.
-        dtype = torch.promote_types(first.dtype, self.config.communication_dtype or first.dtype)
-        buffer = torch.zeros(shape, dtype=dtype, device=first.device)
+        dtype = torch.promote_types(dtype, self.config.communication_dtype or dtype)
+        buffer = torch.zeros(shape, dtype=dtype, device=device)
         offset = 0
         for param, length in zip(bucket.params, lengths, strict=True):
             rows = self._rows(param)
             if rows is not None:
                 buffer[:, offset : offset + length] = rows
             offset += length
-        buffer[:, offset:] = torch.tensor(bucket.had_grad, dtype=buffer.dtype, device=buffer.device)
+        flags = bucket.had_grad + ([bool(self.joining), not self.joining] if bucket.votes else [])
+        buffer[:, offset:] = torch.tensor(flags, dtype=buffer.dtype, device=buffer.device)
         return buffer.div_(self._world)
 
     def _receive(self, bucket: _Bucket) -> None:
@@ -326,9 +378,12 @@ class GradientReducer:
         if bucket.handle is not None:
             bucket.handle.wait()
         bucket.sent = None
+        if bucket.votes:
+            self.votes = bucket.buffer[0, -2:].clone()
         had_grad = bucket.had_grad
         if not all(had_grad):
-            had_grad = (bucket.buffer[0, -len(bucket.params) :] > 0).tolist()
+            end = self._width(bucket) - (2 if bucket.votes else 0)
+            had_grad = (bucket.buffer[0, end - len(bucket.params) : end] > 0).tolist()
         offset = 0
         for param, present in zip(bucket.params, had_grad, strict=True):
             length = self._length(param)

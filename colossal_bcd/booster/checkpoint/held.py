@@ -212,11 +212,12 @@ class OtherState(Boosted):
 
 
 def boosted_of(wrapper: Any) -> Boosted | None:
-    """What this package can save completely; None: ColossalAI's format is what there is."""
+    """What this package can save completely; None: ColossalAI's format is what there is.  All ranks must call."""
     names = getattr(wrapper, "parameter_names", None)
     if names is None or not isinstance(wrapper, OptimizerWrapper):
         return None
     if isinstance(getattr(wrapper, "masters", None), ShardedMasters):
+        wrapper.admit_newcomers()
         return EngineState(wrapper, names)
     return OtherState(wrapper, names) if isinstance(wrapper.optim, ShardedOptimizer) or _is_whole(wrapper) else None
 
