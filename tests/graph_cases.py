@@ -150,8 +150,7 @@ def prepared(optimizer: str, way: str) -> tuple[nn.Module, Any]:
 
 
 def loss(model: nn.Module, step: int, rank: int = 0) -> Tensor:
-    unwrapped: Any = model.unwrap() if hasattr(model, "unwrap") else model
-    if any("Llama" in type(module).__name__ for module in unwrapped.modules()):
+    if any("Llama" in type(module).__name__ for module in model.modules()):
         return models.loss(model, models.tokens(2 * step + rank, length=4, vocab=64))
     result: Tensor = model(models.tokens(2 * step + rank, length=4, vocab=11))
     return result
