@@ -158,7 +158,7 @@ class EntryImage:
     @property
     def numel(self) -> int:
         """Entries of the shard, all its slices together."""
-        return len(self._shard)
+        return len(self.shard)
 
     @property
     def part_numel(self) -> int:
@@ -167,7 +167,7 @@ class EntryImage:
 
     def of(self, grad: Tensor) -> Tensor:
         """Entries of the gradient of this rank's shard, flat."""
-        return self._shard.take(grad.reshape(-1))
+        return self.shard.take(grad.reshape(-1))
 
     def rows(self, flat: Tensor) -> Tensor:
         """[W, part_numel] the entries of each slice, padded with zeros."""
@@ -190,7 +190,8 @@ class EntryImage:
         return Sum(square_sum(held), self.layout.axes)
 
     @cached_property
-    def _shard(self) -> Entries:
+    def shard(self) -> Entries:
+        """The selected entries of this rank's shard."""
         return Entries(dataclasses.replace(self.layout, slice=None), self.selection, self.device)
 
     @cached_property
@@ -198,8 +199,8 @@ class EntryImage:
         """Entries of each slice: half-open ranges of the shard's."""
         piece = self.layout.slice
         if piece is None:
-            return [(0, len(self._shard))]
-        ends = [self._shard.count_below(rank * piece.length) for rank in range(piece.size + 1)]
+            return [(0, len(self.shard))]
+        ends = [self.shard.count_below(rank * piece.length) for rank in range(piece.size + 1)]
         return list(itertools.pairwise(ends))
 
 

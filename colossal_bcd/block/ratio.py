@@ -5,6 +5,8 @@ n: values of data on this rank; k: those of them that train.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from colossal_bcd.block.names import plain_name
 from colossal_bcd.block.partition import place
 from colossal_bcd.block.ratio_rule import KeyedLayout, RatioHyper, adam_on, require_ratio
 from colossal_bcd.block.reached import Reach
+from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.roster import read_roster
 from colossal_bcd.optim.base import State
 from colossal_bcd.optim.functional import require
@@ -48,8 +51,9 @@ class BlockOptimizerRatio(ImageOptimizer):
         include_embedding: train the embeddings; they are frozen otherwise.
         include_lm_head: train the head; it is frozen otherwise.  One tied to the embedding trains if either is asked
             for and both names are in the list.
-        dense_gradients: leave whole gradients in `param.grad`, for what needs them there (torch's DDP and gradient
-            scaler, clipping by `torch.nn.utils`).
+        dense_gradients: leave whole gradients in `param.grad`, for what needs them there (torch's gradient scaler,
+            clipping by `torch.nn.utils`).  On several processes whole ones are then averaged, not shares.
+        data_group: see `BlockOptimizer`.
     Raises:
         ValueError: an argument is out of range, a parameter of the groups has no name, a name in `param_update_ratios`
             matches none, or a tensor is so small that none of its entries would ever train.
@@ -79,6 +83,7 @@ class BlockOptimizerRatio(ImageOptimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         dense_gradients: bool = False,
+        data_group: Any = "auto",
     ) -> None:
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         unknown = set(optimizer_defaults or {}) - adam.keys()
@@ -109,6 +114,8 @@ class BlockOptimizerRatio(ImageOptimizer):
         self._compact: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         self._reach = Reach("layer")
+        self._data_group, self._bound = data_group, False
+        self._replicas: Averages | None = None
         self.verbose, self.keep_mask, self.dense_gradients = verbose, keep_mask, dense_gradients
         super().__init__(param_groups, hyper)
         kinds = {"embedding": include_embedding, "head": include_lm_head}
@@ -120,11 +127,12 @@ class BlockOptimizerRatio(ImageOptimizer):
             asked = [kinds.get(place(each).kind, True) for each in (name, *aliases.get(name, []))]
             if not any(asked) or self._ratio(name, update_ratio) == 0:
                 param.requires_grad_(False)
-            elif param.requires_grad and not dense_gradients:
-                self._handles.append(param.register_post_accumulate_grad_hook(self._keep_entries))
         self._names = {}
         keep_checkpoints_whole()
         CompiledGraphs().renew(list(roster.parameters.values()), 1)
+        if not self._find_replicas() and not dense_gradients:
+            trained = [param for param in self._params() if param.requires_grad]
+            self._handles = [param.register_post_accumulate_grad_hook(self._keep_entries) for param in trained]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group.get("amsgrad"):
@@ -147,6 +155,10 @@ class BlockOptimizerRatio(ImageOptimizer):
         super().bind(layouts, mesh, keys)
         self._layouts = {param: KeyedLayout.of(layout, self._keys[param]) for param, layout in self._layouts.items()}
         # Whoever binds feeds gradients of its own.
+        self._bound = True
+        if self._replicas is not None:
+            self._replicas.detach()
+            self._replicas = None
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -183,13 +195,10 @@ class BlockOptimizerRatio(ImageOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         loss = self._closure_loss(closure)
+        if self._find_replicas():
+            assert self._replicas is not None
+            self._replicas.settle()
         self._active()  # raises where a gradient or a tensor is not what it should be
-        if self._compact and Mesh.world("data").size("data") > 1:
-            raise ValueError(
-                "BlockOptimizerRatio: got gradients of this process alone while there are several, expected averages: "
-                "torch's DDP looks for them in param.grad. Pass dense_gradients=True, or boost with LowLevelZeroPlugin "
-                "or HybridParallelPlugin of colossal_bcd.booster."
-            )
         had = {}
         for group in self.param_groups:
             hyper = self._hyper(group)
@@ -207,6 +216,9 @@ class BlockOptimizerRatio(ImageOptimizer):
             if group["global_step"] % group["switch_every"] == 0:
                 self._switch(group)
                 switched.add(group["global_step"])
+        if switched and self._replicas is not None:
+            self._replicas.agree()
+            self._average_shares()
         if self.verbose:
             for num_steps in sorted(switched):
                 announce(f"step {num_steps}: the next share of every tensor trains")
@@ -214,6 +226,8 @@ class BlockOptimizerRatio(ImageOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._compact.clear()
+        if self._replicas is not None:
+            self._replicas.clear()
         super().zero_grad(set_to_none)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -239,16 +253,67 @@ class BlockOptimizerRatio(ImageOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._forget()
+        if self._replicas is not None:
+            self._average_shares()
+
+    def replica_names(self) -> Mapping[Parameter, str]:
+        """See `ReplicaClient`."""
+        return {param: self._named[self._keys[param]] for param in self._params()}
+
+    def fingerprint(self) -> list[int]:
+        """Two 62-bit ints: of what trains, and of the progress in it.  Equal on ranks that agree."""
+        hypers = [{**dataclasses.asdict(self._hyper(group)), "lr": None} for group in self.param_groups]
+        progress = [hyper.pop("global_step") for hyper in hypers]
+        digests = (hashlib.sha256(repr(value).encode()).digest() for value in ((hypers, self._ratios), progress))
+        return [int.from_bytes(digest[:8], "big") >> 2 for digest in digests]
+
+    def take_averages(self, averages: Mapping[Parameter, Tensor]) -> None:
+        """See `ReplicaClient`."""
+        for param, values in averages.items():
+            key = self._keys[param]
+            if self.dense_gradients:
+                param.grad = values.view(param.shape)
+            elif key in self._compact:
+                self._compact[key].add_(values)
+            else:
+                self._compact[key] = values
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks on its parameters, and so takes whole gradients.
-        names = ("_named", "_ratios", "_group_of", "_devices", "verbose", "keep_mask", "dense_gradients")
+        names = ("_named", "_ratios", "_group_of", "_devices", "verbose", "keep_mask", "dense_gradients", "_bound")
         fresh: dict[str, Any] = {"_cache": {}, "_compact": {}, "_images_wanted": {}, "_names": {}, "_handles": []}
         fresh["_reach"] = Reach("layer")
+        fresh.update(_replicas=None, _data_group=None if self._data_group is None else "auto")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, **fresh}
 
     def _params(self) -> Iterator[Parameter]:
         return (param for group in self.param_groups for param in group["params"])
+
+    def _find_replicas(self) -> bool:
+        """Whether there are several processes without an engine, whose gradients are then averaged."""
+        if self._replicas is not None or self._bound:
+            return self._replicas is not None
+        self._replicas = averages_for(self, self._data_group)
+        if self._replicas is None:
+            return False
+        if self._handles and self._compact:
+            raise ValueError(
+                "BlockOptimizerRatio: got a process group of several processes after gradients had been cut down on "
+                "this process alone, expected it before the optimizer. Call torch.distributed.init_process_group first."
+            )
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._average_shares()
+        return True
+
+    def _average_shares(self) -> None:
+        """From now on average what trains until the next switch, or whole gradients."""
+        assert self._replicas is not None
+        self._devices = {key: param.device for param, key in self._keys.items()}
+        trained = [param for param in self._params() if param.requires_grad]
+        wanted = {} if self.dense_gradients else self.wanted_images()
+        self._replicas.activate(trained, images={param: wanted[param] for param in trained if param in wanted})
 
     def _forget(self) -> None:
         """Masks are made again when they are needed."""
@@ -318,6 +383,9 @@ class BlockOptimizerRatio(ImageOptimizer):
             self._compact[key] = grad
 
     def _entries(self, key: int, layout: Layout, hyper: RatioHyper, device: torch.device) -> Entries:
+        wanted = self._images_wanted.get(key)
+        if wanted is not None and layout.slice is None:
+            return wanted.shard
         if key not in self._cache:
             self._cache[key] = Entries(layout, self._selection(layout, hyper), device)
         return self._cache[key]

@@ -68,7 +68,14 @@ def averages_for(client: ReplicaClient, data_group: Any, corrector: Corrector | 
         client: the optimizer.
         data_group: see `BlockOptimizer`.
         corrector: of parameters that are not active.
+    Raises:
+        ValueError: `data_group` is no process group, or, on several processes, a parameter is a part of one.
     """
+    if not (data_group in ("auto", None) or hasattr(data_group, "rank")):
+        raise ValueError(
+            f"data_group: got {data_group!r}, expected 'auto', a process group of torch.distributed, or None, with "
+            "which every process trains on its own"
+        )
     if not _several():
         return None
     module, name = AVERAGES

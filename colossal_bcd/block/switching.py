@@ -64,7 +64,7 @@ class Switching(CopiedWithModel, Wrapper):
     ) -> None:
         super().__init__(base_optimizer, plan, named_parameters)
         self._names, self._data_group = names, data_group
-        self._replicas: Averages | None = None
+        self._replicas: Averages | None = averages_for(self, data_group, corrector)
         """What averages gradients where there are several processes without an engine."""
         self.verbose = verbose
         self.masters = masters
@@ -186,8 +186,6 @@ class Switching(CopiedWithModel, Wrapper):
         elif isinstance(self.base_optimizer, ShardedOptimizer):
             self._tenants.bind_whole(self.base_optimizer, self.members)
         following = [param for name, param in self.named_parameters.items() if name in corrected]
-        if self._replicas is None and not self.attached:
-            self._replicas = averages_for(self, self._data_group, self.corrector)
         if self._replicas is not None:
             self._replicas.activate([param for param in self.named_parameters.values() if param in active], following)
         elif self._corrections is not None:

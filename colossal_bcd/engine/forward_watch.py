@@ -154,8 +154,10 @@ class ForwardWatch:
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         listener = self._listener()
         if listener is not None and torch.is_grad_enabled() and not in_backward():
-            outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-            fruitless = not outputs and module.training and _holds(module, listener.trained())
+            found = list(_tensors(output))
+            outputs = [tensor for tensor in found if tensor.requires_grad]
+            # What is not seen in an object of some other class may have a gradient.
+            fruitless = bool(found) and not outputs and module.training and _holds(module, listener.trained())
             listener.forward_ends(outputs, synced=self._wish, fruitless=fruitless)
 
 

@@ -35,7 +35,7 @@ from colossal_bcd.engine.faults import named
 from colossal_bcd.engine.forward_watch import ForwardWatch, in_backward
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.engine.same_replicas import require_plain, require_same_replicas
-from colossal_bcd.sharding import Image
+from colossal_bcd.sharding import Image, wide
 
 BUCKET = 12 * 2**20
 """Values in one collective."""
@@ -55,11 +55,12 @@ class ReplicaAverages:
     """
 
     def __init__(self, client: ReplicaClient, choice: Any, corrector: Corrector | None) -> None:
-        if choice not in ("auto", None) and not isinstance(choice, dist.ProcessGroup):
-            raise ValueError(
-                f"data_group: got {choice!r}, expected 'auto', a process group of torch.distributed, or None, with "
-                "which every process trains on its own"
-            )
+        require_plain(client.replica_names())
+        for param in client.replica_names():
+            other = _averaged_by.get(param, lambda: None)()
+            if other is not None:
+                other.detach()
+            _averaged_by[param] = weakref.ref(self)
         self._client, self._choice, self._corrector = weakref.ref(client), choice, corrector
         self._active: tuple[Parameter, ...] = ()
         self._corrected: tuple[Parameter, ...] = ()
@@ -189,17 +190,21 @@ class ReplicaAverages:
         client = self._client()
         if client is None:
             return
-        require_plain(client.replica_names())
         self._group = self._chosen_group()
-        for param in (*self._active, *self._corrected):
-            other = _averaged_by.get(param, lambda: None)()
-            if other is not None and other is not self:
-                other.detach()
-            _averaged_by[param] = weakref.ref(self)
-            # Before the reducer's own hook.
-            self._handles.append(param.register_post_accumulate_grad_hook(partial(_on_param, weakref.ref(self))))
+        # Before the reducer's own hooks.
+        hook = partial(_on_param, weakref.ref(self))
+        trained = (*self._active, *self._corrected)
+        self._handles = [param.register_post_accumulate_grad_hook(hook) for param in trained]
         groups = () if self._group is None else (self._group,)
-        config = ReducerConfig(groups=groups, partition=False, bucket_size=BUCKET if groups else 0, overlap=False)
+        # Images are in float32 or wider, also of 16-bit gradients.
+        dtypes = {wide(param.dtype) for param in self._images}
+        config = ReducerConfig(
+            groups=groups,
+            partition=False,
+            bucket_size=BUCKET if groups else 0,
+            overlap=False,
+            communication_dtype=max(dtypes, key=lambda dtype: dtype.itemsize, default=None),
+        )
         if self._corrector is None:
             self._reducer = GradientReducer(self._active, config)
             self._reducer.expect(self._images)
