@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from colossalai.booster import Booster
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -17,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 import colossal_bcd
 from colossal_bcd import AdamW, BlockOptimizer, BlockOptimizerRatio, GaLoreSGD
 from colossal_bcd.block import MomentumCorrection, OptimizerCorrection
-from colossal_bcd.booster import TorchDDPPlugin
 from colossal_bcd.testing import CollectiveCounter
 
 STEPS, PERIOD = 7, 2
@@ -363,21 +361,8 @@ def two_models() -> dict[str, Tensor]:
     return weights(nn.ModuleList([first, second]))
 
 
-def boosted_ratio() -> dict[str, Tensor]:
-    """Under ColossalAI's plugin for torch's DDP, which leaves gradients to DDP."""
-    model = Net()
-    booster = Booster(plugin=TorchDDPPlugin())
-    outer, optimizer, *_ = booster.boost(model, wrap(model, ratio=True))
-    for step in range(STEPS):
-        booster.backward(outer(batch(step, dist.get_rank()))["loss"], optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-    return weights(model)
-
-
 def one_after_the_other() -> dict[str, Any]:
     return {
-        "boosted": boosted_ratio(),
         "scaled": scaled(),
         "refusals": refusals(),
         "plain": plain_optimizers(),

@@ -9,7 +9,7 @@ import pytest
 import ratio_cases
 from support.errors import largest_error
 
-from colossal_bcd.testing import RankError, run_ranks
+from colossal_bcd.testing import run_ranks
 
 CASES: dict[str, tuple[int, str, dict[str, Any], str]] = {
     "zero1-2": (2, "zero", {"stage": 1}, "adjacent"),
@@ -48,6 +48,7 @@ def test_ratio_plugin_step_equals_one_process(case: str) -> None:
         (2, "zero", {"stage": 2, "precision": "fp32"}, False, 1),
         (2, "zero", {"stage": 1, "precision": "fp32"}, False, 2),
         (2, "ddp", {"find_unused_parameters": True}, True, 1),
+        (2, "ddp", {}, False, 2),
     ],
 )
 def test_ratio_plugin_run_equals_one_process(
@@ -57,11 +58,6 @@ def test_ratio_plugin_run_equals_one_process(
     want = run_ranks(1, ratio_cases.alone)[0]
     for losses in run_ranks(num_ranks, ratio_cases.trained, kind, options, dense, accumulation):
         assert largest_error(losses, want) <= 1e-4
-
-
-def test_ratio_under_torch_ddp_asks_for_dense_gradients() -> None:
-    with pytest.raises(RankError, match="dense_gradients=True"):
-        run_ranks(2, ratio_cases.trained, "ddp", {"find_unused_parameters": True})
 
 
 def test_ratio_leaves_gradients_to_the_engine() -> None:

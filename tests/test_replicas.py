@@ -66,8 +66,9 @@ def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bound: 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_replicas_equal_one_process(world: int) -> None:
-    results = run_ranks(world, cases.many, TABLE)
-    for name, (args, options) in TABLE.items():
+    table = {name: case for name, case in TABLE.items() if world == 2 or case[0][0] in ("plain", "ddp unused")}
+    results = run_ranks(world, cases.many, table, timeout=600)
+    for name, (args, options) in table.items():
         want = cases.whole(
             world, args[1], **{k: v for k, v in options.items() if k in ("accumulate", "clip", "miss", "lora")}
         )
@@ -86,7 +87,7 @@ def collectives(kind: str, options: dict[str, Any]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def others() -> list[dict[str, Any]]:
-    return run_ranks(2, cases.one_after_the_other)
+    return run_ranks(2, cases.one_after_the_other, timeout=600)
 
 
 REFUSED = {
@@ -139,12 +140,6 @@ def test_low_precision_masters_follow_the_weights_that_ddp_copies(others: list[d
     for kind in KINDS:
         for result in others:
             compare(result["low"][kind]["weights"], want, 0)
-
-
-def test_ratio_form_averages_its_shares_under_the_plugin_for_ddp(others: list[dict[str, Any]]) -> None:
-    want = cases.whole(2, {"ratio": True})
-    for result in others:
-        compare(result["boosted"], want, 1e-12)
 
 
 def test_loss_scaling_skips_a_step_on_all_ranks(others: list[dict[str, Any]]) -> None:
