@@ -232,7 +232,7 @@ def refusals() -> dict[str, str]:
         optimizer = wrap(model)
         for step in range(PERIOD):
             with torch.no_grad():
-                model.layers[0].up.weight[0, 0] += rank
+                model.layers[0].up.weight[0, 0] += rank * step
             model(batch(step, rank))["loss"].backward()
             optimizer.step()
 
@@ -324,7 +324,10 @@ def optimizer_named(name: str, model: nn.Module) -> torch.optim.Optimizer:
         matrices = [param for param in model.parameters() if param.dim() == 2]
         others = [param for param in model.parameters() if param.dim() != 2]
         groups = [{"params": matrices, "rank": 2, "update_proj_gap": 3}, {"params": others}]
-    return getattr(colossal_bcd, name)(groups, **({} if "Adafactor" in name else {"lr": 1e-3}))
+    options: dict[str, Any] = {} if "Adafactor" in name else {"lr": 1e-3}
+    if "GoLore" in name:
+        options["random_from_step"] = 4
+    return getattr(colossal_bcd, name)(groups, **options)
 
 
 def scaled() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from colossal_bcd import BlockOptimizerRatio
 from colossal_bcd.compat import BAdamCallback
+
+
+def launched() -> None:
+    """What torchrun says besides; nothing connects to it, as there is a process group already."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
 
 def accelerated(optimizer_options: dict[str, Any], *, accumulate: int, clip: float, unwrapped: bool) -> dict[str, Any]:
@@ -43,6 +49,7 @@ def accelerated(optimizer_options: dict[str, Any], *, accumulate: int, clip: flo
 
 
 def many_accelerated(table: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    launched()
     return {name: accelerated(options, **how) for name, (options, how) in table.items()}
 
 
@@ -68,6 +75,7 @@ def trained(
 
 def trained_and_resumed(folder: str) -> dict[str, Any]:
     """Runs as a whole, and from their fourth step on with other weights at first."""
+    launched()
     results = {}
     for name, options in {
         "float32": {"dtype": torch.float32},

@@ -66,6 +66,7 @@ def plain(batches: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def example(folder: str) -> list[float]:
+    trainer_cases.launched()
     trainer = trainer_two_processes.train(Path(folder), steps=40)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
