@@ -74,4 +74,4 @@ def example(folder: str) -> list[float]:
 @pytest.mark.parametrize("world", [2])
 def test_example_learns_on_two_processes(world: int, tmp_path: Path) -> None:
     losses = run_ranks(world, example, str(tmp_path), timeout=600)
-    assert losses[0][-1] < losses[0][0] - 1
+    assert losses[0][-1] < losses[0][0] - 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class BAdamCallback(TrainerCallback):
 
     def __init__(self, init_loss_scale: int = 12) -> None:
         self.init_loss_scale = init_loss_scale
+        _let_numbered_cpus_load()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises: ValueError: see the messages."""
@@ -56,6 +58,14 @@ class BAdamCallback(TrainerCallback):
             model.disable_input_require_grads()
         prefer_non_reentrant(model)
         _let_random_states_load()
+
+
+@functools.cache
+def _let_numbered_cpus_load() -> None:
+    """On several processes without an accelerator Trainer loads onto "cpu:1", a name that torch.load does not know."""
+    torch.serialization.register_package(
+        30, lambda storage: None, lambda storage, location: storage if str(location).startswith("cpu:") else None
+    )
 
 
 def _let_random_states_load() -> None:
