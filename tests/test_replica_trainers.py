@@ -56,7 +56,9 @@ def plain(batches: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         for micro in range(ACCUMULATION):
             for mine in batches:
                 batch = mine[step * ACCUMULATION + micro]
-                (model(input_ids=batch, labels=batch).loss / ACCUMULATION / len(batches)).backward()
+                # The trainer divides by the number of labels, the first of which in each row has no loss.
+                share = (batch.shape[1] - 1) / batch.shape[1] / ACCUMULATION / len(batches)
+                (model(input_ids=batch, labels=batch).loss * share).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * factors[step]
