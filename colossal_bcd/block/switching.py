@@ -140,6 +140,8 @@ class Switching(CopiedWithModel, Wrapper):
                 set_active(param, False)
             self.named_parameters = {name: param for name, param in self.named_parameters.items() if param in here}
             self.members = [[param for param in group if param in here] for group in self.members]
+            # Weights of other pipeline stages must not be kept alive.
+            self._names = {param: name for param, name in self._names.items() if param in here}
         self._activate(keep=frozenset())
 
     def reschedule(self, block_ranges: Sequence[tuple[int, int]], stages: Sequence[Sequence[int]] = ()) -> None:
