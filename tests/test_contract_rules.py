@@ -86,6 +86,16 @@ class Wrapped(Optimizer):
         self.inner[0].step()
 
 
+class FusedAdam(Optimizer):
+    """Its kernel is missing."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise RuntimeError("no kernel image is available")
+
+
 REFUSED = {
     "inner optimizer": (lambda m: Wrapped(m.parameters()), r"holds another optimizer, a SGD in its attribute 'inner'"),
     "inner list": (lambda m: Remembering(m.parameters()), "remembers more of the tensors it had before"),
@@ -249,6 +259,16 @@ def test_trial_is_made_once_for_equal_options(monkeypatch: pytest.MonkeyPatch) -
     for rate in (0.1, 0.1, 0.2):
         examine(torch.optim.AdamW(Net().parameters(), lr=rate))
     assert len(made) == 2
+
+
+def test_kernel_that_cannot_be_tried_is_taken_as_known(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = FusedAdam([torch.nn.Parameter(torch.empty(3, 2, device="meta"))])
+    contract = examine(optimizer)
+    assert "FusedAdam could not be tried (cannot step tensors" in caplog.text
+    optimizer.param_groups[0]["step"] = 1000
+    contract.begin(optimizer)
+    assert "step" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.filterwarnings("ignore")  # of destructors of what was never made
