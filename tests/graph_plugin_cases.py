@@ -10,6 +10,7 @@ import torch._dynamo
 from colossalai.booster import Booster
 from torch import Tensor
 
+from colossal_bcd import AdamW
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
 PLUGINS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -57,3 +58,26 @@ def equal(runs: list[tuple[str, str, str, str]], steps: int) -> dict[str, Any]:
             continue
         results[name] = all(map(torch.equal, got, plain[key])), torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return results
+
+
+def thawed(how: str, first: int, steps: int = 6) -> list[Tensor]:
+    """Weights after a layer that was frozen at boosting was thawed before step `first`."""
+    torch._dynamo.reset()
+    model = graph_cases.net("none")
+    model.layers[1].requires_grad_(False)
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=1, precision="fp32"))
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    boosted, engine, *_ = booster.boost(graph_cases.compiled_before(how, model, "aot_eager"), optimizer)
+    for step in range(steps):
+        if step == first:
+            model.layers[1].requires_grad_(True)
+        booster.backward(graph_cases.loss(boosted, step, torch.distributed.get_rank()), engine)
+        engine.step()
+        engine.zero_grad()
+    return graph_cases.weights(model)
+
+
+def thawed_compiled() -> tuple[bool, bool]:
+    """Whether a compiled model trains a thawed layer as one that is not compiled and thaws a step later."""
+    compiled, later, never = thawed("before", 2), thawed("", 3), thawed("", 6)
+    return all(map(torch.equal, compiled, later)), all(map(torch.equal, compiled, never))

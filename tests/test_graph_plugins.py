@@ -33,3 +33,8 @@ def test_plugins_train_checkpointed_and_compiled_models_the_same() -> None:
             same, num_graphs = result["-".join(run)]
             assert same, run
             assert num_graphs == (LAYERS if run in COMPILED else 0), run
+
+
+def test_compiled_model_trains_a_thawed_layer_from_the_next_pass_on() -> None:
+    """The pass that is under way when the layer is found has no gradient of it: its graph was compiled before."""
+    assert run_ranks(2, graph_plugin_cases.thawed_compiled, timeout=300.0) == [(True, False)] * 2

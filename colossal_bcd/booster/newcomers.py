@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.compiled import CompiledGraphs
 from colossal_bcd.block.wrapper import NO_NEWCOMERS
 from colossal_bcd.engine.agreement import all_agree
 from colossal_bcd.engine.late import LateFlag
@@ -173,6 +174,8 @@ class Newcomers:
         if engine.config.overlap_allgather:
             for param in waiting:
                 _let_wait(param)
+        # A graph that was compiled before computes no gradient of them.
+        CompiledGraphs().renew(waiting, num_sets=1)
         names = self._described([param for params in self.members for param in params if param in waiting])
         engine.masters.activate(
             [param for params in self.members for param in params if param in of or param in waiting], list(of)
