@@ -66,7 +66,7 @@ $(LATEST)/.installed: setup.py
 	$(LATEST)/bin/pip install --quiet torch==2.13.0 'transformers==4.51.3' 'peft>=0.13,<=0.13.2' 'bitsandbytes>=0.50' \
 		'galore_torch>=1.0' 'came_pytorch>=0.1.3' 'badam>=1.4' 'diffusers==0.29.0' numpy tqdm psutil packaging rich \
 		click fabric contexttimer ninja safetensors einops pydantic ray sentencepiece google protobuf 'rpyc==6.0.0' \
-		fastapi uvicorn matplotlib 'tokenizers>=0.21' hypothesis pytest ruff mypy
+		fastapi uvicorn matplotlib 'tokenizers>=0.21' accelerate hypothesis pytest pytorch_optimizer ruff mypy schedulefree
 	$(LATEST)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
