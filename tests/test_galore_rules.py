@@ -60,7 +60,8 @@ def test_galore_rule_on_a_mesh_equals_textbook_code(sizes: Sizes) -> None:
 @pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9, "dampening": 0.1}, {"momentum": 0.9, "nesterov": True}])
 def test_galore_sgd_without_a_rank_is_torchs(momentum: dict[str, Any]) -> None:
     mine, theirs = (nn.Parameter(torch.ones(6, 5, dtype=torch.float64)) for _ in range(2))
-    optimizers = GaLoreSGD([mine], lr=0.1, **momentum), torch.optim.SGD([theirs], lr=0.1, **momentum)
+    groups = [{"params": [mine]}, {"params": [nn.Parameter(torch.ones(6, 5))], "rank": 2}]
+    optimizers = GaLoreSGD(groups, lr=0.1, **momentum), torch.optim.SGD([theirs], lr=0.1, **momentum)
     for step in range(5):
         for param, optimizer in zip((mine, theirs), optimizers, strict=True):
             param.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)

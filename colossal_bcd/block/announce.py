@@ -19,7 +19,7 @@ def announce(message: str) -> None:
     so they go to all handlers there are, or, as warnings would, to stderr where there are none.  A level that was set
     for "colossal_bcd" (or above WARNING for the root), `logging.disable` and filters hold as ever.
     """
-    if not (_is_first() and _is_wanted()):
+    if not (is_first() and _is_wanted()):
         return
     record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, message, (), None, "announce")
     if logger.hasHandlers():
@@ -50,7 +50,7 @@ def active_line(num_steps: int, active: Sequence[int], names: Sequence[str], sta
     return f"step {num_steps}: {'; '.join(parts)} of {len(names)}"
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Of the processes of a launcher, which counts them in the environment before they know of each other."""
     return Mesh().is_first and os.environ.get("RANK", "0") == "0"
 

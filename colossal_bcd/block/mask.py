@@ -19,7 +19,7 @@ from torch import Tensor
 
 from colossal_bcd.optim.rounding import random_bits
 from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import Layout, Sum, square_sum, wide
+from colossal_bcd.sharding import Layout, Sum, sum_of_squares, wide
 from colossal_bcd.sharding.canonical import Cut
 
 MaskMode = Literal["adjacent", "scatter"]
@@ -187,7 +187,7 @@ class EntryImage:
 
     def square_sum(self, held: Tensor) -> Sum:
         """Request the squared norm of all selected entries."""
-        return Sum(square_sum(held), self.layout.axes)
+        return sum_of_squares(held, self.layout.axes)
 
     @cached_property
     def shard(self) -> Entries:

@@ -20,6 +20,7 @@ from colossal_bcd.block.guards import (
     require_rates,
     require_same_parameters,
 )
+from colossal_bcd.block.heads import warn_of_heads
 from colossal_bcd.block.importance import Importance, ImportanceOptions, Norm
 from colossal_bcd.block.masters import LocalMasters
 from colossal_bcd.block.optimizer_correction import OptimizerCorrection
@@ -194,6 +195,8 @@ class BlockOptimizer(Switching):
             verbose=verbose,
             data_group=data_group,
         )
+        if corrector is None and block_prefix_list is None:
+            warn_of_heads(roster.parameters, roster.trainable - trained)
         if verbose:
             untrained = sum(name not in trained for name in self.named_parameters)
             fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.mode})"

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from colossal_bcd.block.announce import announce
 from colossal_bcd.block.checkpointing import keep_checkpoints_whole
 from colossal_bcd.block.compiled import CompiledGraphs
+from colossal_bcd.block.heads import warn_of_heads
 from colossal_bcd.block.mask import Entries, EntryImage, EntrySpec, MaskMode, Selection
 from colossal_bcd.block.names import plain_name
 from colossal_bcd.block.partition import place
@@ -24,6 +25,7 @@ from colossal_bcd.block.ratio_rule import KeyedLayout, RatioHyper, adam_on, requ
 from colossal_bcd.block.reached import Reach
 from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.roster import read_roster
+from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
 from colossal_bcd.optim.base import State
 from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.images import ImageOptimizer
@@ -122,11 +124,15 @@ class BlockOptimizerRatio(ImageOptimizer):
         aliases: dict[str, list[str]] = {}
         for alias, name in roster.aliases.items():
             aliases.setdefault(name, []).append(alias)
+        frozen = set()
         for param in self._params():
             name = self._names[param]
             asked = [kinds.get(place(each).kind, True) for each in (name, *aliases.get(name, []))]
             if not any(asked) or self._ratio(name, update_ratio) == 0:
+                if param.requires_grad and not any(asked):
+                    frozen.add(name)
                 param.requires_grad_(False)
+        warn_of_heads(roster.parameters, frozen, "include_lm_head=True")
         self._names = {}
         keep_checkpoints_whole()
         CompiledGraphs().renew(list(roster.parameters.values()), 1)
@@ -168,6 +174,16 @@ class BlockOptimizerRatio(ImageOptimizer):
     @property
     def is_elementwise(self) -> bool:
         return False
+
+    @property
+    def state(self) -> Any:
+        """Moments of the entries that train, by parameter."""
+        refuse_torch_checkpoint(type(self).__name__, "Use torch.save(optimizer.state_dict(), path).")
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
 
     def state_spec(self, layout: Layout, hyper: RatioHyper) -> dict[str, StateSpec]:
         selection = self._selection(layout, hyper)

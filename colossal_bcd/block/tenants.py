@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -54,14 +55,14 @@ class Tenants:
                 self.aside[param] = base.state[tensor]
         self.tensors = {}
         for group in base.param_groups:
-            group["params"] = []
+            group["params"] = NothingActive()
         for tensor in [tensor for tensor in base.state if tensor not in stay]:
             del base.state[tensor]
         if isinstance(base, ShardedOptimizer):
             base.unbind()
         for group, params, tensors in zip(base.param_groups, groups, masters.activate(groups, keep), strict=True):
             self.tensors.update(zip(params, tensors, strict=True))
-            group["params"] = list(tensors)
+            group["params"] = list(tensors) or NothingActive()
         self.contract.begin(base, stay)
         for param in active.intersection(self.aside):
             base.state[self.tensors[param]] = self.aside.pop(param)
@@ -76,6 +77,19 @@ class Tenants:
         whole = {tensor: Layout.whole(tuple(tensor.shape)) for tensor in self.tensors.values()}
         places = {param: key for key, param in enumerate(param for group in members for param in group)}
         base.bind(whole, Mesh(), {tensor: places[param] for param, tensor in self.tensors.items()})
+
+
+class NothingActive(list[Any]):
+    """The parameters of a group of which nothing is active: none.
+
+    Schedulers that look for the gradient of each group's first parameter, like transformers' AdafactorSchedule, find
+    one without values and without a gradient.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        if not len(self) and index == 0 and not isinstance(index, slice):
+            return torch.empty(0)
+        return super().__getitem__(index)
 
 
 def load_state(base: Optimizer, state_dict: dict[str, Any]) -> None:

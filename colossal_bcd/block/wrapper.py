@@ -11,6 +11,7 @@ from colossal_bcd.block.partition import Block
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.schedule import Schedule
 from colossal_bcd.block.tenants import Tenants, load_state
+from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
 from colossal_bcd.optim.contract import Contract, examine
 from colossal_bcd.optim.twin import copied
 
@@ -49,6 +50,16 @@ class Wrapper(Optimizer):
     def contract(self) -> Contract:
         """What the base optimizer keeps, and where."""
         return self._tenants.contract
+
+    @property
+    def state(self) -> Any:
+        """State of the base optimizer, by what its groups hold."""
+        refuse_torch_checkpoint(type(self).__name__, "Use torch.save(optimizer.state_dict(), path).")
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
 
     @property
     def blocks(self) -> tuple[Block, ...]:

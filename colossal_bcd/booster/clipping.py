@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.importance import Importance
 from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
-from colossal_bcd.sharding import Mesh, Request, Sum, resolve, square_sum
+from colossal_bcd.sharding import Mesh, Request, Sum, resolve, sum_of_squares
 
 if TYPE_CHECKING:
     from colossal_bcd.booster.zero import ZeroOptimizer
@@ -41,7 +41,9 @@ def scale_gradients(
         The norm before clipping, without the loss scale.
     """
     answers = dict(zip(squares, resolve(list(squares.values()), mesh), strict=True))
-    totals = torch.stack(list(answers.values())).sum() if answers else torch.zeros((), device=device)
+    totals = (
+        torch.stack(list(answers.values())).sum() if answers else torch.zeros((), dtype=torch.float64, device=device)
+    )
     totals = totals.view(1)
     if importance is not None and importance.by_gradient:
         totals = torch.cat([totals, importance.by_block(answers, totals)])
@@ -70,7 +72,7 @@ def clip_by_norm(engine: ZeroOptimizer, max_norm: float, norm_type: float, error
         raise ValueError(f"clip_grad_by_norm: got max_norm={max_norm!r}, expected a non-negative number")
     grads = _averages(engine, "clip_grad_by_norm")
     answers = resolve(_square_sums(engine, grads), engine._mesh)
-    total = torch.stack(answers).sum() if answers else torch.zeros((), device=engine._device)
+    total = torch.stack(answers).sum() if answers else torch.zeros((), dtype=torch.float64, device=engine._device)
     (total,) = resolve([Sum(total.view(1), ("pp",))], engine._mesh)
     norm: Tensor = total[0].sqrt() / engine.loss_scale
     if error_if_nonfinite and not bool(norm.isfinite()):
@@ -125,7 +127,7 @@ def _square_sums(engine: ZeroOptimizer, grads: Mapping[Parameter, Tensor]) -> li
     for param in masters.of:
         if param in grads and param not in images and param not in engine._tied_elsewhere:
             layout = masters.layout(param) if partition else masters.shard_layout(param)
-            squares.append(Sum(square_sum(grads[param][: layout.num_local]), layout.axes))
+            squares.append(sum_of_squares(grads[param][: layout.num_local], layout.axes))
     return squares
 
 

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
 from colossal_bcd.booster.checkpoint.held import EngineState
 from colossal_bcd.booster.checkpoint.load import check_opened
 from colossal_bcd.booster.checkpoint.source import opened_state
@@ -43,8 +44,9 @@ from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.faults import LateCheck, named
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.accepted import require_real
 from colossal_bcd.optim.contract import examine
-from colossal_bcd.sharding import Layout, Request, Sum, square_sum
+from colossal_bcd.sharding import Layout, Request, sum_of_squares
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         parameter_names: Mapping[int, str],
         tied_elsewhere: Set[Parameter] = frozenset(),
     ) -> None:
+        require_real("boost", [(parameter_names.get(id(param), "without a name"), param) for param in layouts])
         OptimizerWrapper.__init__(self, optimizer)
         self.config, self.model = config, model
         self.parameter_names = parameter_names
@@ -333,6 +336,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        refuse_torch_checkpoint("a boosted optimizer", "Use booster.save_optimizer(optimizer, path).")
         return self.optim.state
 
     @property
@@ -433,7 +437,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                 squares[param] = self._low_rank.square_sum(param)
             elif param not in self._tied_elsewhere:
                 layout = self.masters.layout(param)
-                squares[param] = Sum(square_sum(master.grad.view(-1)[: layout.num_local]), layout.axes)
+                squares[param] = sum_of_squares(master.grad.view(-1)[: layout.num_local], layout.axes)
         settings = self._mesh, self._device, self.config.max_norm, loss_scale
         importance = getattr(self.optim, "importance", None)
         self._current_grad_norm = scale_gradients(grads, squares, *settings, importance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +84,8 @@ class DistGaloreAwamW(SetupDistributed, GaLoreAdamW8bit):
             the five arguments above.
     Raises:
         ImportError: bitsandbytes is missing and `nbits` is 8.
-        ValueError: a hyper-parameter is out of range, or an option cannot be honoured.
+        ValueError: a hyper-parameter is out of range, an option cannot be honoured, or no group has a rank, so that
+            nothing would be projected.
     """
 
     def __init__(
@@ -114,12 +114,6 @@ class DistGaloreAwamW(SetupDistributed, GaLoreAdamW8bit):
             options = {name: own.get(name, value) for name, value in options.items()}
         honoured = require_options(type(self).__name__, options)
         super().__init__(params, lr, betas, eps, weight_decay, clamp=True, **honoured)
-        if all(group["rank"] is None for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no param group has a rank, so nothing is projected. Make the groups with "
-                "get_galore_param_groups(model, weight_decay, rank=...).",
-                stacklevel=2,
-            )
 
 
 def require_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
-from colossal_bcd.optim.factored import FactoredAverage, factored_spec, is_factored
+from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
 from colossal_bcd.optim.functional import plain_number, require
 from colossal_bcd.optim.quantized import StorageHyper
 from colossal_bcd.optim.rounding import Rounding
@@ -83,11 +83,13 @@ def adafactor(view: ShardView, state: State, hyper: AdafactorHyper) -> Rounds:
         update = average.precondition_(view.new_grad())
         (length,) = yield (view.square_sum(update),)
     else:
-        update = state["exp_avg_sq"].lerp_(view.squared_grad(hyper.eps[0]), weight).rsqrt().mul_(view.grad)
+        squared = capped_(view.squared_grad(hyper.eps[0]))
+        update = state["exp_avg_sq"].lerp_(squared, weight).rsqrt().mul_(view.grad)
         length, size = yield view.square_sum(update), view.square_sum(view.param)
-    state["RMS"].copy_((size / view.layout.numel).sqrt())
+    state["RMS"].copy_((size / max(view.layout.numel, 1)).sqrt())
     lr = step_size(hyper, state["step"], state["RMS"])
-    update.mul_(lr / ((length / view.layout.numel).sqrt() / hyper.clip_threshold).clamp_(min=1))
+    excess = ((length / max(view.layout.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
+    update.mul_((lr / excess).to(update.dtype))
     if hyper.beta1 is not None:
         update = state["exp_avg"].lerp_(update, 1 - hyper.beta1)
     if hyper.weight_decay:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from colossal_bcd.optim.accepted import named_members, require_keys, require_real
 from colossal_bcd.optim.functional import plain_number
 from colossal_bcd.optim.quantized import StorageHyper, require_library
 from colossal_bcd.optim.rounding import LOW_PRECISION, is_stochastic
@@ -74,16 +74,15 @@ class ShardedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         fields = [field.name for field in dataclasses.fields(self.hyper_type)]
-        for key in param_group:
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.8)
-            if key not in fields and close:
-                raise ValueError(
-                    f"{type(self).__name__} param group has {key!r}, which is no hyper-parameter; did you mean "
-                    f"{close[0]!r}? The hyper-parameters are {', '.join(fields)}."
-                )
+        require_keys(type(self).__name__, param_group, [*fields, "params", "param_names"])
         if getattr(self._hyper({**self.defaults, **param_group}), "moment_bits", 32) == 8:
             require_library()
         super().add_param_group(param_group)
+        try:
+            require_real(type(self).__name__, named_members(self.param_groups[-1], len(self._keys)))
+        except ValueError:
+            self.param_groups.pop()
+            raise
         for param in self.param_groups[-1]["params"]:
             self._layouts[param] = Layout.whole(tuple(param.shape))
             self._keys[param] = len(self._keys)
@@ -142,6 +141,15 @@ class ShardedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         loss = self._closure_loss(closure)
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        """The update itself.
+
+        Subclasses extend this and not `step`: torch runs hooks in the `step` of every class that was constructed, so
+        one that calls another's would run them twice.
+        """
         active = self._active()
         for group in self.param_groups:
             if group.get("rounding") == "stochastic":
@@ -149,7 +157,6 @@ class ShardedOptimizer(Optimizer):
                 group["num_steps"] = group.get("num_steps", 0) + 1
         self._warn_of_rounding(active)
         run_rounds(map(self._task, self._stacked(active)), self._mesh, self.wave_bytes)
-        return loss
 
     def step_on(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """One step of some parameters on gradients that are handed over; `param.grad` is neither read nor written.
@@ -235,6 +242,7 @@ class ShardedOptimizer(Optimizer):
                         "of which tensor it is. Use the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
                     )
                 self._check(index, param, self._layouts[param])
+                require_real(type(self).__name__, [(f"number {index}", param)])
                 if grad.is_sparse:
                     raise ValueError(
                         f"{type(self).__name__}: parameter {index} of shape {tuple(param.shape)} has a sparse "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
-from colossal_bcd.optim.factored import FactoredAverage, factored_spec, is_factored
+from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
 from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.quantized import StorageHyper
 from colossal_bcd.optim.rounding import Rounding
@@ -57,9 +57,11 @@ def came(view: ShardView, state: State, hyper: CAMEHyper) -> Rounds:
         average.update_(means, 1 - beta2)
         update = average.precondition_(view.new_grad())  # lines 7 and 8
     else:
-        update = state["exp_avg_sq"].lerp_(view.squared_grad(hyper.eps[0]), 1 - beta2).rsqrt().mul_(view.grad)
+        squared = capped_(view.squared_grad(hyper.eps[0]))
+        update = state["exp_avg_sq"].lerp_(squared, 1 - beta2).rsqrt().mul_(view.grad)
     (length,) = yield (view.square_sum(update),)
-    update.div_(((length / view.layout.numel).sqrt() / hyper.clip_threshold).clamp_(min=1))
+    excess = ((length / max(view.layout.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
+    update.div_(excess.to(update.dtype))
     exp_avg: Tensor = state["exp_avg"].lerp_(update, 1 - beta1)  # line 9
     if matrices is not None:
         instability = update.sub_(exp_avg).square_().add_(hyper.eps[1])  # line 10

@@ -5,6 +5,7 @@ k, m, c: as in `sharding.matrix`; n: values of data on this rank.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import State
@@ -29,6 +30,15 @@ def factored_spec(layout: Layout, name: str) -> dict[str, StateSpec]:
     return spec
 
 
+def capped_(x: Tensor) -> Tensor:
+    """Second moments, at most half of the largest number of their dtype, in place; what is not a number stays so.
+
+    Squares of float32 gradients above 1.8e19 are infinite, and what divides by a mean of them is no number.  Capped,
+    they have the sign and the order of size of what float64 gives, and clipping bounds the update as there.
+    """
+    return x.clamp_(max=torch.finfo(x.dtype).max / 2)
+
+
 class FactoredAverage:
     """The exponential average of a non-negative quantity, as rows, columns and their normaliser.
 
@@ -45,10 +55,10 @@ class FactoredAverage:
 
     def update_(self, means: Means, weight: float) -> None:
         """Give new means the weight `weight`, and the average so far the rest."""
-        self._row.lerp_(means.row, weight)
-        self._col.lerp_(means.col, weight)
+        self._row.lerp_(capped_(means.row), weight)
+        self._col.lerp_(capped_(means.col), weight)
         if self._total is not None and means.total is not None:
-            self._total.lerp_(means.total, weight)
+            self._total.lerp_(capped_(means.total), weight)
 
     def precondition_(self, x: Tensor) -> Tensor:
         """Divide by the root of the rank-one estimate row x col / mean, in place.
@@ -57,4 +67,5 @@ class FactoredAverage:
             x: [n] or [b, n] values.
         """
         norm = self._matrices.normaliser(self._row, self._col, self._total)
-        return self._matrices.scale_(x, (self._row / norm).rsqrt(), self._col.rsqrt())
+        # Not (row / norm).rsqrt(): beside large gradients the quotient of a row of zeros is zero itself.
+        return self._matrices.scale_(x, self._row.rsqrt().mul_(norm.sqrt()), self._col.rsqrt())

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
+from colossal_bcd.optim.accepted import named_members
 from colossal_bcd.optim.base import ShardedOptimizer, State
 from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.images import Descent, image_of
@@ -112,6 +113,14 @@ class GaLore(RefreshingOptimizer):
         # By name: the next class may be the inner rule's own, whose constructor takes other arguments.
         self._prepare()
         ShardedOptimizer.__init__(self, given["params"], hyper, given["wave_bytes"])
+        # Not what the groups hold: slices of matrices, which `bind` will say what they are, are flat.
+        if all(group["rank"] is None for group in self.param_groups):
+            count = sum(len(group["params"]) for group in self.param_groups)
+            raise ValueError(
+                f"{type(self).__name__}: no param group has a rank, so none of the {count} parameters is projected, "
+                "expected at least one. Put matrices into a group with rank=..., as colossal_bcd.param_groups(model, "
+                "rank=...) does, or use an optimizer without GaLore."
+            )
 
     @abstractmethod
     def inner(self, view: ShardView, grad: Tensor, state: State, hyper: Any, image: ImageMatrix | None) -> Inner:
@@ -171,10 +180,19 @@ class GaLore(RefreshingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        hyper, names, params = self._hyper(group), group.get("param_names", ()), group["params"]
-        for index, param in enumerate(params):
+        hyper, params = self._hyper(group), group["params"]
+        clamped = 0
+        for name, param in named_members(group, 0):
             if is_projected(self._layouts[param], hyper):
-                rank_of(self._layouts[param], hyper, names[index] if len(names) == len(params) else f"number {index}")
+                clamped += rank_of(self._layouts[param], hyper, name) < hyper.rank
+        if clamped:
+            logger.info(
+                "%s: %d of the %d parameters of a group with rank=%d have a side below it, which is their rank then",
+                type(self).__name__,
+                clamped,
+                len(params),
+                hyper.rank,
+            )
         vectors = sum(param.dim() < 2 for param in params)
         if hyper.rank is not None and vectors:
             logger.info(

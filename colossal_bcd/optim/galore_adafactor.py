@@ -8,7 +8,7 @@ from torch import Tensor
 
 from colossal_bcd.optim.adafactor import Adafactor, AdafactorHyper, step_size
 from colossal_bcd.optim.base import Params, State
-from colossal_bcd.optim.factored import FactoredAverage
+from colossal_bcd.optim.factored import FactoredAverage, capped_
 from colossal_bcd.optim.galore import GaLore, GaLoreHyper, Inner, Projection, Spec, Update, first_random_step
 from colossal_bcd.optim.projection import Method
 from colossal_bcd.optim.rounding import Rounding
@@ -34,11 +34,12 @@ def adafactor_step(
         step = average.precondition_(grad.clone())
         (length,) = yield (image.square_sum(step),)
     else:
-        step = state["exp_avg_sq"].lerp_(squared, weight).rsqrt().mul_(grad)
+        step = state["exp_avg_sq"].lerp_(capped_(squared), weight).rsqrt().mul_(grad)
         length, size = yield image.square_sum(step), view.square_sum(view.param)
     state["RMS"].copy_((size / view.layout.numel).sqrt())
     lr = step_size(hyper, state["step"], state["RMS"])
-    step.mul_(lr / ((length / image.numel).sqrt() / hyper.clip_threshold).clamp_(min=1))
+    excess = ((length / image.numel).sqrt() / hyper.clip_threshold).clamp_(min=1)
+    step.mul_((lr / excess).to(step.dtype))
     if hyper.beta1 is not None:
         step = state["exp_avg"].lerp_(step, 1 - hyper.beta1).clone()
     return Update(step, lr * hyper.weight_decay if hyper.weight_decay else 0.0, decays_first=True)

@@ -54,15 +54,18 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     # Algorithm 2, line 9: r = m / (sqrt(v) + eps), and line 10's r + lambda * x.
     direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], debias, hyper.betas, hyper.eps)
     direction.add_(view.param, alpha=hyper.weight_decay)
-    if not hyper.adam:
-        weight, length = yield view.square_sum(view.param), view.square_sum(direction)
-        ratio = torch.where((weight > 0) & (length > 0), (weight / length).sqrt(), torch.ones_like(weight))
-        direction.mul_(ratio)
     lr = hyper.lr
     if hyper.bias_correction == "step_size":
         beta1, beta2 = hyper.betas
         lr *= (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    view.param.add_(direction, alpha=-lr)
+    if hyper.adam:
+        view.param.add_(direction, alpha=-lr)
+        return
+    weight, length = yield view.square_sum(view.param), view.square_sum(direction)
+    ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
+    # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.
+    root = ratio.sqrt().to(direction.dtype)
+    view.param.addcmul_(direction.mul_(root), root, value=-lr)
 
 
 class Lamb(ShardedOptimizer):

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from colossal_bcd.sharding import square_sum
+
 Method = Literal["exact", "subspace", "random"]
 Bases = tuple[Tensor | None, Tensor | None]
 
@@ -88,7 +90,8 @@ def captured_energy(matrix: Tensor, bases: Bases) -> Tensor:
     """|projected|^2 / |matrix|^2 of a [R, C] matrix, a scalar in [0, 1]."""
     image = matrix if bases[0] is None else bases[0].T @ matrix
     image = image if bases[1] is None else image @ bases[1]
-    return image.square().sum() / matrix.square().sum()
+    kept, whole = square_sum(image.reshape(-1)), square_sum(matrix.reshape(-1))
+    return (kept / whole).squeeze().to(matrix.dtype)
 
 
 def random_energy(shape: tuple[int, ...], rank: int, side: str) -> float:

@@ -19,7 +19,7 @@ from colossal_bcd.optim.projection import (
     subspace_bases,
 )
 from colossal_bcd.optim.refresh_plan import Place, RefreshHyper, is_due, is_random, number_of
-from colossal_bcd.sharding import Collect, Layout, Rounds, ShardView, Sum
+from colossal_bcd.sharding import Collect, Layout, Rounds, ShardView, Sum, wide
 from colossal_bcd.sharding.projection import Side
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def refresh_if_due(
     seed = zlib.crc32(repr((hyper.seed, view.key, number)).encode()) * 4
     old: dict[str, Tensor] = {name: state[name].clone() for name in BASES if name in state}
     if is_random(step, hyper):
-        new = _named(random_bases(layout.shape, rank, side, seed, view.param))
+        # In the dtype of the arithmetic: bases that are rounded to bfloat16 are not orthonormal.
+        like = view.param.new_empty(0, dtype=wide(view.param.dtype))
+        new = _named(random_bases(layout.shape, rank, side, seed, like))
         sample = next(iter(new.values()))
         expected = random_energy(layout.shape, rank, side)
         report = torch.stack([sample.new_full((), value) for value in (expected, float("nan"))])

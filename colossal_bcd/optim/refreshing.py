@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -68,14 +68,12 @@ class RefreshingOptimizer(ImageOptimizer):
         self._energies = {}
         self._learn(self.param_groups)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+    def _update(self) -> None:
         self._reports.clear()
         self._begin_counting()
-        loss = super().step(closure)
+        super()._update()
         if self._reports:
             self._settle()
-        return loss
 
     def place(self, key: int) -> Place:
         """Where and when the bases of a projected parameter are refreshed."""

@@ -8,7 +8,7 @@ from colossal_bcd.sharding.mesh import Mesh
 from colossal_bcd.sharding.projection import LowRank
 from colossal_bcd.sharding.rounds import WAVE_BYTES, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
 from colossal_bcd.sharding.statistics import ImageMatrix
-from colossal_bcd.sharding.view import ShardView, square_sum, wide
+from colossal_bcd.sharding.view import ShardView, square_sum, sum_of_squares, wide
 
 __all__ = [
     "WAVE_BYTES",
@@ -33,5 +33,6 @@ __all__ = [
     "run_rounds",
     "slice_length",
     "square_sum",
+    "sum_of_squares",
     "wide",
 ]

@@ -178,9 +178,9 @@ class Matrices:
         if total is not None:
             mean = total
         elif self.row_axes:
-            mean = row.unflatten(-1, (-1, self.r)).mean(-1)
+            mean = mean_of(row.unflatten(-1, (-1, self.r)))
         else:
-            mean = col.mean(-1)
+            mean = mean_of(col)
         if mean.shape[-1] == 1:
             return mean.expand_as(row)
         index = torch.arange(self.rows.first, self.rows.first + self.rows.count, device=row.device) // self.r
@@ -242,6 +242,11 @@ class Matrices:
             cuts.append((at - start, at - start + size, shape, rows, matrices, columns))
             at += size
         return cuts
+
+
+def mean_of(x: Tensor) -> Tensor:
+    """Mean over the last dim; it is finite where the values are, whatever their sum is."""
+    return x.div(x.shape[-1]).sum(-1)
 
 
 @functools.lru_cache(maxsize=4096)

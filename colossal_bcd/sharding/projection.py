@@ -15,7 +15,7 @@ from torch import Tensor
 from colossal_bcd.sharding.layout import Layout
 from colossal_bcd.sharding.matrix import matrices_of
 from colossal_bcd.sharding.rounds import Combined, Sum
-from colossal_bcd.sharding.view import square_sum
+from colossal_bcd.sharding.view import sum_of_squares
 
 Side = Literal["left", "right", "full"]
 CAST_VALUES = 2**22
@@ -132,7 +132,7 @@ class LowRank:
         matrices = self._matrices
         over = {"right": matrices.col_axes, "left": matrices.row_axes}
         axes = matrices.zero_axes + over[self._side] if self._side in over else ()
-        return Sum(square_sum(held.reshape(-1)), axes)
+        return sum_of_squares(held.reshape(-1), axes)
 
     def whole(self, held: Tensor) -> Combined:
         """Request what this rank needs of an image to project it back, from what each rank holds of it.

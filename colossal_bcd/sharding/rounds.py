@@ -15,6 +15,7 @@ from torch import Tensor
 
 from colossal_bcd.sharding.collect import Collect, collect
 from colossal_bcd.sharding.mesh import Mesh
+from colossal_bcd.sharding.wire import from_wire, to_wire, wire_dtype
 
 WAVE_BYTES = 256 * 2**20
 """Default budget for the temporaries of the rules that advance together, in bytes."""
@@ -26,6 +27,8 @@ class Sum:
 
     value: Tensor
     axes: tuple[str, ...]
+    exact: bool = True
+    """Whether a float64 value needs all its digits; else it needs float32's, at any magnitude (see `sharding.wire`)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _sums(request: Request) -> tuple[Sum, ...]:
 
 
 def _add_up(sums: list[Sum], mesh: Mesh) -> list[Tensor]:
-    """The sums' totals, packed into one buffer per axis, of the widest dtype among its values.
+    """The sums' totals, packed into one buffer per axis, of the dtype that its values need.
 
     The order of the axes and the packing follow from the requests alone, which follow from layouts; they are the same
     on every rank.
@@ -84,11 +87,12 @@ def _add_up(sums: list[Sum], mesh: Mesh) -> list[Tensor]:
         if not mesh.communicates((axis,)):
             continue
         indices = [i for i, part in enumerate(sums) if axis in part.axes]
-        dtype = torch.float64 if any(values[i].dtype == torch.float64 for i in indices) else torch.float32
-        buffer = torch.cat([values[i].reshape(-1).to(dtype) for i in indices])
+        dtype = wire_dtype([values[i] for i in indices], [sums[i].exact for i in indices])
+        packed = [to_wire(values[i], dtype) for i in indices]
+        buffer = torch.cat(packed)
         mesh.all_reduce(buffer, axis)
-        for i, total in zip(indices, buffer.split([values[i].numel() for i in indices]), strict=True):
-            values[i] = total.view(values[i].shape).to(values[i].dtype)
+        for i, total in zip(indices, buffer.split([part.numel() for part in packed]), strict=True):
+            values[i] = from_wire(total, values[i])
     return values
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
-from colossal_bcd.sharding.matrix import Matrices, Means
+from colossal_bcd.sharding.matrix import Matrices, Means, mean_of
 from colossal_bcd.sharding.projection import LowRank, Side
 from colossal_bcd.sharding.rounds import Combined, Sum
 
@@ -68,7 +68,7 @@ class ImageMatrix:
     def normaliser(self, row: Tensor, col: Tensor, total: Tensor | None) -> Tensor:
         """Mean of the image, a scalar, from the means that are whole on this rank (see `Matrices.normaliser`)."""
         assert total is None
-        return row.mean() if self._over_columns else col.mean()
+        return mean_of(row) if self._over_columns else mean_of(col)
 
     def scale_(self, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
         """Multiply every value by the factor of its row, [a], and that of its column, [b], in place."""

@@ -5,6 +5,7 @@ n: values of data on this rank; b: number of parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,27 +16,45 @@ from colossal_bcd.sharding.rounds import Sum
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are computed and reduced: float64 stays, everything else is float32."""
+    """The dtype in which values of `dtype` are computed and reduced: float64 stays, everything else is float32.
+
+    Raises:
+        TypeError: it is complex, and would lose its imaginary part.
+    """
+    if dtype.is_complex:
+        raise TypeError(f"got a tensor of {dtype}, expected real numbers. Hold it as torch.view_as_real gives it.")
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-ROW = 4096
-"""Values that are added up one after the other; a float32 sum loses digits in proportion to them."""
+LEAST_CHUNK = 2**11
+"""Values squared at once in float64, at least."""
+CPU_CHUNK = 2**16
+"""At most: the copy stays in a core's cache."""
+DEVICE_CHUNK = 2**22
+"""The same on accelerators, where the number of kernels counts."""
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """Squared Euclidean norm over the last dim, which stays with length 1.
+    """Squared Euclidean norm over the last dim, which stays with length 1, in float64.
 
-    In float32 or wider; it keeps its digits at any length.
+    Squares of float32 values below 1e-23 are 0 in float32 and those above 1.8e19 infinite; in float64 all are what they
+    are, so that a norm is zero for zeros only and finite for all finite values.
     """
-    x = x.to(wide(x.dtype))
-    num_rows = x.shape[-1] // ROW
-    rest = x[..., num_rows * ROW :]
-    total = rest.square().sum(-1, keepdim=True)
-    if num_rows:
-        rows = x[..., : num_rows * ROW].view(*x.shape[:-1], num_rows, ROW)
-        total += torch.linalg.vector_norm(rows, dim=-1).square_().sum(-1, keepdim=True)
-    return total
+    most = CPU_CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
+    # A sixteenth at a time, so that the copy is an eighth of float32 values.
+    size = max(LEAST_CHUNK, min(x.numel() // 16, most)) // max(math.prod(x.shape[:-1]), 1)
+    parts = [_wide_squares(part).sum(-1, keepdim=True) for part in x.split(max(size, 1), -1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True)
+
+
+def _wide_squares(x: Tensor) -> Tensor:
+    copy = x.to(torch.float64)
+    return x.square() if copy is x else copy.square_()
+
+
+def sum_of_squares(x: Tensor, axes: tuple[str, ...]) -> Sum:
+    """Request the squared Euclidean norm over the last dim and all ranks of `axes` (see `square_sum`)."""
+    return Sum(square_sum(x), axes, exact=x.dtype == torch.float64)
 
 
 class ShardView:
@@ -109,6 +128,6 @@ class ShardView:
         Args:
             x: [n] or [b, n] values on this rank.
         Returns:
-            Request that resolves to [1] or [b, 1].
+            Request that resolves to [1] or [b, 1], float64.
         """
-        return Sum(square_sum(x), self.layout.axes)
+        return sum_of_squares(x, self.layout.axes)
