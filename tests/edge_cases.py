@@ -7,12 +7,16 @@ update, as it is stored: a second moment of 1e-50 is 0 there and one of 1e50 inf
 import contextlib
 from dataclasses import dataclass
 
+import pytest
 import references
 import torch
 import torch.distributed as dist
+from colossalai.booster import Booster
 from conformance_cases import TABLE, Sizes, process_mesh
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from colossal_bcd import Lamb
+from colossal_bcd import AdamW, Lamb
+from colossal_bcd.booster import LowLevelZeroPlugin
 from colossal_bcd.sharding import Layout, Mesh, Sum, TensorSplit, resolve
 
 SHAPES = [(64, 64), (12, 6), (1, 1), (1, 64), (7,), (), (2, 4, 3)]
@@ -245,3 +249,33 @@ class WireBytes:
 
     def __exit__(self, *_):
         dist.all_reduce = self._before
+
+
+def boosted(scale):
+    """Norm of gradients of a magnitude, what clipping leaves of them, and what refuses torch's checkpoint."""
+    model = torch.nn.Linear(4, 4)
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=1, precision="fp32", max_norm=1.0))
+    model, optimizer, *_ = booster.boost(model, AdamW(model.parameters(), lr=1e-2))
+    booster.backward((model(torch.ones(2, 4)) * scale).sum(), optimizer)
+    given = []
+    optimizer.optim.register_step_pre_hook(
+        lambda inner, *_: given.extend(param.grad.clone() for group in inner.param_groups for param in group["params"])
+    )
+    optimizer.step()
+    with pytest.raises(ValueError, match="a boosted optimizer: .*booster.save_optimizer"):
+        get_optimizer_state_dict(model, optimizer)
+    return optimizer.get_grad_norm(), torch.cat(given), all(param.isfinite().all() for param in model.parameters())
+
+
+def boost_complex():
+    """The error of boosting torch's AdamW on a complex parameter."""
+    model = torch.nn.Linear(2, 2)
+    model.phase = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    plugin = LowLevelZeroPlugin(stage=1, precision="fp32")
+    with pytest.raises(ValueError, match=r"parameter phase of shape \(2, 2\) is torch.complex64"):
+        Booster(plugin=plugin).boost(model, torch.optim.AdamW(model.parameters()))
+    return True
+
+
+def boosts():
+    return [boosted(scale) for scale in (1e-25, 1.0, 1e25)], boost_complex()

@@ -220,3 +220,16 @@ def test_square_sum_neither_underflows_nor_overflows():
                 square_sum(x), torch.full((*shape[:-1], 1), want, dtype=torch.float64), rtol=1e-12, atol=0
             )
     assert square_sum(torch.zeros(0)).tolist() == [0.0]
+
+
+def test_norm_and_clipping_of_a_plugin_at_the_edges():
+    """The square of 1e25 is infinite in float32, so the factor was zero."""
+    reports = run_ranks(2, edge_cases.boosts)
+    for index, scale in enumerate((1e-25, 1.0, 1e25)):
+        norm, _, finite = reports[0][0][index]
+        # The loss is twice the sum of 4 outputs of ones, so every one of 16 weights and 4 biases has 2 * scale.
+        assert norm == pytest.approx(2 * scale * 20**0.5, rel=1e-6)
+        assert finite
+        given = torch.cat([found[index][1] for found, _ in reports]).double()
+        # Clipped to 1 by the factor max_norm / (norm + 1e-6), as torch's clip_grad_norm_ does.
+        assert given.norm().item() == pytest.approx(min(norm, 1.0), rel=1e-5)
