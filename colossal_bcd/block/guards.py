@@ -9,6 +9,7 @@ from torch.optim import LBFGS, Optimizer
 
 from colossal_bcd.block.partition import match
 from colossal_bcd.block.roster import Roster
+from colossal_bcd.optim.bitsandbytes_states import require_sound
 from colossal_bcd.optim.contract import Contract, examine
 
 JUDGED_LATER = ("colossalai", "galore_torch")
@@ -22,7 +23,7 @@ def require_base(base_optimizer: Any) -> Contract:
         What it keeps where.
     Raises:
         TypeError: not an optimizer.
-        ValueError: LBFGS, or one that does not bear that its tensors are exchanged.
+        ValueError: LBFGS, or one that does not bear that its tensors are exchanged, or cannot take a step at all.
     """
     if not isinstance(base_optimizer, Optimizer):
         raise TypeError(
@@ -34,6 +35,7 @@ def require_base(base_optimizer: Any) -> Contract:
             "base_optimizer: got LBFGS, which evaluates the model inside its step and keeps its own list of "
             "parameters; expected one whose step reads gradients, such as torch.optim.AdamW"
         )
+    require_sound(base_optimizer)
     contract = examine(base_optimizer)
     if type(base_optimizer).__module__.partition(".")[0] not in JUDGED_LATER:
         contract.require_exchangeable("base_optimizer")

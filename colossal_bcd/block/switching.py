@@ -28,6 +28,7 @@ from colossal_bcd.block.roster import set_active
 from colossal_bcd.block.snapshot import Contributor
 from colossal_bcd.block.wrapper import Wrapper
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.bitsandbytes_states import follow_weights
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +188,8 @@ class Switching(CopiedWithModel, Wrapper):
             self.masters.bind()
         elif isinstance(self.base_optimizer, ShardedOptimizer):
             self._tenants.bind_whole(self.base_optimizer, self.members)
+        else:
+            follow_weights(self.base_optimizer, self._tenants.tensors)
         following = [param for name, param in self.named_parameters.items() if name in corrected]
         if self._replicas is not None:
             self._replicas.activate([param for param in self.named_parameters.values() if param in active], following)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from colossal_bcd.block.exact_state import undo_casts
 from colossal_bcd.block.masters import Masters
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.contract import Contract
@@ -101,6 +102,8 @@ def load_state(base: Optimizer, state_dict: dict[str, Any]) -> None:
     state.clear()
     state.update(base.state)
     base.param_groups, base.state = groups, state
+    if not isinstance(base, ShardedOptimizer):
+        undo_casts(base, state_dict)
 
 
 def warm_up(num_steps: int, period: int, num_warm: int) -> float:

@@ -12,6 +12,7 @@ from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.schedule import Schedule
 from colossal_bcd.block.tenants import Tenants, load_state
 from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
+from colossal_bcd.optim.bitsandbytes_states import remember_weights
 from colossal_bcd.optim.contract import Contract, examine
 from colossal_bcd.optim.twin import copied
 
@@ -159,4 +160,5 @@ class Wrapper(Optimizer):
         self._tenants.contract = examine(base_optimizer)
         self.base_optimizer, self.defaults = base_optimizer, base_optimizer.defaults
         self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
+        remember_weights(base_optimizer, self.members)
         self._get_lr = getattr(base_optimizer, "_get_lr", None)  # transformers' AdafactorSchedule calls it

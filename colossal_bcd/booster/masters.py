@@ -25,6 +25,7 @@ class ShardedMasters:
         low_precision: masters have the weights' own dtype instead of float32.
         offload: masters live on the CPU.
         whole_rows: see `slice_length`.
+        chunk: see `slice_length`.
         residual: how to remember what rounding cuts off a master that goes, for the next one; None: forget it.
 
     Attributes:
@@ -39,9 +40,11 @@ class ShardedMasters:
         low_precision: bool = False,
         offload: bool = False,
         whole_rows: bool = False,
+        chunk: int = 1,
         residual: ResidualOptions | None = None,
     ) -> None:
         self._layouts, self.groups, self.whole_rows = layouts, tuple(groups), whole_rows
+        self.chunk = chunk
         self._low_precision, self._offload = low_precision, offload
         self.of: dict[Parameter, Tensor] = {}
         self.aside: dict[Parameter, Tensor] = {}
@@ -59,7 +62,7 @@ class ShardedMasters:
         layout = self._layouts[param]
         if not self.groups:
             return layout
-        return layout.sliced("zero", self.shard, self.num_shards, whole_rows=self.whole_rows)
+        return layout.sliced("zero", self.shard, self.num_shards, whole_rows=self.whole_rows, chunk=self.chunk)
 
     @torch.no_grad()
     def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:

@@ -16,6 +16,7 @@ from colossal_bcd.block.names import plain_name
 from colossal_bcd.booster import registry_galore
 from colossal_bcd.booster.registry_ratio import cast_ratio
 from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
+from colossal_bcd.optim.bitsandbytes_states import require_sound
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +170,15 @@ def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
         optimizer: the user's.
         measured: the caller looks itself at what no table knows; else a warning says so.
     Raises:
-        ValueError: the optimizer has taken steps, or it needs whole matrices and has no equal here.
+        ValueError: the optimizer has taken steps, or it needs whole matrices and has no equal here, or it cannot take a
+            step at all.
     """
     if isinstance(optimizer, BlockOptimizer):
         base = cast(optimizer.base_optimizer, measured=measured)
         if base is not optimizer.base_optimizer:
             optimizer.replace_base(base)
         return optimizer
+    require_sound(optimizer)
     cls = type(optimizer)
     home, unchanged = _origin(cls)
     if unchanged and home in ("badam.BlockOptimizerRatio", "block_optim.SparseGradOptimizer"):

@@ -36,6 +36,7 @@ from colossal_bcd.booster.importance import squared_weights
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.newcomers import Newcomers
+from colossal_bcd.booster.quantised import prepare_quantised
 from colossal_bcd.booster.registry import keys_of
 from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
 from colossal_bcd.booster.stock_surface import StockSurface
@@ -45,6 +46,7 @@ from colossal_bcd.engine.faults import LateCheck, named
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.accepted import require_real
+from colossal_bcd.optim.bitsandbytes_states import follow_weights, slice_chunk
 from colossal_bcd.optim.contract import examine
 from colossal_bcd.sharding import Layout, Request, sum_of_squares
 
@@ -98,6 +100,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             low_precision=not config.master_weights,
             offload=config.cpu_offload,
             whole_rows=prefers_whole_rows(self._base),
+            chunk=slice_chunk(self._base),
             residual=getattr(optimizer, "residual", None),
         )
         self._mesh = mesh_of(config, self._device)
@@ -112,6 +115,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         blocks = isinstance(optimizer, BlockOptimizer)
         members = [[] if blocks else [p for p in g["params"] if p in held] for g in optimizer.param_groups]
         self._newcomers = Newcomers(self, members)
+        prepare_quantised(self._base, self.masters, self.layouts, parameter_names)
         if isinstance(optimizer, BlockOptimizer):
             self._agree(optimizer)
             optimizer.attach(self, held=held, corrections=corrections_of(self, optimizer.corrector))
@@ -345,6 +349,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 
     def bind(self) -> None:
         """Tell the optimizer which parts its tensors are, once its groups hold what `activate` returned."""
+        follow_weights(self._base, self.masters.of, self.layouts)
         if isinstance(self._base, ShardedOptimizer):
             layouts = {master: self.masters.layout(param) for param, master in self.masters.of.items()}
             keys = {master: self._keys[id(param)] for param, master in self.masters.of.items()}
@@ -400,6 +405,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             whole_rows=self.masters.whole_rows,
             votes=not isinstance(self.optim, BlockOptimizer),
             device=self._device,
+            chunk=self.masters.chunk,
         )
 
     def _before_backward(self) -> None:

@@ -40,6 +40,8 @@ class ReducerConfig:
     """Say in the first bucket of a pass whether this rank has `joining`; with no parameters in a bucket of its own."""
     device: torch.device | None = None
     """Where the groups communicate, for a bucket without parameters."""
+    chunk: int = 1
+    """See `slice_length`; the same as the masters'."""
 
     @property
     def sizes(self) -> list[int]:
@@ -296,7 +298,8 @@ class GradientReducer:
 
     def _length(self, param: Parameter) -> int:
         if param not in self.images:
-            return slice_length(param.shape, self._world, whole_rows=self.config.whole_rows)
+            config = self.config
+            return slice_length(param.shape, self._world, whole_rows=config.whole_rows, chunk=config.chunk)
         image = self.images[param]
         return image.part_numel if self._is_partitioned(param) else slice_length((image.numel,), self._world)
 

@@ -7,7 +7,7 @@ quantisation error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,13 +16,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from colossal_bcd.optim.base import ShardedOptimizer
+from colossal_bcd.optim.bitsandbytes_states import TABLES, is_bitsandbytes, scale_cut
 from colossal_bcd.optim.quantized import dequantize
 from colossal_bcd.optim.restore import restore_into
 from colossal_bcd.optim.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
-from colossal_bcd.sharding.canonical import Cut, elements, totals, whole
+from colossal_bcd.sharding.canonical import Cut, StackedCut, elements, totals, whole
 
 Number = int | float | bool | str | None
+Kind = Literal["elementwise", "whole", "declared", "stacked", "chunks", "part"]
+"""Like the parameter; not at all; as declared; several tensors like the parameter; one value for each chunk that shares
+a scale, of one or several tensors; whatever a rank has for its part of the parameter, for that very part only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,8 @@ class Entry:
     cut: Cut
     dtype: torch.dtype
     """In a file."""
-    kind: Literal["elementwise", "whole", "declared"]
-    """How a reader that knows no declaration cuts it: like the parameter, not at all; `declared`: it cannot."""
+    kind: Kind
+    """How a reader that knows no declaration cuts it."""
     spec: StateSpec | None = None
     """The declaration, if there is one."""
     mean_of: str | None = None
@@ -49,6 +53,7 @@ def entries_of(
     layout: Layout,
     group: Mapping[str, Any],
     state: Mapping[str, Any] | None = None,
+    constant: Collection[str] = (),
 ) -> list[Entry]:
     """What a file has of one parameter's state.
 
@@ -58,13 +63,12 @@ def entries_of(
         layout: its layout.
         group: its param group.
         state: its state, where the optimizer declares none; None: it has none.
-    Raises:
-        ValueError: undeclared state that is neither like the parameter nor a single value.
+        constant: names of undeclared state that does not depend on the parameter; see `constant_names`.
     """
     if isinstance(optimizer, ShardedOptimizer):
         return _declared(optimizer, param, layout, group)
     return [
-        _observed(type(optimizer).__name__, name, tensor, layout)
+        _observed(optimizer, name, tensor, layout, constant)
         for name, tensor in (state or {}).items()
         if isinstance(tensor, Tensor)
     ]
@@ -155,13 +159,35 @@ def _declared(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group:
     return entries
 
 
-def _observed(optimizer: str, name: str, tensor: Tensor, layout: Layout) -> Entry:
-    if name != "step" and tuple(tensor.shape) == layout.local_shape:
+def constant_names(states: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> set[str]:
+    """Names of tensors that have one shape for parameters of several: counters and tables, also where shapes agree.
+
+    Args:
+        states: local shape and undeclared state of every parameter.
+    """
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    params: dict[str, set[tuple[int, ...]]] = {}
+    for shape, state in states:
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor):
+                shapes.setdefault(name, set()).add(tuple(tensor.shape))
+                params.setdefault(name, set()).add(shape)
+    return {name for name, found in shapes.items() if len(found) == 1 and len(params[name]) > 1}
+
+
+def _observed(optimizer: Optimizer, name: str, tensor: Tensor, layout: Layout, constant: Collection[str]) -> Entry:
+    shape, local = tuple(tensor.shape), layout.local_shape
+    lead = shape[: len(shape) - len(local)]
+    cut = scale_cut(name, tensor, layout) if is_bitsandbytes(optimizer) and tensor.dim() else None
+    kind: Kind = "part"
+    if cut is not None:
+        kind = "chunks"
+    elif name in constant or name == "step" or (is_bitsandbytes(optimizer) and name in TABLES):
+        kind, cut = "whole", whole(shape)
+    elif shape == local:
         return entry_like(name, tensor, layout)
-    if tensor.numel() == 1:
-        return Entry(name=name, cut=whole(tuple(tensor.shape)), dtype=tensor.dtype, kind="whole")
-    raise ValueError(
-        f"state {name!r} of {optimizer}: got a tensor of {tuple(tensor.shape)} for a parameter of {layout.local_shape} "
-        "on this rank, expected one value for each of its values, or one in all. Other shapes need a declaration: see "
-        "docs/add_an_optimizer.md."
-    )
+    elif lead and lead + local == shape:
+        kind, cut = "stacked", StackedCut.of(elements(layout), lead)
+    elif tensor.numel() == 1:
+        kind, cut = "whole", whole(shape)
+    return Entry(name=name, cut=cut or whole(shape), dtype=tensor.dtype, kind=kind)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -115,6 +115,57 @@ class Cut:
             raise ValueError(f"part of a tensor of {self.layout.shape}: got a whole one of {tuple(whole.shape)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StackedCut(Cut):
+    """The same range of each of several tensors that are one, along leading dims."""
+
+    lead: tuple[int, ...]
+    """Lengths of the leading dims."""
+
+    @classmethod
+    def of(cls, cut: Cut, lead: tuple[int, ...]) -> Cut:
+        """Several of `cut`; the cut itself where there are no leading dims."""
+        return cls(layout=cut.layout, start=cut.start, stop=cut.stop, lead=lead) if lead else cut
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.lead, *self.layout.shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.lead) * self._one.numel
+
+    @property
+    def buffer_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    @property
+    def _one(self) -> Cut:
+        return Cut(layout=self.layout, start=self.start, stop=self.stop)
+
+    def values(self, held: Tensor) -> Tensor:
+        return held.reshape(math.prod(self.lead), -1)[:, : self._one.numel].reshape(-1)
+
+    def write(self, held: Tensor, values: Tensor) -> None:
+        count = math.prod(self.lead)
+        for each, part in zip(held.view(count, -1), values.view(count, -1), strict=True):
+            self._one.write(each, part)
+
+    def place(self, whole: Tensor, values: Tensor) -> None:
+        for each, part in self._pairs(whole, values):
+            self._one.place(each, part)
+
+    def pick(self, whole: Tensor) -> Tensor:
+        values = whole.new_empty(self.numel)
+        for each, part in self._pairs(whole.contiguous(), values):
+            part.copy_(self._one.pick(each))
+        return values
+
+    def _pairs(self, whole: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        count = math.prod(self.lead)
+        return zip(whole.view(count, *self.layout.shape), values.view(count, self._one.numel), strict=True)
+
+
 def covers(cuts: Sequence[Cut]) -> bool:
     """Whether parts of one tensor make up the whole."""
     first = cuts[0].layout
@@ -143,6 +194,38 @@ def elements(layout: Layout) -> Cut:
     """One value for each value of the parameter's data."""
     start, stop = layout.span
     return Cut(layout=dataclasses.replace(layout, slice=None), start=start, stop=stop)
+
+
+def chunks(layout: Layout, size: int) -> Cut | None:
+    """One value for each run of `size` values of a rank's tensor; whole: of the flattened tensor.
+
+    The rank's last run may reach into padding.  None: the rank's runs are not those of the whole tensor.
+    """
+    start, stop = layout.span
+    if start < stop and start % size:
+        return None
+    start, stop = -(-start // size), -(-stop // size)
+    total, split = -(-layout.numel // size), layout.split
+    if split is None or split.size == 1:
+        return Cut(layout=Layout.whole((total,)), start=start, stop=stop)
+    inner, outer = math.prod(layout.shape[split.dim + 1 :]), math.prod(layout.shape[: split.dim])
+    lengths = split.sections or (split.padded or layout.shape[split.dim],)
+    if any(length // split.size * inner % size for length in lengths):
+        return None
+    runs = [length * inner // size for length in lengths]
+    if outer == 1 and split.sections is None:
+        padded = runs[0] if runs[0] != total else None
+        return Cut(
+            layout=Layout(shape=(total,), split=dataclasses.replace(split, dim=0, padded=padded)),
+            start=start,
+            stop=stop,
+        )
+    sections = None if split.sections is None else tuple(runs)
+    return Cut(
+        layout=Layout(shape=(outer, sum(runs)), split=dataclasses.replace(split, dim=1, sections=sections)),
+        start=start,
+        stop=stop,
+    )
 
 
 def rows(layout: Layout) -> Cut:

@@ -19,7 +19,7 @@ MAX_PADDING = 100
 """Slices are made of whole rows where that pads less than one value in so many."""
 
 
-def slice_length(shape: Sequence[int], size: int, *, whole_rows: bool = False) -> int:
+def slice_length(shape: Sequence[int], size: int, *, whole_rows: bool = False, chunk: int = 1) -> int:
     """Values of each slice of a flattened shard; every part of the package that divides shards asks here.
 
     Args:
@@ -27,6 +27,7 @@ def slice_length(shape: Sequence[int], size: int, *, whole_rows: bool = False) -
         size: number of slices.
         whole_rows: slices begin with a row of the first dim by the rest, or else of the last dim, where less than 1 %
             of padding does that; right projections and row statistics then need no other rank.
+        chunk: slices begin at a multiple of so many values: those that share a scale where state is quantised.
     """
     numel = math.prod(shape)
     for dim in range(1, len(shape)) if whole_rows else ():
@@ -34,7 +35,9 @@ def slice_length(shape: Sequence[int], size: int, *, whole_rows: bool = False) -
         length = -(-numel // (row * size)) * row if row else 0
         if (length * size - numel) * MAX_PADDING < numel:
             return length
-    return -(-numel // size)
+    if size == 1:
+        return numel
+    return -(-numel // (size * chunk)) * chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +127,9 @@ class Layout:
         """The layout of a tensor that this rank holds entirely."""
         return cls(shape=tuple(shape))
 
-    def sliced(self, axis: str, rank: int, size: int, *, whole_rows: bool = False) -> Layout:
+    def sliced(self, axis: str, rank: int, size: int, *, whole_rows: bool = False, chunk: int = 1) -> Layout:
         """This layout with its shard flattened and divided over `axis` into slices of `slice_length`."""
-        length = slice_length(self.shard_shape, size, whole_rows=whole_rows)
+        length = slice_length(self.shard_shape, size, whole_rows=whole_rows, chunk=chunk)
         return Layout(
             shape=self.shape, split=self.split, slice=FlatSlice(axis=axis, rank=rank, size=size, length=length)
         )

@@ -12,6 +12,9 @@ from colossal_bcd.booster.checkpoint.held import Boosted
 from colossal_bcd.booster.checkpoint.manifest import FORMAT, VERSION
 from colossal_bcd.booster.checkpoint.source import Checkpoint
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.bitsandbytes_states import unwrapped
+from colossal_bcd.optim.entries import constant_names, entries_of
+from colossal_bcd.sharding import Layout
 
 HARMLESS = {"foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "decoupled_weight_decay"}
 """Options of torch's param groups that mean nothing here as long as they are off."""
@@ -31,22 +34,26 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Roste
     """
     groups = state_dict["param_groups"]
     keys = [key for group in groups for key in group["params"]]
-    names = _names(name, state_dict["state"], keys, boosted, roster)
+    by_key, shared = _split(state_dict["state"], set(keys))
+    names = _names(name, by_key, keys, boosted, roster)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     entries: dict[str, dict[str, Any]] = {}
-    for key, values in state_dict["state"].items():
-        parameter = names[int(key)]
+    shapes = {parameter: whole for _, _, parameter, whole in roster}
+    constant = constant_names((shapes[names[key]], values) for key, values in by_key.items())
+    for key, values in by_key.items():
+        parameter = names[key]
         numbers[parameter] = {}
         for state, value in values.items():
             if isinstance(value, Tensor) and not (state == "step" and isinstance(boosted.base, ShardedOptimizer)):
                 full = f"{parameter}.{state}"
                 tensors[full] = value
+                kind = _kind(boosted, state, value, Layout.whole(shapes[parameter]), constant)
                 entries[full] = {
                     "parameter": parameter,
                     "state": state,
                     "part": None,
-                    "kind": "whole" if state == "step" else "elementwise",
+                    "kind": kind,
                     "dtype": DTYPES[value.dtype],
                     "shape": list(value.shape),
                 }
@@ -63,6 +70,7 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Roste
             "waiting": [],
             "numbers": numbers,
             "entries": entries,
+            "shared": shared,
             "block": None,
             "parts": {},
             "loss_scaler": None,
@@ -71,35 +79,50 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Roste
     )
 
 
+def _split(state: dict[Any, Any], keys: set[Any]) -> tuple[dict[Any, dict[str, Any]], list[list[Any]]]:
+    """State of parameters by number, and what belongs to none."""
+    # ColossalAI's files have the numbers as strings.
+    numbers = {key: number for number in keys for key in (number, str(number))}
+    of_params = {numbers[key]: unwrapped(values) for key, values in state.items() if key in numbers}
+    return of_params, [[key, value] for key, value in state.items() if key not in numbers]
+
+
+def _kind(boosted: Boosted, state: str, value: Tensor, layout: Layout, constant: set[str]) -> str:
+    if isinstance(boosted.base, ShardedOptimizer):
+        return "whole" if state == "step" else "elementwise"
+    (entry,) = entries_of(boosted.base, value, layout, {}, {state: value}, constant)
+    return entry.kind
+
+
 def _names(
-    name: str, state: dict[Any, dict[str, Any]], keys: list[int], boosted: Boosted, roster: Roster
-) -> dict[int, str]:
+    name: str, state: dict[Any, dict[str, Any]], keys: list[Any], boosted: Boosted, roster: Roster
+) -> dict[Any, str]:
     if len(keys) != len(roster):
         raise CheckpointError(
             f"checkpoint {name}: got the state of an optimizer over {len(keys)} parameters, expected {len(roster)}, "
             "those that are trained now. It is of another model, other param groups or another block."
         )
-    shapes = {int(key): _shape(values) for key, values in state.items()}
+    shapes = {key: _shapes(values) for key, values in state.items()}
     left = list(roster)
     names = {}
     for key in keys:
-        shape = shapes.get(int(key))
-        fits = [i for i, (*_, whole) in enumerate(left) if boosted.block is not None and shape in (None, whole)]
+        found = shapes.get(key, [])
+        fits = [i for i, (*_, whole) in enumerate(left) if boosted.block is not None and (not found or whole in found)]
         place = fits[0] if fits else 0
         _, _, parameter, whole = left.pop(place)
-        if shape is not None and shape != whole:
+        if found and whole not in found:
+            shape = max(found, key=len)
             raise CheckpointError(
                 f"checkpoint {name}: got state of shape {shape} for parameter {parameter!r}, expected {whole}. It is "
                 "of another model or of other param groups."
             )
-        names[int(key)] = parameter
+        names[key] = parameter
     return names
 
 
-def _shape(values: dict[str, Any]) -> tuple[int, ...] | None:
-    """Shape of the parameter to which a state belongs."""
-    shapes = [tuple(value.shape) for state, value in values.items() if isinstance(value, Tensor) and state != "step"]
-    return max(shapes, key=len) if shapes else None
+def _shapes(values: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of a parameter's state, among which should be its own."""
+    return [tuple(value.shape) for state, value in values.items() if isinstance(value, Tensor) and state != "step"]
 
 
 def _groups(name: str, groups: list[dict[str, Any]], boosted: Boosted, roster: Roster) -> list[dict[str, Any]]:

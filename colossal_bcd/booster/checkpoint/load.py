@@ -18,10 +18,12 @@ from colossal_bcd.block.snapshot import names_at, resume, schedule_of
 from colossal_bcd.booster.checkpoint.errors import CheckpointError, together
 from colossal_bcd.booster.checkpoint.foreign import Roster, adopt
 from colossal_bcd.booster.checkpoint.held import Boosted, Held
+from colossal_bcd.booster.checkpoint.load_undeclared import check_shape, read_undeclared, require_parts_of
 from colossal_bcd.booster.checkpoint.manifest import load_hyper, load_scaler
 from colossal_bcd.booster.checkpoint.parts import contributors_of
 from colossal_bcd.booster.checkpoint.plan import MASTER, WRITER
 from colossal_bcd.booster.checkpoint.source import Checkpoint, open_checkpoint
+from colossal_bcd.booster.checkpoint.undeclared import load_shared
 from colossal_bcd.booster.checkpoint.verify import verify
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.entries import Entry, allocate, entries_of, write
@@ -64,6 +66,8 @@ class Loading:
         with boosted.taking(target.waiting):
             for held in [*boosted.held(), *target.waiting]:
                 _load(boosted, self.checkpoint, held, self.entries[held.name], self.by_param.get(held.name, {}))
+        if not isinstance(boosted.base, ShardedOptimizer):
+            load_shared(boosted.base, manifest.get("shared", []))
         _load_parts(boosted, self.checkpoint)
         boosted.renew()
 
@@ -174,10 +178,11 @@ def _check(boosted: Boosted, checkpoint: Checkpoint, held: Held, saved: dict[str
             "precision of the run that saved it."
         )
     if MASTER in saved:
-        _check_shape(checkpoint, held, MASTER, saved[MASTER], held.layout.shape)
+        check_shape(checkpoint, held, MASTER, saved[MASTER], held.layout.shape)
     states = {name: entry for name, entry in saved.items() if name != MASTER}
     if not isinstance(boosted.base, ShardedOptimizer):
-        return _undeclared(checkpoint, held, states)
+        require_parts_of(checkpoint, held, states)
+        return []
     if held.name not in checkpoint.manifest["numbers"]:
         return []
     group = dict(boosted.groups()[held.group])
@@ -185,7 +190,7 @@ def _check(boosted: Boosted, checkpoint: Checkpoint, held: Held, saved: dict[str
     expected = entries_of(boosted.base, torch.empty(0, dtype=held.dtype), held.layout, group)
     for entry in expected:
         if entry.name in states:
-            _check_shape(checkpoint, held, entry.name, states[entry.name], entry.cut.shape)
+            check_shape(checkpoint, held, entry.name, states[entry.name], entry.cut.shape)
         elif entry.held and (entry.mean_of is None or entry.mean_of not in states):
             raise CheckpointError(
                 f"checkpoint {checkpoint.name} has no {entry.name!r} of parameter {held.name!r}, expected one of shape "
@@ -198,27 +203,6 @@ def _check(boosted: Boosted, checkpoint: Checkpoint, held: Held, saved: dict[str
             "does not have. It is of another optimizer or other hyper-parameters."
         )
     return [entry for entry in expected if entry.held]
-
-
-def _undeclared(checkpoint: Checkpoint, held: Held, states: dict[str, dict[str, Any]]) -> list[Entry]:
-    """Entries of an optimizer that declares none."""
-    for name, said in states.items():
-        if said["kind"] == "elementwise":
-            _check_shape(checkpoint, held, name, said, held.layout.shape)
-        elif said["kind"] != "whole":
-            raise CheckpointError(
-                f"checkpoint {checkpoint.name}: state {name!r} of parameter {held.name!r} is not one value for each of "
-                "its values. It is of another optimizer."
-            )
-    return []
-
-
-def _check_shape(checkpoint: Checkpoint, held: Held, name: str, said: dict[str, Any], shape: tuple[int, ...]) -> None:
-    if tuple(said["shape"]) != shape:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: {name!r} of parameter {held.name!r} has shape {tuple(said['shape'])}, "
-            f"expected {shape}. It is of another model or other hyper-parameters."
-        )
 
 
 def _go_on_in_block(boosted: Boosted, checkpoint: Checkpoint) -> None:
@@ -243,7 +227,7 @@ def _load(
     if not isinstance(base, ShardedOptimizer):
         base.state.pop(tensor, None)
         if numbers is not None:
-            base.state[tensor] = {**numbers, **_tensors(checkpoint, held, tensor, group, saved)}
+            base.state[tensor] = read_undeclared(base, checkpoint, held, tensor, saved)
         return
     if numbers is None:
         base.state.pop(tensor, None)
@@ -260,26 +244,6 @@ def _whole(checkpoint: Checkpoint, owner: str, entry: Entry) -> Tensor:
     if name in checkpoint.entries:
         return checkpoint.tensor(name)
     return checkpoint.tensor(f"{owner}.{entry.mean_of}").mean(-1)
-
-
-def _tensors(
-    checkpoint: Checkpoint, held: Held, tensor: Tensor, group: dict[str, Any], saved: dict[str, dict[str, Any]]
-) -> dict[str, Tensor]:
-    """State of an optimizer that declares none."""
-    state = {}
-    cut = elements(held.layout)
-    for name, said in saved.items():
-        if name == MASTER:
-            continue
-        whole = checkpoint.tensor(f"{held.name}.{name}")
-        if said["kind"] == "elementwise":
-            state[name] = torch.zeros(tensor.shape, dtype=whole.dtype, device=tensor.device)
-            cut.write(state[name], cut.pick(whole))
-        else:
-            # torch's optimizers keep the step on the host unless a captured graph counts it.
-            on_device = name != "step" or group.get("capturable") or group.get("fused")
-            state[name] = whole.to(tensor.device if on_device else "cpu", copy=True)
-    return state
 
 
 def _load_parts(boosted: Boosted, checkpoint: Checkpoint) -> None:

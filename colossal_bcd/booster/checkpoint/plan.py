@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,17 @@ from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.snapshot import Contributor
 from colossal_bcd.booster.checkpoint.held import Boosted, Held
 from colossal_bcd.booster.checkpoint.parts import contributors_of
-from colossal_bcd.optim.entries import Entry, entries_of, entry_like, numbers_of, read
-from colossal_bcd.sharding.canonical import Cut, covers
+from colossal_bcd.booster.checkpoint.undeclared import (
+    MARK,
+    agreed,
+    digest_of,
+    region_of,
+    shared_state,
+    taken_apart,
+)
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.entries import Entry, constant_names, entries_of, entry_like, numbers_of, read
+from colossal_bcd.sharding.canonical import Cut, covers, whole
 
 MASTER = "master"
 """What the float32 master of a parameter is called among its state."""
@@ -41,6 +51,12 @@ class Piece:
     held: bool
     part: str | None = None
     """The contributor whose it is, if any."""
+    region: str = ""
+    """Of undeclared state: see `region_of`."""
+    shape: tuple[int, ...] = ()
+    """Of undeclared state: that of this rank's tensor."""
+    digest: str = ""
+    """Of undeclared state that should be the same on all ranks: see `digest_of`."""
 
     @property
     def name(self) -> str:
@@ -93,8 +109,14 @@ class Own:
         self.pieces: list[Piece] = []
         self.numbers: dict[str, dict[str, Any]] = {}
         self.part_numbers: dict[str, dict[str, dict[str, Any]]] = {}
+        self.regions: dict[str, str] = {}
+        """Of each parameter with state: see `region_of`."""
+        self.shared = shared_state(self._base)
         self.groups: list[list[tuple[int, str]]] = [[] for _ in boosted.groups()]
         self.waiting: list[tuple[int, str]] = []
+        everything = [] if isinstance(self._base, ShardedOptimizer) else [*boosted.held(), *boosted.waiting()]
+        apart = [(held.layout.local_shape, taken_apart(boosted.state(held))[0]) for held in everything]
+        self._constant = constant_names(apart)
         for held in boosted.held():
             self.groups[held.group].append((held.key, held.name))
             self._add(boosted, held)
@@ -111,8 +133,11 @@ class Own:
 
     def values(self, name: str) -> Tensor:
         """[n] this rank's data of a tensor."""
-        entry, state = self._entries[name]
-        return read(entry, state)
+        if name in self._entries:
+            entry, state = self._entries[name]
+            return read(entry, state)
+        entry, state = self._entries[name.rpartition(MARK)[0]]
+        return state[entry.name].reshape(-1)
 
     def _add(self, boosted: Boosted, held: Held) -> None:
         tensor, state = boosted.tensor(held), boosted.state(held)
@@ -120,10 +145,16 @@ class Own:
             self._announce(held.name, entry_like(MASTER, tensor, held.layout), {MASTER: tensor.detach()}, (held.key, 0))
         if not state:
             return
-        self.numbers[held.name] = numbers_of(boosted.rule, state)
-        entries = entries_of(self._base, tensor, held.layout, boosted.groups()[held.group], state)
+        region = ""
+        if isinstance(self._base, ShardedOptimizer):
+            self.numbers[held.name] = numbers_of(boosted.rule, state)
+        else:
+            state, self.numbers[held.name] = taken_apart(state)
+            region = self.regions[held.name] = region_of(held.layout)
+        group = boosted.groups()[held.group]
+        entries = entries_of(self._base, tensor, held.layout, group, state, self._constant)
         for place, entry in enumerate(entries, start=1):
-            self._announce(held.name, entry, state, (held.key, place))
+            self._announce(held.name, entry, state, (held.key, place), region=region)
 
     def _add_part(self, boosted: Boosted, part: str, contributor: Contributor) -> None:
         place = LATER
@@ -135,9 +166,16 @@ class Own:
                 place += 1
 
     def _announce(
-        self, parameter: str, entry: Entry, state: Mapping[str, Any], order: tuple[int, int], part: str | None = None
+        self,
+        parameter: str,
+        entry: Entry,
+        state: Mapping[str, Any],
+        order: tuple[int, int],
+        part: str | None = None,
+        region: str = "",
     ) -> None:
         before = "" if part is None else f"{part}."
+        same = bool(region) and entry.kind == "whole" and _world() > 1
         piece = Piece(
             parameter=parameter,
             state=f"{before}{entry.name}",
@@ -148,6 +186,9 @@ class Own:
             mean_of=None if entry.mean_of is None else f"{parameter}.{before}{entry.mean_of}",
             held=entry.held,
             part=part,
+            region=region,
+            shape=tuple(state[entry.name].shape) if region else (),
+            digest=digest_of(state[entry.name]) if same else "",
         )
         self._entries[piece.name] = entry, state
         self.pieces.append(piece)
@@ -160,6 +201,10 @@ class Plan:
     tensors: list[Whole]
     numbers: dict[str, dict[str, Any]]
     """In the state of each parameter."""
+    own_numbers: dict[str, dict[str, dict[str, Any]]]
+    """The same of parameters of which ranks have different ones: by region."""
+    shared: list[list[Any]]
+    """State of the base optimizer that belongs to no parameter; see `shared_state`."""
     part_numbers: dict[str, dict[str, dict[str, Any]]]
     """The same of contributors, by their names."""
     groups: list[list[str]]
@@ -170,36 +215,63 @@ class Plan:
 
 
 def make_plan(own: Own) -> Plan:
-    """Agree who sends what: one exchange of names."""
-    mine = (own.pieces, own.numbers, own.part_numbers, [*own.groups, own.waiting])
+    """Agree who sends what: one exchange of names.
+
+    Raises:
+        CheckpointError: on every rank; see `agreed`.
+    """
+    mine = (own.pieces, own.numbers, own.part_numbers, [*own.groups, own.waiting], own.regions, own.shared)
     reports: list[Any] = [mine]
     if _world() > 1:
         reports = [None] * _world()
         dist.all_gather_object(reports, mine)
     pieces: dict[str, list[tuple[int, Piece]]] = {}
     numbers: dict[str, dict[str, Any]] = {}
+    own_numbers: dict[str, dict[str, dict[str, Any]]] = {}
     part_numbers: dict[str, dict[str, dict[str, Any]]] = {}
-    members: list[set[tuple[int, str]]] = [set() for _ in mine[-1]]
-    for rank, (announced, of_state, of_parts, groups) in enumerate(reports):
+    members: list[set[tuple[int, str]]] = [set() for _ in mine[3]]
+    for rank, (announced, of_state, of_parts, groups, regions, _) in enumerate(reports):
         for piece in announced:
             pieces.setdefault(piece.name, []).append((rank, piece))
         for name, values in of_state.items():
             numbers.setdefault(name, values)
+            if name in regions:
+                own_numbers.setdefault(name, {}).setdefault(regions[name], values)
         for part, of_part in of_parts.items():
             part_numbers[part] = {**of_part, **part_numbers.get(part, {})}
         for index, group in enumerate(groups):
             members[index].update(group)
-    ordered = sorted(pieces.values(), key=lambda parts: (parts[0][1].order, parts[0][1].name))
+    ordered = sorted(_by_region(pieces), key=lambda parts: (parts[0][1].order, parts[0][1].name))
     tensors = [_whole(parts) for parts in ordered]
     *groups, waiting = ([name for _, name in sorted(group)] for group in members)
     return Plan(
         tensors=tensors,
         numbers=numbers,
+        own_numbers={name: of for name, of in own_numbers.items() if len(set(map(repr, of.values()))) > 1},
+        shared=agreed(report[-1] for report in reports),
         part_numbers=part_numbers,
         groups=groups,
         waiting=waiting,
         keys={name: key for group in members for key, name in group},
     )
+
+
+def _by_region(pieces: Mapping[str, list[tuple[int, Piece]]]) -> list[list[tuple[int, Piece]]]:
+    """Parts of each tensor, where state that ranks cannot put together is a tensor of its own for every region."""
+    result = []
+    for parts in pieces.values():
+        first = parts[0][1]
+        alike = all(piece.kind == first.kind and piece.digest == first.digest for _, piece in parts)
+        if alike and first.kind != "part":
+            result.append(parts)
+            continue
+        regions: dict[str, list[tuple[int, Piece]]] = {}
+        for rank, piece in parts:
+            name, cut = f"{piece.state}{MARK}{piece.region}", whole(piece.shape)
+            apart = dataclasses.replace(piece, state=name, cut=cut, kind="part")
+            regions.setdefault(piece.region, [(rank, apart)])
+        result += regions.values()
+    return result
 
 
 def _whole(parts: list[tuple[int, Piece]]) -> Whole:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from colossal_bcd.booster.checkpoint.files import (
     write_json,
 )
 from colossal_bcd.booster.checkpoint.held import Boosted
-from colossal_bcd.booster.checkpoint.manifest import manifest_of
+from colossal_bcd.booster.checkpoint.manifest import manifest_of, plain_hyper
 from colossal_bcd.booster.checkpoint.plan import WRITER, Own, Plan, Whole, assembled, make_plan
+from colossal_bcd.booster.checkpoint.values import decode, plainly, tensors_within
 
 PROGRESS_DELAY = 5.0
 """Seconds after which a save shows its progress."""
@@ -96,7 +97,7 @@ def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     others: dict[str, Tensor] = {}
     for name, numbers in plan.numbers.items():
-        state[plan.keys[name]] = dict(numbers)
+        state[plan.keys[name]] = plain_numbers(numbers)
     for tensor, values in assembled(plan, own, everywhere=everywhere):
         if values is None:
             continue
@@ -105,9 +106,16 @@ def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
         else:
             others[tensor.name] = values
     groups = [
-        {**group["hyper"], "params": [plan.keys[name] for name in group["parameters"]]} for group in manifest["groups"]
+        {**plain_hyper(group["hyper"]), "params": [plan.keys[name] for name in group["parameters"]]}
+        for group in manifest["groups"]
     ]
-    return {"state": state, "param_groups": groups, "others": others, "manifest": manifest}
+    everything: dict[Any, Any] = {**state, **{decode(key): plainly(decode(value)) for key, value in plan.shared}}
+    return {"state": everything, "param_groups": groups, "others": others, "manifest": manifest}
+
+
+def plain_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter's state has beside tensors, as Python's values; see `plainly`."""
+    return {name: plainly(decode(value)) for name, value in numbers.items() if not tensors_within(value)}
 
 
 class _FolderWriter:

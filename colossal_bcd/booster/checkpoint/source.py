@@ -14,7 +14,7 @@ from torch import Tensor
 
 from colossal_bcd.booster.checkpoint.errors import CheckpointError
 from colossal_bcd.booster.checkpoint.files import check_file, read_json
-from colossal_bcd.booster.checkpoint.manifest import FORMAT, VERSION
+from colossal_bcd.booster.checkpoint.manifest import FORMAT, OLD_VERSIONS, VERSION, upgraded
 
 TORCH_INDEX = ".index.json"
 """How the name of ColossalAI's index of a folder ends."""
@@ -86,8 +86,8 @@ def open_checkpoint(path: Path, index: str, *, contents: bool) -> Checkpoint | d
 
 
 def require_manifest(name: str, manifest: Mapping[str, Any]) -> None:
-    """Refuse what is no manifest of this version."""
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    """Refuse what is no manifest of this version or of one that loads, too."""
+    if manifest.get("format") != FORMAT or manifest.get("version") not in (VERSION, *OLD_VERSIONS):
         raise CheckpointError(
             f"checkpoint {name}: got format {manifest.get('format')!r}, version {manifest.get('version')!r}, expected "
             f"{FORMAT!r}, version {VERSION}. It is foreign, or written by another version of colossal_bcd."
@@ -99,7 +99,7 @@ def _from_index(index: Path) -> Checkpoint:
     require_manifest(str(index), manifest)
     for name, said in manifest["files"].items():
         check_file(index.parent / name, said, contents=False)
-    return Checkpoint(str(index), manifest, {}, index.parent)
+    return Checkpoint(str(index), upgraded(manifest), {}, index.parent)
 
 
 def _from_file(path: Path, *, contents: bool) -> Checkpoint | dict[str, Any]:
@@ -125,10 +125,11 @@ def opened_state(state: dict[str, Any], name: str = "state dict") -> Checkpoint 
     tensors = {
         f"{names[key]}.{entry}": value
         for key, entries in state["state"].items()
+        if key in names
         for entry, value in entries.items()
         if isinstance(value, Tensor)
     }
-    return Checkpoint(name, manifest, {**tensors, **state["others"]})
+    return Checkpoint(name, upgraded(manifest), {**tensors, **state["others"]})
 
 
 def read_torch(path: Path, *, contents: bool) -> dict[str, Any]:

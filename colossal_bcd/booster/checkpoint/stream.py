@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colossal_bcd.booster.checkpoint.held import Boosted
 from colossal_bcd.booster.checkpoint.plan import assembled
-from colossal_bcd.booster.checkpoint.save import prepare_state, whole_state
+from colossal_bcd.booster.checkpoint.save import plain_numbers, prepare_state, whole_state
 
 Pinned = MutableMapping[int, dict[str, Tensor]]
 """Number of a parameter -> name of an entry -> buffer on the CPU, pinned where there is a device to copy from."""
@@ -22,8 +22,10 @@ MIB = 2**20
 def pinned_state(boosted: Boosted, pinned: Pinned | None, *, everywhere: bool) -> dict[str, Any]:
     """`whole_state`, in the buffers of `pinned` if they are given."""
     state = whole_state(boosted, everywhere=everywhere)
-    for key, entries in state["state"].items():
-        state["state"][key] = {name: _held(pinned, key, name, value) for name, value in entries.items()}
+    for key in state["manifest"]["keys"].values():
+        entries = state["state"].get(key, {})
+        if entries:
+            state["state"][key] = {name: _held(pinned, key, name, value) for name, value in entries.items()}
     return state
 
 
@@ -38,7 +40,7 @@ def state_shards(
             sizes[tensor.parameter] += tensor.num_bytes / MIB
     shard: dict[int, dict[str, Any]] = {}
     filled, current = 0.0, None
-    numbered = {name: dict(numbers) for name, numbers in plan.numbers.items()}
+    numbered = {name: plain_numbers(numbers) for name, numbers in plan.numbers.items()}
     for tensor, values in assembled(plan, own, everywhere=everywhere):
         if not tensor.in_state:
             continue
