@@ -228,7 +228,8 @@ class Switching(CopiedWithModel, Wrapper):
         """Before a step, when every master has its gradient; the masters of an engine have that of any rank."""
         tensors, named, groups, grouped = self._tenants.tensors, self.named_parameters, {}, set[Parameter]()
         for block in self.active_blocks():
-            members = {name: named[name] for name in block.parameters if name in named}
+            # Whether the schedule is that of the other ranks is found out at the switch, not here.
+            members = {name: named[name] for name in block.parameters if named.get(name) in tensors}
             groups[block.name] = {name: tensors[param].grad is not None for name, param in members.items()}
             grouped.update(members.values())
         others = any(tensor.grad is not None for param, tensor in tensors.items() if param not in grouped)
