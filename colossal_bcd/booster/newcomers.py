@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class Newcomers:
     """
 
     def __init__(self, engine: Any, members: Sequence[Sequence[Parameter]]) -> None:
-        self._engine = engine
+        # Without a circle, so that an engine is freed, and its hooks with it, as soon as nobody holds it.
+        self._engine = weakref.proxy(engine)
         self.members = [list(params) for params in members]
         self._differ = LateFlag()
 
