@@ -18,8 +18,9 @@ from checkpoint_cases import LR, Run
 from colossalai.booster import Booster
 
 from colossal_bcd import AdamW, BlockOptimizer
-from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin, faults
+from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin
 from colossal_bcd.booster.checkpoint import files, folder, plan
+from colossal_bcd.engine import faults
 from colossal_bcd.engine.faults import TIMEOUT
 
 GOOD = 2
