@@ -425,8 +425,11 @@ def stages_agree(kind: str) -> bool:
     return True
 
 
-def follows_ddp(kind: str, dtype: torch.dtype, master_weights: bool, extra: int) -> bool:
-    """Two steps of SGD beside torch's DDP in the same dtype: gradients, then weights."""
+def follows_ddp(kind: str, dtype: torch.dtype, master_weights: bool, extra: int, zero_grad: bool = True) -> bool:
+    """Two steps of SGD beside torch's DDP in the same dtype: gradients, then weights.
+
+    Without `zero_grad` gradients accumulate over the steps, as ColossalAI's test has it.
+    """
     rtol, atol = (5e-2, 5e-4) if dtype is torch.float16 else (4e-3, 4e-3)  # those of ColossalAI's test
     groups: dict[str, Any] = {}
     if extra > 1:
@@ -455,8 +458,9 @@ def follows_ddp(kind: str, dtype: torch.dtype, master_weights: bool, extra: int)
             optimizer.step()
             zero._force_wait_all_gather()
             assert_close(list(ours.parameters()), list(plain.parameters()), rtol=rtol, atol=atol)
-            zero.zero_grad()
-            optimizer.zero_grad()
+            if zero_grad:
+                zero.zero_grad()
+                optimizer.zero_grad()
     return True
 
 
@@ -548,7 +552,12 @@ def layer_drop(kind: str) -> bool:
 CONSTRUCTED: list[tuple[Any, tuple[Any, ...]]] = [
     (stages_agree, ()),
     *((follows_ddp, (dtype, masters, 1)) for dtype in (torch.float16, torch.bfloat16) for masters in (True, False)),
-    (follows_ddp, (torch.bfloat16, True, 2)),
+    *((follows_ddp, (torch.bfloat16, True, 2, zero_grad)) for zero_grad in (True, False)),
+    *(
+        (follows_ddp, (dtype, masters, 1, False))
+        for dtype in (torch.float16, torch.bfloat16)
+        for masters in (True, False)
+    ),
     (accumulates, ()),
     (loads_torch_state, ()),
     (freed, ()),

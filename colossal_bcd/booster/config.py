@@ -58,6 +58,9 @@ class EngineConfig:
     """How gradients of projected parameters travel."""
     verbose: bool = False
     """Log every step that loss scaling skips."""
+    keep_gradients: bool = False
+    """Whether averages of a plain optimizer accumulate over steps until `zero_grad`, as ColossalAI's do; they then stay
+    alive in the step, 2 bytes per parameter for bf16 weights, over the ZeRO ranks with `partition_grad`."""
     fp16: Mapping[str, float] | None = None
     """Arguments of the loss scaler; None is no loss scaling."""
 

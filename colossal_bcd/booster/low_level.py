@@ -31,7 +31,8 @@ class LowLevelZeroOptimizer(ZeroOptimizer):
     """ZeRO stage 1 and 2 around any optimizer; takes the arguments of colossalai.zero.LowLevelZeroOptimizer.
 
     The model stays as it is: weights are trained in the dtype that they have, and nothing casts its inputs.  Weights
-    that ColossalAI's d_tensor has divided over tensor-parallel ranks stay divided.
+    that ColossalAI's d_tensor has divided over tensor-parallel ranks stay divided.  Gradients of a plain optimizer
+    accumulate over steps until `zero_grad`, as ColossalAI's do; under a booster a step uses them up.
 
     Args:
         low_rank: how gradients of projected parameters travel; see `LowRankOptions`.
@@ -72,6 +73,7 @@ class LowLevelZeroOptimizer(ZeroOptimizer):
             max_norm=arguments["clip_grad_norm"],
             low_rank=low_rank or LowRankOptions(),
             verbose=arguments["verbose"],
+            keep_gradients=True,
             fp16={name: arguments[name] for name in SCALER_ARGUMENTS} if params[0].dtype == torch.float16 else None,
         )
         model = SimpleNamespace(_hook_context=arguments["backward_context"] or contextlib.nullcontext)

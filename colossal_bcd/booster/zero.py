@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Collection, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler, mesh_o
 from colossal_bcd.booster.correction import corrections_of
 from colossal_bcd.booster.factors import EngineFactors
 from colossal_bcd.booster.importance import squared_weights
+from colossal_bcd.booster.kept import KeptGradients
 from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
 from colossal_bcd.booster.masters import ShardedMasters
 from colossal_bcd.booster.newcomers import Newcomers
@@ -105,10 +107,15 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         )
         self._mesh = mesh_of(config, self._device)
         self._low_rank = LowRankGradients(self._base, config, self.shared_params)
+        plain = not isinstance(optimizer, BlockOptimizer) and not self._low_rank.wanted
+        self._kept = KeptGradients(wanted=plain and config.keep_gradients, max_norm=config.max_norm)
         self._reducer = GradientReducer([], self._reducer_config())
         self.mixed_precision_mixin = None
         if config.fp16 is not None:
-            self.mixed_precision_mixin = LossScaler(lambda: self._reducer.checked, **config.fp16)
+            engine = weakref.ref(self)  # else only the garbage collector could free the optimizer
+            self.mixed_precision_mixin = LossScaler(
+                lambda: [] if (alive := engine()) is None else alive._reducer.checked, **config.fp16
+            )
         self.param_to_pg = dict.fromkeys(layouts, self._zero_pg())
         held = set(self.layouts)
         self._unused = Unused(parameter_names)
@@ -150,6 +157,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """Move the averaged gradients to the masters."""
         self._reducer.take_back()
         images = self._low_rank.take(self._reducer)
+        self._kept.take(self._reducer)
         self.masters.load_gradients(self._reducer.grads, partitioned=self.config.partition_grad)
         self._low_rank.hand_over(images, self.masters, self._mesh)
 
@@ -362,9 +370,11 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """Free the masters' gradients; zeros without memory go on saying which parameters had one.
 
         torch keeps gradients until `zero_grad`, and transformers' AdafactorSchedule looks for them.  So does a plain
-        optimizer whose weights are their own masters, on which the next backward pass adds.
+        optimizer whose weights are their own masters, on which the next backward pass adds, and where
+        `keep_gradients` asks for it.
         """
         self._low_rank.held.clear()
+        self._kept.give_back(self._reducer, self.masters.of, self._current_grad_norm)
         whole = not self.config.zero_groups and not isinstance(self.optim, BlockOptimizer) and not self._low_rank.wanted
         for param, master in self.masters.of.items():
             if master.grad is None:
@@ -372,7 +382,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             if whole and master.data_ptr() == param.data_ptr():
                 self._reducer.grads[param] = master.grad.view(-1)
             else:
-                self._consumed = True
+                self._consumed = not self._kept.wanted
             master.grad = master.new_zeros(()).expand_as(master)
         part_of_sum(self.model, self.tp_pg, self.masters.of, self._reducer.grads)
         self.show_gradients()
@@ -417,6 +427,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._newcomers.look()
         self._low_rank.expect(self._reducer, self.masters.of)
         self._reducer.begin(self.require_grad_sync)
+        self._kept.begin(self._reducer, self.loss_scale)
 
     def _after_backward(self) -> None:
         if self.require_grad_sync:
