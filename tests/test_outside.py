@@ -89,6 +89,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "zero2-blocks": {"plugin": "zero", "stage": 2, "precision": "bf16", "blocks": True},
     "tp2": {**HYBRID, "tp_size": 2, "zero_stage": 1},
     "low-rank": {"plugin": "zero", "stage": 1, "precision": "bf16", "galore": True},
+    "fp16": {"plugin": "zero", "stage": 1, "precision": "fp16", "dtype": torch.float16, "initial_scale": 2**8},
 }
 
 

@@ -214,8 +214,12 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._newcomers.join()
 
     def show_gradients(self) -> None:
-        """Let `param.grad` be the average where every rank has the whole of it; what is changed there counts."""
-        self._reducer.show(alone=self.tp_pg is None and self.pp_pg is None)
+        """Let `param.grad` be the average where every rank has the whole of it; what is changed there counts.
+
+        Under a loss scale it is not shown either: torch's functions would clip the scaled norm.
+        """
+        alone = self.tp_pg is None and self.pp_pg is None and self.mixed_precision_mixin is None
+        self._reducer.show(alone=alone)
 
     @contextlib.contextmanager
     def no_sync(self) -> Any:

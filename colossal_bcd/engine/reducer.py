@@ -171,7 +171,8 @@ class GradientReducer:
         """Let each `param.grad` be the average, without a copy, or a `ShardedGradient` where that would be a part only.
 
         Args:
-            alone: data-parallel ranks are all ranks, so that the gradients here are those of the whole model.
+            alone: data-parallel ranks are all ranks, so that the gradients here are those of the whole model, and
+                they have no loss scale.
         """
         for param, grad in self.grads.items():
             is_whole = alone and param not in self.images and (self._world == 1 or not self.config.partition)
@@ -194,8 +195,8 @@ class GradientReducer:
             elif not isinstance(grad, ShardedGradient):
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} was given a gradient by hand, expected the one that "
-                    "backward has left, as ranks hold parts of it. Change gradients with ZeRO stage 0 or 1 and "
-                    "without tensor and pipeline parallelism."
+                    "backward has left, as ranks hold parts of it, or it has the loss scale. Change gradients with "
+                    "ZeRO stage 0 or 1, without tensor and pipeline parallelism and fp16."
                 )
         self.shown.clear()
 

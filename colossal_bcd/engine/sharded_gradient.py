@@ -28,7 +28,8 @@ class ShardedGradient(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise ValueError(
             f"param.grad: got {func.overloadpacket.__name__} on a gradient that is divided over ranks (ZeRO stage 2, "
-            "tensor or pipeline parallelism) or held in low rank, expected nothing to read or change it. Clip with "
+            "tensor or pipeline parallelism), held in low rank, or multiplied by a loss scale (fp16), expected nothing "
+            "to read or change it. Clip with "
             "optimizer.clip_grad_by_norm(...) or the plugin's max_norm, read optimizer.get_grad_norm() after the step, "
             "drop gradients with optimizer.zero_grad(), and call backward through the booster."
         )
