@@ -31,8 +31,8 @@ OPTIMIZERS: dict[str, Any] = {
     "Lamb": lambda params: colossal_bcd.Lamb(params, lr=1e-2),
     "Adafactor": lambda params: colossal_bcd.Adafactor(params, lr=1e-2, relative_step=False),
     "CAME": lambda params: colossal_bcd.CAME(params, lr=1e-2),
-    "GaLoreAdamW": lambda params: colossal_bcd.GaLoreAdamW(params, lr=1e-2),
-    "GaLoreSGD": lambda params: colossal_bcd.GaLoreSGD(params, lr=1e-2),
+    "GaLoreAdamW": lambda params: colossal_bcd.GaLoreAdamW(params, lr=1e-2, rank=2),
+    "GaLoreSGD": lambda params: colossal_bcd.GaLoreSGD(params, lr=1e-2, rank=2),
 }
 
 
