@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import functools
 import gc
 import inspect
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -76,21 +79,23 @@ def run_ranks(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout: float
     importable, and arguments and results must pickle.
 
     Raises:
-        RankError: a rank raised, died, or was still running after `timeout` seconds; all ranks are ended.
+        RankError: a rank raised, died, or was still running after `timeout` seconds, where it then was in its code; all
+            ranks are ended.
     """
     context = start_server()
     with tempfile.TemporaryDirectory() as folder:
         ranks, pipes = [], []
         for rank in range(num_ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main, args=(sender, rank, num_ranks, str(Path(folder, "store")), fn, args), daemon=True
-            )
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank_main, args=(theirs, rank, num_ranks, folder, fn, args), daemon=True)
             process.start()
-            sender.close()
+            theirs.close()
             ranks.append(process)
-            pipes.append(receiver)
+            pipes.append(ours)
         outcomes = _outcomes(pipes, timeout)
+        for rank, process in enumerate(ranks):
+            if outcomes[rank][0] == "late":
+                outcomes[rank] = ("late", outcomes[rank][1] + _stack_of(process, _stack_file(folder, rank)))
         for process in ranks:
             process.kill()
             process.join()
@@ -121,20 +126,40 @@ def _outcomes(pipes: list[Connection], timeout: float) -> list[tuple[str, Any]]:
     return [outcomes.get(rank, ("late", "still running when time was up")) for rank in range(len(pipes))]
 
 
+def _stack_file(folder: str, rank: int) -> Path:
+    return Path(folder, f"stack_of_rank_{rank}")
+
+
+def _stack_of(process: Any, path: Path) -> str:
+    """Python stacks of a process's threads; nothing if it ends meanwhile or hasn't come to its function yet."""
+    if not path.exists():
+        return ""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    return "\n" + path.read_text()
+
+
 def _rank_main(
-    pipe: Connection, rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection, rank: int, size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    stack = _stack_file(folder, rank).open("w")  # open for as long as the process lives
+    faulthandler.register(signal.SIGUSR1, stack)
     torch.set_num_threads(1)
     gc.freeze()  # what the server imported: neither walked by collections nor among the tensors of this rank
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         outcome: tuple[str, Any] = ("ok", fn(*args))
         message = pickle.dumps(outcome)
     except BaseException:
         message = pickle.dumps(("failed", traceback.format_exc()))
+        pipe.send_bytes(message)
+        os._exit(0)
     pipe.send_bytes(message)
-    pipe.close()
+    # Threads of gloo may still be sending to a slower rank, which would wait for ever if this one ended before it.
+    with contextlib.suppress(EOFError):
+        pipe.recv_bytes()
     os._exit(0)
 
 
@@ -220,11 +245,16 @@ class CollectiveCounter:
 
 
 def storages(*roots: Any) -> dict[int, int]:
-    """Storages behind the tensors in nested containers: address -> bytes, each storage once."""
+    """Storages behind the tensors in nested containers: address -> bytes, each storage once.
+
+    Tensors of the device "meta", which those of torch's compiler are, occupy no memory and are left out.
+    """
     found: dict[int, int] = {}
     for leaf in tree_leaves(roots):
-        if isinstance(leaf, Tensor) and torch._C._has_storage(leaf) and leaf.untyped_storage().nbytes() > 0:
-            found[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+        if isinstance(leaf, Tensor) and torch._C._has_storage(leaf):
+            storage = leaf.untyped_storage()
+            if storage.device.type != "meta" and storage.nbytes() > 0:
+                found[storage.data_ptr()] = storage.nbytes()
     return found
 
 
@@ -289,8 +319,10 @@ class PeakBytes(TorchDispatchMode):
 
     def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
         """Count a storage as `size` bytes until it is freed; its address may then be another's."""
+        if storage.nbytes() == 0 or storage.device.type == "meta":
+            return
         address = storage.data_ptr()
-        if storage.nbytes() == 0 or address in self._known:
+        if address in self._known:
             return
         self._known.add(address)
         self.current += size

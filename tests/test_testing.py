@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from colossal_bcd.testing import CollectiveCounter, PeakBytes, RankError, live_bytes, run_ranks, storages
 
@@ -279,3 +280,43 @@ def test_live_bytes_follows_tensors():
     assert live_bytes() == before + 4000
     del x, views
     assert live_bytes() == before
+
+
+def test_bytes_are_counted_beside_tensors_of_the_compiler():
+    """Compiled code of an earlier test keeps fake tensors alive, whose storages have no address."""
+    with FakeTensorMode():
+        fake = torch.ones(3, 5)
+    before = live_bytes()
+    with PeakBytes() as measured:
+        x = torch.ones(1000)
+    assert live_bytes() == before + 4000
+    assert measured.peak == 4000
+    assert storages([fake, torch.ones(7, device="meta"), x]) == {x.data_ptr(): 4000}
+
+
+SENT = []
+
+
+def _ends_before_its_last_message_is_read(size):
+    if dist.get_rank() == 0:
+        SENT.append(dist.isend(torch.ones(size), 1))
+        return 0
+    time.sleep(1)
+    received = torch.zeros(size)
+    dist.recv(received, 0)
+    return int(received.double().sum())
+
+
+def test_a_rank_stays_until_the_others_have_what_it_sends():
+    size = 10_000_000
+    assert run_ranks(2, _ends_before_its_last_message_is_read, size) == [0, size]
+
+
+def _waits_for_ever_on_rank_1():
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+
+
+def test_a_rank_that_is_late_says_where_it_waits():
+    with pytest.raises(RankError, match=r"rank 1\nstill running when time was up(.|\n)*_waits_for_ever_on_rank_1"):
+        run_ranks(2, _waits_for_ever_on_rank_1, timeout=3)
