@@ -13,6 +13,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["colossal_bcd", "colossal_bcd.*"]),
+    package_data={"colossal_bcd": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "bitsandbytes>=0.50",

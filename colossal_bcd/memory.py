@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.stack import STACK_BYTES
+from colossal_bcd.optim.state.stack import STACK_BYTES
 from colossal_bcd.sharding import Layout, wide
 
 
@@ -69,7 +69,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Trained:
     """A parameter with the param group that trains it."""
 
     dtype: torch.dtype
@@ -107,7 +107,7 @@ def estimate(
     if layouts is not None:
         of = {param: layouts[param] for param in of if param in layouts}
     held = {
-        param: _Held(param.dtype, group, of[param])
+        param: _Trained(param.dtype, group, of[param])
         for group, params in zip(base.param_groups, members, strict=True)
         for param in params
         if param in of
@@ -131,7 +131,7 @@ def estimate(
 
 
 def _of_block(
-    optimizer: BlockOptimizer, plan: Plan, counter: _Counter, held: Mapping[Tensor, _Held], num_steps: int
+    optimizer: BlockOptimizer, plan: Plan, counter: _Counter, held: Mapping[Tensor, _Trained], num_steps: int
 ) -> Estimate:
     def found(names: Iterable[str]) -> set[Any]:
         return {param for param in map(optimizer.named_parameters.get, names) if param in held}
@@ -164,7 +164,7 @@ class _Counter:
         self._partition_grad, self._master_weights = partition_grad, master_weights
         self._whole_rows = isinstance(base, ShardedOptimizer) and not base.is_elementwise
 
-    def estimate(self, active: Iterable[_Held], kept: Iterable[_Held] = (), **others: int) -> Estimate:
+    def estimate(self, active: Iterable[_Trained], kept: Iterable[_Trained] = (), **others: int) -> Estimate:
         """Of what is active, and of what keeps masters and state besides."""
         active, kept = list(active), list(kept)
         entire = sum(math.prod(held.layout.local_shape) * held.dtype.itemsize for held in active)
@@ -179,30 +179,30 @@ class _Counter:
             **{"residuals": 0, "waiting": 0, **others},
         )
 
-    def numel(self, held: _Held) -> int:
+    def numel(self, held: _Trained) -> int:
         """Values of this rank's part, padding included."""
         return self._layout(held).max_local
 
-    def has_copy(self, held: _Held) -> bool:
+    def has_copy(self, held: _Trained) -> bool:
         """Whether the master is another tensor than the weight."""
         return self._num_shards > 1 or self._dtype(held) != held.dtype
 
-    def _dtype(self, held: _Held) -> torch.dtype:
+    def _dtype(self, held: _Trained) -> torch.dtype:
         return wide(held.dtype) if self._master_weights else held.dtype
 
-    def _layout(self, held: _Held) -> Layout:
+    def _layout(self, held: _Trained) -> Layout:
         if self._num_shards == 1:
             return held.layout
         return held.layout.sliced("zero", 0, self._num_shards, whole_rows=self._whole_rows)
 
-    def _state(self, held: _Held) -> int:
+    def _state(self, held: _Trained) -> int:
         if isinstance(self._base, ShardedOptimizer):
             specs = self._base.state_spec(self._layout(held), self._base._hyper(held.group))
             return sum(spec.num_bytes(self._dtype(held)) for spec in specs.values())
         per_value, in_all = _probe(self._base, held.group)
         return self.numel(held) * per_value * self._dtype(held).itemsize + in_all
 
-    def _temporaries(self, active: Sequence[_Held]) -> int:
+    def _temporaries(self, active: Sequence[_Trained]) -> int:
         """Of the largest wave of rules, as `run_rounds` lets them run together; unknown of other packages' rules."""
         if not isinstance(self._base, ShardedOptimizer):
             return 0

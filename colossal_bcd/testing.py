@@ -266,16 +266,16 @@ def live_bytes() -> int:
     """
     gc.collect()
     if not dist.is_initialized():
-        return _held_bytes()
+        return _live_bytes()
     found = -1
     while True:
         time.sleep(0.05)
-        before, found = found, _held_bytes()
+        before, found = found, _live_bytes()
         if found == before:
             return found
 
 
-def _held_bytes() -> int:
+def _live_bytes() -> int:
     held: dict[int, int] = {}
     for item in gc.get_objects():
         if issubclass(type(item), Tensor):

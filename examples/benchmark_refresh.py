@@ -29,7 +29,7 @@ from refresh_contest import (
     staggered_steps,
 )
 
-from colossal_bcd.optim.projection import Method
+from colossal_bcd.low_rank.projector import Method
 from colossal_bcd.testing import run_ranks
 
 METHODS_HEADER = (

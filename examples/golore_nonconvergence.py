@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from colossal_bcd import GaLoreAdamW
-from colossal_bcd.optim.projection import random_bases, singular_bases
+from colossal_bcd.low_rank.projector import random_bases, singular_bases
 
 SIZE, RANK, GAP, SIGMA, LR = 10, 4, 100, 1.0, 3e-5
 TOP = SIZE - RANK

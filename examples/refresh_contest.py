@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colossal_bcd import GaLoreAdamW
-from colossal_bcd.optim.projection import Bases, Method, captured_energy, random_bases, singular_bases, subspace_bases
+from colossal_bcd.low_rank.projector import Bases, Method, captured_energy, random_bases, singular_bases, subspace_bases
 from colossal_bcd.sharding import Layout, Mesh
 
 VOCABULARY = 2048

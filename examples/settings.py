@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from colossal_bcd.block.schedule import Mode
+
 LOW_RANK = ("galore", "golore", "galore-8bit", "galore-sgd", "galore-adafactor")
 """Values of --optimizer that project gradients."""
 RUN = (
@@ -38,7 +40,7 @@ class Settings:
     steps: int
     switch_every: int
     """Optimizer steps on one block (K)."""
-    switch_mode: str
+    switch_mode: Mode
     rank: int
     """Of the projections of `LOW_RANK` optimizers."""
     gap: int

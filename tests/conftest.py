@@ -41,4 +41,6 @@ def pytest_collection_finish(session):
         return
     here = Path(__file__).parent
     files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
-    start_server(*(name for name, file in files.items() if file and Path(file).parent == here and name != "conftest"))
+    start_server(
+        *(name for name, file in files.items() if file and Path(file).is_relative_to(here) and name != "conftest")
+    )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.optim import Optimizer
 
-from colossal_bcd.block.correction import LocalCorrections
-from colossal_bcd.block.roster import is_frozen_here, set_active
-from colossal_bcd.optim.twin import attributes
+from colossal_bcd.block.correction.correction import LocalGradients
+from colossal_bcd.block.parameters import is_frozen_here, set_active
+from colossal_bcd.optim.foreign.twin import attributes
 
 if TYPE_CHECKING:
     from colossal_bcd.block.switching import Switching
@@ -56,7 +56,7 @@ class CopiedWithModel:
         new._corrections = None
         if new.corrector is not None:
             names = set(new.corrected_names())
-            new._corrections = LocalCorrections(new.corrector, {p: name for name, p in new.named_parameters.items()})
+            new._corrections = LocalGradients(new.corrector, {p: name for name, p in new.named_parameters.items()})
             new._corrections.activate([param for name, param in new.named_parameters.items() if name in names])
         return new
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
+from colossal_bcd.block.parameters import NamedParameters
 from colossal_bcd.block.partition import match
-from colossal_bcd.block.roster import Roster
-from colossal_bcd.optim.bitsandbytes_states import require_sound
-from colossal_bcd.optim.contract import Contract, examine
+from colossal_bcd.optim.foreign.bitsandbytes_states import require_sound
+from colossal_bcd.optim.foreign.contract import Contract, examine
 
 JUDGED_LATER = ("colossalai", "galore_torch")
 """Packages with optimizers that step only as what a plugin makes of them."""
@@ -78,7 +78,7 @@ def require_counts_apart(
             )
 
 
-def require_same_parameters(base_optimizer: Optimizer, roster: Roster, trained: Collection[str]) -> None:
+def require_same_parameters(base_optimizer: Optimizer, roster: NamedParameters, trained: Collection[str]) -> None:
     """Refuse a base optimizer that holds other parameters than the blocks.
 
     Raises:
@@ -115,7 +115,7 @@ def require_rates(base_optimizer: Optimizer, option: str) -> None:
             )
 
 
-def always_active(active_modules: Sequence[str], roster: Roster) -> tuple[str, ...]:
+def always_active(active_modules: Sequence[str], roster: NamedParameters) -> tuple[str, ...]:
     """Canonical names of the trainable parameters of `active_modules`, in model order.
 
     Raises:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from colossal_bcd.block.announce import is_first
-from colossal_bcd.block.partition import HEAD_NAMES
+from colossal_bcd.block.log import is_first
+from colossal_bcd.names import HEAD_NAMES
 
 logger = logging.getLogger(__name__)
 

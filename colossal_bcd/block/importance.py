@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.checks import require_choice
 from colossal_bcd.block.schedule import Mode, Schedule
-from colossal_bcd.optim.entries import Entry
+from colossal_bcd.optim.state.filed import FiledTensor
 from colossal_bcd.sharding import square_sum
 
 Norm = Literal["gradient", "weight"]
@@ -148,7 +148,7 @@ class Importance:
                 self.norms[block] = _norm(square)
         return schedule.draw(num_steps, self.norms, self.options.floor)
 
-    def entries(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[Entry]]]:
+    def entries(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         """See `Contributor`: there are none."""
         return iter(())
 

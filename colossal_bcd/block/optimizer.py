@@ -9,11 +9,11 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from colossal_bcd.block.active_set import scaled_rates, warm_up
 from colossal_bcd.block.checks import require_choice, require_int
-from colossal_bcd.block.correction import (
-    CorrectionMode,
-    CorrectionOptions,
-)
+from colossal_bcd.block.correction.by_optimizer import OptimizerCorrection
+from colossal_bcd.block.correction.correction import CorrectionMode, CorrectionOptions
+from colossal_bcd.block.correction.rules import Correction
 from colossal_bcd.block.guards import (
     require_base,
     require_counts_apart,
@@ -23,17 +23,14 @@ from colossal_bcd.block.guards import (
 from colossal_bcd.block.heads import warn_of_heads
 from colossal_bcd.block.importance import Importance, ImportanceOptions, Norm
 from colossal_bcd.block.masters import LocalMasters
-from colossal_bcd.block.optimizer_correction import OptimizerCorrection
+from colossal_bcd.block.parameters import read_parameters
 from colossal_bcd.block.partition import PrefixList
 from colossal_bcd.block.plan import LoraMode, make_plan
 from colossal_bcd.block.residual import ResidualBits, ResidualOptions
-from colossal_bcd.block.roster import read_roster
-from colossal_bcd.block.rules import Correction
 from colossal_bcd.block.schedule import Mode
-from colossal_bcd.block.snapshot import load_snapshot, take_snapshot
+from colossal_bcd.block.state_dict import load_snapshot, take_snapshot
 from colossal_bcd.block.switching import Switching
-from colossal_bcd.block.tenants import scaled_rates, warm_up
-from colossal_bcd.optim.rounding import Rounding
+from colossal_bcd.optim.state.rounding import Rounding
 
 
 class BlockOptimizer(Switching):
@@ -81,7 +78,7 @@ class BlockOptimizer(Switching):
         sgd_use_sign: correct by the gradient's sign.
         correction: another rule; None: the gradient, or its sign.
         correction_rounding: of corrected bfloat16 and float16 weights; "nearest" loses updates below half their step.
-        accumulation_steps: micro-batches per step, so that corrections wait for the last one; see `LocalCorrections`.
+        accumulation_steps: micro-batches per step, so that corrections wait for the last one; see `LocalGradients`.
         lr_warmup_step_afterswitch: steps in which the base optimizer's rate grows to its value after a switch.
         n_layer_per_block: layers in a default block: neighbours, or in "random" mode drawn by `seed`.
         importance: norms by which "importance" draws: of "gradient" or "weight"; see `ImportanceOptions`.
@@ -143,7 +140,7 @@ class BlockOptimizer(Switching):
             accumulation_steps=accumulation_steps,
             seed=seed,
         ).corrector()
-        roster = read_roster(named_parameters_list, lora_mode)
+        roster = read_parameters(named_parameters_list, lora_mode)
         self.ranges_given = block_ranges is not None
         """Whether the user chose the ranges; a pipeline then leaves them as they are."""
         options: dict[str, Any] = {} if corrector is None else {"corrections": corrector.identity()}

@@ -7,26 +7,12 @@ import itertools
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from colossal_bcd.block.checks import require_int
-from colossal_bcd.block.names import plain_name
+from colossal_bcd.names import plain_name, role_of
 
 PrefixList: TypeAlias = Sequence[str | Sequence[str]]
-
-EMBEDDING_NAMES = frozenset((
-    "embed_tokens", "embed_positions", "embed_in", "embed", "embedding", "embeddings", "word_embeddings",
-    "word_embeddings_layernorm", "position_embeddings", "token_type_embeddings", "patch_embeddings",
-    "layernorm_embedding", "tok_embeddings", "wte", "wpe", "shared",
-))  # fmt: skip
-"""Name components of the embeddings of models from the Hugging Face hub."""
-
-HEAD_NAMES = frozenset((
-    "lm_head", "head", "score", "classifier", "pre_classifier", "cls_classifier", "distillation_classifier",
-    "classification_head", "qa_outputs", "embed_out", "output_layer", "cls", "vocab_transform", "vocab_layer_norm",
-    "vocab_projector",
-))  # fmt: skip
-"""Name components of their heads."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +23,6 @@ class Block:
     """For people: what the block was made from."""
     parameters: tuple[str, ...]
     """Canonical names, in model order."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the model a parameter is, by its name."""
-
-    kind: Literal["embedding", "head", "layer", "rest"]
-    layer: str | None = None
-    """The name up to its first number, such as "model.layers.3"."""
-
-
-def place(name: str) -> Place:
-    """What a parameter's name tells.
-
-    The components before the first number decide: one that names an embedding or a head, else the number makes it a
-    layer ("transformer.h.0.attn.c_attn.weight" is in layer "transformer.h.0").
-    """
-    components = name.split(".")
-    number = next((index for index, component in enumerate(components) if component.isdecimal()), None)
-    for component in components[:number]:
-        if component in EMBEDDING_NAMES:
-            return Place("embedding")
-        if component in HEAD_NAMES:
-            return Place("head")
-    if number is None:
-        return Place("rest")
-    return Place("layer", ".".join(components[: number + 1]))
 
 
 def partition(
@@ -109,7 +68,7 @@ def partition(
                 "blocks; expected one or the other. Put the prefixes of embedding and head into block_prefix_list."
             )
         return _listed(names, aliases, trainable, block_prefix_list)
-    layers, embedding, head = _by_place(names, aliases, include_embedding, include_lm_head)
+    layers, embedding, head = _by_role(names, aliases, include_embedding, include_lm_head)
     if include_embedding:
         _require_trainable("include_embedding", "an embedding", embedding, trainable)
     if include_lm_head:
@@ -201,7 +160,7 @@ def _listed(
     return tuple(blocks)
 
 
-def _by_place(
+def _by_role(
     names: Sequence[str], aliases: Mapping[str, str], include_embedding: bool, include_lm_head: bool
 ) -> tuple[dict[str, list[str]], list[str], list[str]]:
     """Parameters of each layer, of the embedding and of the head, the latter two empty unless included."""
@@ -209,7 +168,7 @@ def _by_place(
     embedding, head = [], []
     embeddings, heads = (_named_like(kind, names, aliases) for kind in ("embedding", "head"))
     for name in names:
-        where = place(name)
+        where = role_of(name)
         if name in embeddings and include_embedding:
             embedding.append(name)
         elif name in heads and include_lm_head:
@@ -221,7 +180,7 @@ def _by_place(
 
 def _named_like(kind: str, names: Sequence[str], aliases: Mapping[str, str]) -> set[str]:
     """Canonical names of the parameters one of whose names is of that kind."""
-    return {aliases.get(name, name) for name in itertools.chain(names, aliases) if place(name).kind == kind}
+    return {aliases.get(name, name) for name in itertools.chain(names, aliases) if role_of(name).kind == kind}
 
 
 def _require_trainable(option: str, what: str, found: Collection[str], trainable: Collection[str]) -> None:

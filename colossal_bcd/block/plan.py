@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from colossal_bcd.block.correction import CorrectionMode, inactive
+from colossal_bcd.block.correction.correction import CorrectionMode, inactive
 from colossal_bcd.block.guards import always_active
+from colossal_bcd.block.parameters import NamedParameters
 from colossal_bcd.block.partition import Block, PrefixList, partition
-from colossal_bcd.block.roster import Roster
 from colossal_bcd.block.schedule import Mode, Schedule
 
 LoraMode: TypeAlias = Literal["all", "partial", "adapter_only"]
@@ -82,7 +82,7 @@ class Plan:
 
 
 def make_plan(
-    roster: Roster,
+    roster: NamedParameters,
     *,
     block_prefix_list: PrefixList | None,
     include_embedding: bool,

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.corrector import Corrector
-from colossal_bcd.sharding import Image, Mesh
+from colossal_bcd.block.correction.state import CorrectionState
+from colossal_bcd.sharding import LowRankGradient, Mesh
 
 AVERAGES = "colossal_bcd.engine.replicas", "ReplicaAverages"
 """Module and name of what averages."""
@@ -38,7 +38,10 @@ class Averages(Protocol):
     """Averages of the gradients of what is active over the processes."""
 
     def activate(
-        self, active: Sequence[Parameter], corrected: Sequence[Parameter] = (), images: Mapping[Parameter, Image] = ...
+        self,
+        active: Sequence[Parameter],
+        corrected: Sequence[Parameter] = (),
+        images: Mapping[Parameter, LowRankGradient] = ...,
     ) -> None:
         """From now on average the gradients of exactly these parameters.
 
@@ -61,7 +64,7 @@ class Averages(Protocol):
         """Take no part any more."""
 
 
-def averages_for(client: ReplicaClient, data_group: Any, corrector: Corrector | None = None) -> Averages | None:
+def averages_for(client: ReplicaClient, data_group: Any, corrector: CorrectionState | None = None) -> Averages | None:
     """What averages the gradients of this optimizer; None on one process.
 
     Args:

@@ -12,23 +12,23 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block.announce import active_line, announce
-from colossal_bcd.block.checkpointing import keep_checkpoints_whole
 from colossal_bcd.block.checks import require_int
 from colossal_bcd.block.compiled import CompiledGraphs
 from colossal_bcd.block.copying import CopiedWithModel
-from colossal_bcd.block.correction import Corrections, LocalCorrections
-from colossal_bcd.block.corrector import Corrector
+from colossal_bcd.block.correction.correction import GradientSource, LocalGradients
+from colossal_bcd.block.correction.state import CorrectionState
+from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole
 from colossal_bcd.block.importance import Importance
+from colossal_bcd.block.log import active_line, announce
 from colossal_bcd.block.masters import Masters
+from colossal_bcd.block.parameters import set_active
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.reached import Reach
 from colossal_bcd.block.replicas import Averages, averages_for
-from colossal_bcd.block.roster import set_active
-from colossal_bcd.block.snapshot import Contributor
+from colossal_bcd.block.state_dict import Contributor
 from colossal_bcd.block.wrapper import Wrapper
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.bitsandbytes_states import follow_weights
+from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Switching(CopiedWithModel, Wrapper):
         names: dict[Parameter, str],
         masters: Masters,
         kept: Set[str],
-        corrector: Corrector | None,
+        corrector: CorrectionState | None,
         importance: Importance | None,
         verbose: int,
         data_group: Any = "auto",
@@ -75,10 +75,10 @@ class Switching(CopiedWithModel, Wrapper):
         """Parts with state of their own, for checkpoints."""
         self.corrector = corrector
         """Updates what is not active; None: nothing does."""
-        self._corrections: Corrections | None = None
+        self._corrections: GradientSource | None = None
         if corrector is not None:
             corrector.adopt(self.named_parameters, list(zip(base_optimizer.param_groups, self.members, strict=True)))
-            self._corrections = LocalCorrections(corrector, names)
+            self._corrections = LocalGradients(corrector, names)
         self.stages: tuple[Sequence[int], ...] = ()
         """Pipeline stages that hold parameters of each block; empty without a pipeline."""
         self.attached = False
@@ -110,7 +110,7 @@ class Switching(CopiedWithModel, Wrapper):
         return True
 
     def attach(
-        self, masters: Masters, *, held: Iterable[Parameter] | None = None, corrections: Corrections | None = None
+        self, masters: Masters, *, held: Iterable[Parameter] | None = None, corrections: GradientSource | None = None
     ) -> None:
         """Let an engine take over: its masters replace the local ones, and the active blocks are activated anew.
 

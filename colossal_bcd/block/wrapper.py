@@ -7,14 +7,14 @@ from typing import Any
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from colossal_bcd.block.active_set import ActiveSet, load_state
 from colossal_bcd.block.partition import Block
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.schedule import Schedule
-from colossal_bcd.block.tenants import Tenants, load_state
 from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
-from colossal_bcd.optim.bitsandbytes_states import remember_weights
-from colossal_bcd.optim.contract import Contract, examine
-from colossal_bcd.optim.twin import copied
+from colossal_bcd.optim.foreign.bitsandbytes_states import remember_weights
+from colossal_bcd.optim.foreign.contract import Contract, examine
+from colossal_bcd.optim.foreign.twin import copied
 
 NO_NEWCOMERS = (
     "add_param_group: got parameters after the blocks were made, expected none. Add them to the base optimizer before "
@@ -44,7 +44,7 @@ class Wrapper(Optimizer):
         """Canonical name -> every parameter on this rank that was left trainable, whether in a block or not."""
         self.members: list[list[Parameter]] = [list(group["params"]) for group in base_optimizer.param_groups]
         """Parameters of each param group as the base optimizer was given them, active or not."""
-        self._tenants = Tenants()
+        self._tenants = ActiveSet()
         self._adopt(base_optimizer)
 
     @property

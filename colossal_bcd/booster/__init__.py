@@ -1,13 +1,52 @@
-"""The part that knows ColossalAI: plugins, casts, masters and gradients of what is trained."""
+"""The part that knows ColossalAI, and the only one that imports it, when one of these names is asked for.
 
-from colossal_bcd.booster.checkpoint import CheckpointError, CheckpointFolder, Resumed
-from colossal_bcd.booster.config import LowRankOptions
-from colossal_bcd.booster.explain import estimate, explain
-from colossal_bcd.booster.install import install
-from colossal_bcd.booster.low_level import LowLevelZeroOptimizer
-from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
-from colossal_bcd.booster.registry import cast
+What a user calls
+    plugins        LowLevelZeroPlugin, HybridParallelPlugin and TorchDDPPlugin
+    low_level      `LowLevelZeroOptimizer`, for programs without a booster
+    stock_plugins  `install`: this package's optimizers under ColossalAI's own plugins
+    distributed, setup_distributed   ColossalAI's distributed optimizers, and the call that tells them what is divided
+    explanation    `explain`: a table of what the boosted optimizer does with every parameter
+From the user's optimizer to ours
+    casts/         what each optimizer becomes
+    boosting       what `boost` checks and does before ColossalAI sees model and optimizer
+    arguments, same_options, fixed_set, lora   arguments of ColossalAI's plugins; ranks that were given the same
+    layouts        which part of which weight each rank has
+The engine under ColossalAI
+    zero           `ZeroOptimizer`: backward, average, step and gather of what trains now
+    stock_surface  what user code reads from ColossalAI's wrappers
+    pipeline, sequence, clipping, loss_scaler, correction, relora   what its modes add to a step
+    checkpoint_io, model_files   `booster.save_optimizer` and `save_model`
+    cpu_accelerator   ColossalAI on CPUs with gloo
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colossal_bcd.booster.casts.registry import cast
+    from colossal_bcd.booster.explanation import estimate, explain
+    from colossal_bcd.booster.low_level import LowLevelZeroOptimizer
+    from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+    from colossal_bcd.booster.stock_plugins import install
+    from colossal_bcd.checkpoint import CheckpointError, CheckpointFolder, Resumed
+    from colossal_bcd.engine.config import LowRankOptions
+
+_HOMES = {
+    "CheckpointError": "colossal_bcd.checkpoint",
+    "CheckpointFolder": "colossal_bcd.checkpoint",
+    "HybridParallelPlugin": "colossal_bcd.booster.plugins",
+    "LowLevelZeroOptimizer": "colossal_bcd.booster.low_level",
+    "LowLevelZeroPlugin": "colossal_bcd.booster.plugins",
+    "LowRankOptions": "colossal_bcd.engine.config",
+    "Resumed": "colossal_bcd.checkpoint",
+    "TorchDDPPlugin": "colossal_bcd.booster.plugins",
+    "cast": "colossal_bcd.booster.casts.registry",
+    "estimate": "colossal_bcd.booster.explanation",
+    "explain": "colossal_bcd.booster.explanation",
+    "install": "colossal_bcd.booster.stock_plugins",
+}
 __all__ = [
     "CheckpointError",
     "CheckpointFolder",
@@ -22,3 +61,9 @@ __all__ = [
     "explain",
     "install",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from colossal_bcd.block.corrector import Corrector
+from colossal_bcd.block.correction.state import CorrectionState
 from colossal_bcd.engine.correction import CorrectingReducer, CorrectionConfig
 
 
-class EngineCorrections:
+class EngineGradients:
     """The engine's side of a BlockOptimizer's corrections.
 
     Args:
@@ -23,7 +23,7 @@ class EngineCorrections:
         ValueError: sequence parallelism leaves gradients that are parts of a sum.
     """
 
-    def __init__(self, engine: Any, corrector: Corrector) -> None:
+    def __init__(self, engine: Any, corrector: CorrectionState) -> None:
         shard_config = getattr(engine.model, "shard_config", None)
         if shard_config is not None and shard_config.enable_sequence_parallelism:
             raise ValueError(
@@ -59,6 +59,6 @@ class EngineCorrections:
         self._engine._reducer.clear()
 
 
-def corrections_of(engine: Any, corrector: Corrector | None) -> EngineCorrections | None:
+def corrections_of(engine: Any, corrector: CorrectionState | None) -> EngineGradients | None:
     """What brings an engine's averages to a corrector; None for none."""
-    return None if corrector is None else EngineCorrections(engine, corrector)
+    return None if corrector is None else EngineGradients(engine, corrector)

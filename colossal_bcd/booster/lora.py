@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.booster.registry import parameters_of
+from colossal_bcd.booster.casts.registry import parameters_of
 from colossal_bcd.optim import ShardedOptimizer
 
 logger = logging.getLogger(__name__)

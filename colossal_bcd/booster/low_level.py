@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.arguments import SCALER_ARGUMENTS, Arguments, arguments_of, refuse_fp8
-from colossal_bcd.booster.config import EngineConfig, LowRankOptions
+from colossal_bcd.booster.boosting import same_start, thawed
+from colossal_bcd.booster.casts.registry import cast, parameters_of
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
-from colossal_bcd.booster.prepare import same_start, thawed
-from colossal_bcd.booster.registry import cast, parameters_of
-from colossal_bcd.booster.setup import require_same_setup
+from colossal_bcd.booster.same_options import require_same_options
+from colossal_bcd.booster.setup_distributed import global_shape, is_divided, shard_layout
 from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
-from colossal_bcd.compat.setup_distributed import global_shape, is_divided, shard_layout
+from colossal_bcd.engine.config import EngineConfig, LowRankOptions
 from colossal_bcd.sharding import Layout, Mesh
 
 
@@ -51,7 +51,7 @@ class LowLevelZeroOptimizer(ZeroOptimizer):
         groups = _groups(arguments)
         # Without a model, weights are named by their place.
         names = {id(param): str(index) for index, param in enumerate(params)}
-        require_same_setup(nn.ParameterList(params), optimizer, groups[-1])
+        require_same_options(nn.ParameterList(params), optimizer, groups[-1])
         optimizer = cast(optimizer)
         info = param_info_of(optimizer)
         layouts, tp_group = _layouts(params)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.engine.faults import named
+from colossal_bcd.engine.failures import named
 
 logger = logging.getLogger(__name__)
 

@@ -26,19 +26,19 @@ from colossal_bcd.booster.arguments import (
     refuse_fp8,
     refuse_torch_reducer,
 )
-from colossal_bcd.booster.checkpoint import checkpoint_io
-from colossal_bcd.booster.config import EngineConfig, LowRankOptions
+from colossal_bcd.booster.boosting import prepare, same_start, thawed
+from colossal_bcd.booster.casts.registry import names_of, parameters_of, shapes_of
+from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
-from colossal_bcd.booster.factors import holds_factors, refuse_factors
 from colossal_bcd.booster.fixed_set import frozen_in, refuse_newcomers
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.booster.lora import LoraPlugin, adopt_adapters
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, plan_stages, tied_elsewhere
-from colossal_bcd.booster.prepare import prepare, same_start, thawed
-from colossal_bcd.booster.registry import names_of, parameters_of, shapes_of
+from colossal_bcd.booster.relora import has_adapters, refuse_adapters
 from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
-from colossal_bcd.engine.faults import limit_waiting, named
+from colossal_bcd.engine.config import EngineConfig, LowRankOptions
+from colossal_bcd.engine.failures import limit_waiting, named
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
                 model, None, criterion, dataloader, lr_scheduler
             )
         if fresh:
-            if isinstance(optimizer, BlockOptimizer) or holds_factors(model):
+            if isinstance(optimizer, BlockOptimizer) or has_adapters(model):
                 same_start(model, dist.group.WORLD)
             layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1, _ids_of(optimizer))
             optimizer = ZeroOptimizer(optimizer, model, layouts, self._config(), parameter_names=names)
@@ -157,7 +157,7 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
-        refuse_factors(model, self.tp_size)
+        refuse_adapters(model, self.tp_size)
         if fresh:
             divided = self.zero_stage > 0 or self.tp_size > 1 or self.pp_size > 1
             optimizer = prepare(model, optimizer, "parts" if divided else "wholes")
@@ -318,7 +318,7 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
             frozen = frozen_in(model, optimizer, sharded=False)
             boosted = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
             if boosted[1] is not None and not isinstance(optimizer, OptimizerWrapper):
-                boosted[1].parameter_names = names
+                boosted[1].parameter_names, boosted[1].has_whole_state = names, type(boosted[1]) is OptimizerWrapper
                 refuse_newcomers(boosted[1].optim, frozen, names, sharded=False)
             return boosted
         changing = "the trained parameters change"

@@ -22,15 +22,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.booster.checkpoint.held import EngineState
-from colossal_bcd.booster.checkpoint.stream import Pinned, pinned_state, state_shards
-from colossal_bcd.booster.config import EngineConfig
-from colossal_bcd.booster.gather import gather_rows
-from colossal_bcd.booster.registry import parameters_of
+from colossal_bcd.booster.casts.registry import parameters_of
 from colossal_bcd.booster.sequence import add_sequence_parallel
+from colossal_bcd.checkpoint.stream import Pinned, pinned_state, state_shards
+from colossal_bcd.checkpoint.trained import EngineState
+from colossal_bcd.engine.config import EngineConfig
+from colossal_bcd.engine.gather import gather_rows
 
 if TYPE_CHECKING:
-    from colossal_bcd.booster.masters import ShardedMasters
+    from colossal_bcd.engine.masters import ShardedMasters
     from colossal_bcd.engine.reducer import GradientReducer
 
 logger = logging.getLogger(__name__)

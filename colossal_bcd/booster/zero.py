@@ -18,38 +18,42 @@ import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelZeroOptimizer
 from colossalai.interface import OptimizerWrapper
-from colossalai.zero.low_level.zero_hook import wait_all_gather_handle
+from colossalai.shardformer.layer.utils import SeqParallelUtils
+from colossalai.tensor.colo_parameter import ColoParameter
+from colossalai.zero.low_level.zero_hook import set_all_gather_handle, wait_all_gather_handle
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
-from colossal_bcd.booster.checkpoint.held import EngineState
-from colossal_bcd.booster.checkpoint.load import check_opened
-from colossal_bcd.booster.checkpoint.source import opened_state
-from colossal_bcd.booster.checkpoint.stream import Pinned
-from colossal_bcd.booster.clipping import clip_by_norm, clip_by_value, require_foreach, scale_gradients
-from colossal_bcd.booster.config import EngineConfig, Groups, LossScaler, mesh_of
+from colossal_bcd.booster.casts.registry import keys_of
+from colossal_bcd.booster.clipping import clip_by_norm, clip_by_value, require_foreach
 from colossal_bcd.booster.correction import corrections_of
-from colossal_bcd.booster.factors import EngineFactors
-from colossal_bcd.booster.importance import squared_weights
-from colossal_bcd.booster.kept import KeptGradients
-from colossal_bcd.booster.low_rank import LowRankGradients, prefers_whole_rows
-from colossal_bcd.booster.masters import ShardedMasters
-from colossal_bcd.booster.newcomers import Newcomers
-from colossal_bcd.booster.quantised import prepare_quantised
-from colossal_bcd.booster.registry import keys_of
+from colossal_bcd.booster.loss_scaler import LossScaler
+from colossal_bcd.booster.relora import EngineAdapters
 from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
 from colossal_bcd.booster.stock_surface import StockSurface
-from colossal_bcd.booster.unused import Unused
+from colossal_bcd.checkpoint.load import check_opened
+from colossal_bcd.checkpoint.opened import opened_state
+from colossal_bcd.checkpoint.stream import Pinned
+from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.agreement import require_agreement
-from colossal_bcd.engine.faults import LateCheck, named
+from colossal_bcd.engine.config import EngineConfig, Groups, mesh_of
+from colossal_bcd.engine.failures import LateCheck, named
+from colossal_bcd.engine.importance import squared_weights
+from colossal_bcd.engine.kept_gradients import KeptGradients
+from colossal_bcd.engine.low_rank import LowRankGradients, prefers_whole_rows
+from colossal_bcd.engine.masters import ShardedMasters
+from colossal_bcd.engine.newcomers import Newcomers
+from colossal_bcd.engine.norm import scale_gradients
+from colossal_bcd.engine.quantized import require_quantized_shares
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
+from colossal_bcd.engine.unused import Unused
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.accepted import require_real
-from colossal_bcd.optim.bitsandbytes_states import follow_weights, slice_chunk
-from colossal_bcd.optim.contract import examine
+from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights, slice_chunk
+from colossal_bcd.optim.foreign.contract import examine
 from colossal_bcd.sharding import Layout, Request, sum_of_squares
 
 logger = logging.getLogger(__name__)
@@ -106,7 +110,9 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             residual=getattr(optimizer, "residual", None),
         )
         self._mesh = mesh_of(config, self._device)
-        self._low_rank = LowRankGradients(self._base, config, self.shared_params)
+        self._low_rank = LowRankGradients(
+            self._base, config, self.shared_params, SeqParallelUtils.is_sp_partial_derived_param
+        )
         plain = not isinstance(optimizer, BlockOptimizer) and not self._low_rank.wanted
         self._kept = KeptGradients(wanted=plain and config.keep_gradients, max_norm=config.max_norm)
         self._reducer = GradientReducer([], self._reducer_config())
@@ -122,7 +128,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         blocks = isinstance(optimizer, BlockOptimizer)
         members = [[] if blocks else [p for p in g["params"] if p in held] for g in optimizer.param_groups]
         self._newcomers = Newcomers(self, members)
-        prepare_quantised(self._base, self.masters, self.layouts, parameter_names)
+        require_quantized_shares(self._base, self.masters, self.layouts, parameter_names)
         if isinstance(optimizer, BlockOptimizer):
             self._agree(optimizer)
             optimizer.attach(self, held=held, corrections=corrections_of(self, optimizer.corrector))
@@ -166,7 +172,8 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """Write the masters into the working parameters of every rank."""
         size = self.config.reduce_bucket_size
         done = self._low_rank.replicate(self.masters, size)
-        self.masters.write_back(size, defer=self.config.overlap_allgather, done=done)
+        defer = set_all_gather_handle if self.config.overlap_allgather else None
+        self.masters.write_back(size, defer=defer, done=done)
 
     @named("switch of blocks")
     def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
@@ -346,9 +353,15 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._working_param_groups = {index: list(params) for index, params in enumerate(groups)}
         self.master_to_working_param = {id(master): param for param, master in of.items()}
 
-    def factor_site(self) -> EngineFactors:
+    def let_forward_wait(self, param: Any) -> None:
+        """Let forward wait for the weight's gather, as ColossalAI lets it for what it wraps as trained."""
+        if type(param) is not ColoParameter:
+            param.__class__ = ColoParameter
+            param.__init__(param, requires_grad=True)
+
+    def adapter_access(self) -> EngineAdapters:
         """What `ReLoRaModel.merge_and_reinit` needs of this engine, between backward and `step`."""
-        return EngineFactors(self, self._mesh)
+        return EngineAdapters(self, self._mesh)
 
     @property
     def state(self) -> Any:  # type: ignore[override]

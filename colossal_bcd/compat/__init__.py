@@ -5,9 +5,9 @@ One file per predecessor.
 
 from typing import TYPE_CHECKING, Any
 
+from colossal_bcd.booster.distributed import DistGaloreAwamW, DistributedAdaFactor, DistributedCAME, DistributedLamb
 from colossal_bcd.compat.badam import BlockOptimizer, badam_partition
-from colossal_bcd.compat.distributed import DistributedAdaFactor, DistributedCAME, DistributedLamb
-from colossal_bcd.compat.galore import DistGaloreAwamW, get_galore_param_groups
+from colossal_bcd.compat.galore import get_galore_param_groups
 from colossal_bcd.compat.golore import ReLoRaLinear, ReLoRaModel
 from colossal_bcd.compat.ratio import BlockOptimizerRatio, SparseGradOptimizer
 

@@ -9,9 +9,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer as _BlockOptimizer
-from colossal_bcd.block.partition import PrefixList, place
-from colossal_bcd.block.roster import read_roster
+from colossal_bcd.block.parameters import read_parameters
+from colossal_bcd.block.partition import PrefixList
 from colossal_bcd.block.schedule import Mode
+from colossal_bcd.names import role_of
 
 _REMEDY = (
     "Boost the model and this optimizer with a plugin of colossal_bcd.booster: LowLevelZeroPlugin(stage=2) shards "
@@ -96,14 +97,14 @@ def badam_partition(named_parameters_list: Iterable[tuple[str, Parameter]]) -> l
     Args:
         named_parameters_list: pairs as of `model.named_parameters()`.
     """
-    roster = read_roster(named_parameters_list)
+    roster = read_parameters(named_parameters_list)
     embedding: list[str] = []
     layers: dict[str, list[str]] = {}
     others: list[str] = []
     for name in roster.parameters:
         if name not in roster.in_blocks:
             continue
-        where = place(name)
+        where = role_of(name)
         if where.layer is not None:
             layers.setdefault(where.layer, []).append(name)
         else:

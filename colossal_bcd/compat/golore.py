@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from colossal_bcd.optim.relora import ReLoRaModel as _ReLoRaModel
-from colossal_bcd.optim.relora_layer import ReLoRaLinear
+from colossal_bcd.low_rank.relora.layer import ReLoRaLinear
+from colossal_bcd.low_rank.relora.model import ReLoRaModel as _ReLoRaModel
 
 __all__ = ["ReLoRaLinear", "ReLoRaModel"]
 
 
 class ReLoRaModel(_ReLoRaModel):
-    """`colossal_bcd.optim.relora.ReLoRaModel`, which can also be made from a folder."""
+    """`colossal_bcd.low_rank.relora.model.ReLoRaModel`, which can also be made from a folder."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ReLoRaModel:

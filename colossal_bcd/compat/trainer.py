@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
-from colossal_bcd.block.checkpointing import prefer_non_reentrant
+from colossal_bcd.block.gradient_checkpointing import prefer_non_reentrant
 
 
 class BAdamCallback(TrainerCallback):

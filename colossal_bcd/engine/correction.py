@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction import require_open
-from colossal_bcd.block.corrector import Corrector
+from colossal_bcd.block.correction.correction import require_open
+from colossal_bcd.block.correction.state import CorrectionState
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig, _Bucket
 
 
@@ -25,7 +25,7 @@ from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig, _Bucket
 class CorrectionConfig:
     """How inactive parameters get their gradients."""
 
-    corrector: Corrector
+    corrector: CorrectionState
     by_pipeline: bool
     """Whether a pipeline's passes, ended by `finish`, are a micro-batch, instead of one backward pass."""
     tied: Set[Parameter]

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.engine.sharded_gradient import ShardedGradient
-from colossal_bcd.sharding import Image, slice_length, wide
+from colossal_bcd.sharding import LowRankGradient, slice_length, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class GradientReducer:
     Attributes:
         grads: averaged gradients since the last `clear`, flat: this rank's row with `partition`, else all [n]; a
             parameter that had no gradient on any rank is absent.  Of a parameter in `images` its image, in float32 or
-            wider: this rank's row of `Image.rows`, or the shard's image.
+            wider: this rank's row of `LowRankGradient.rows`, or the shard's image.
         images: what was given to `expect`.
         shown: parameters whose `grad` stands for the average in `grads`, and whether it is the average; see `show`.
         joining: parameters that this rank wants to train from now on; their gradients stay where they are until
@@ -89,7 +89,7 @@ class GradientReducer:
         self.config = config
         self.enabled = True
         self.grads: dict[Parameter, Tensor] = {}
-        self.images: dict[Parameter, Image] = {}
+        self.images: dict[Parameter, LowRankGradient] = {}
         self.shown: dict[Parameter, bool] = {}
         self.joining: tuple[Parameter, ...] = ()
         self.asked: tuple[Parameter, ...] = ()
@@ -124,7 +124,7 @@ class GradientReducer:
         """Whether nothing has been reduced or projected since the last step."""
         return not self.grads and not self._local and self._next == 0
 
-    def expect(self, images: Mapping[Parameter, Image]) -> None:
+    def expect(self, images: Mapping[Parameter, LowRankGradient]) -> None:
         """From now on reduce images of these parameters' gradients, the same on all ranks, and whole ones of others."""
         assert self.pristine
         again = images.keys() != self.images.keys()

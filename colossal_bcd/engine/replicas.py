@@ -27,15 +27,15 @@ from torch.autograd import Variable
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from colossal_bcd.block.corrector import Corrector
+from colossal_bcd.block.correction.state import CorrectionState
 from colossal_bcd.block.replicas import ReplicaClient
 from colossal_bcd.engine.agreement import fingerprints_of, require_agreement
 from colossal_bcd.engine.correction import CorrectingReducer, CorrectionConfig
-from colossal_bcd.engine.faults import named
+from colossal_bcd.engine.failures import named
 from colossal_bcd.engine.forward_watch import ForwardWatch, in_backward
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.engine.same_replicas import require_plain, require_same_replicas
-from colossal_bcd.sharding import Image, wide
+from colossal_bcd.sharding import LowRankGradient, wide
 
 BUCKET = 12 * 2**20
 """Values in one collective."""
@@ -54,7 +54,7 @@ class ReplicaAverages:
         corrector: of parameters that are not active; None: there are none.
     """
 
-    def __init__(self, client: ReplicaClient, choice: Any, corrector: Corrector | None) -> None:
+    def __init__(self, client: ReplicaClient, choice: Any, corrector: CorrectionState | None) -> None:
         require_plain(client.replica_names())
         for param in client.replica_names():
             other = _averaged_by.get(param, lambda: None)()
@@ -64,7 +64,7 @@ class ReplicaAverages:
         self._client, self._choice, self._corrector = weakref.ref(client), choice, corrector
         self._active: tuple[Parameter, ...] = ()
         self._corrected: tuple[Parameter, ...] = ()
-        self._images: dict[Parameter, Image] = {}
+        self._images: dict[Parameter, LowRankGradient] = {}
         self._group: dist.ProcessGroup | None = None
         self._reducer: GradientReducer | None = None
         self._handles: list[Any] = []
@@ -77,7 +77,7 @@ class ReplicaAverages:
         self,
         active: Sequence[Parameter],
         corrected: Sequence[Parameter] = (),
-        images: Mapping[Parameter, Image] | None = None,
+        images: Mapping[Parameter, LowRankGradient] | None = None,
     ) -> None:
         self._active, self._corrected, self._images = tuple(active), tuple(corrected), dict(images or {})
         self._dismantle()

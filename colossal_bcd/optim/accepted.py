@@ -31,7 +31,7 @@ def require_real(owner: str, named: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def named_members(param_group: Mapping[str, Any], first: int) -> list[tuple[str, Tensor]]:
+def members_with_names(param_group: Mapping[str, Any], first: int) -> list[tuple[str, Tensor]]:
     """The parameters of a group with their names, where the group has `param_names`, or their numbers from `first`."""
     params, names = list(param_group["params"]), list(param_group.get("param_names", ()))
     if len(names) != len(params):

@@ -12,9 +12,9 @@ from torch import Tensor
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
 from colossal_bcd.optim.functional import plain_number, require
-from colossal_bcd.optim.quantized import StorageHyper
-from colossal_bcd.optim.rounding import Rounding
-from colossal_bcd.optim.spec import Bits, StateSpec
+from colossal_bcd.optim.state.quantized import StorageHyper
+from colossal_bcd.optim.state.rounding import Rounding
+from colossal_bcd.optim.state.spec import Bits, StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView, matrices_of
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from colossal_bcd.optim.accepted import named_members, require_keys, require_real
+from colossal_bcd.optim.accepted import members_with_names, require_keys, require_real
 from colossal_bcd.optim.functional import plain_number
-from colossal_bcd.optim.quantized import StorageHyper, require_library
-from colossal_bcd.optim.rounding import LOW_PRECISION, is_stochastic
-from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.optim.stack import COPIES, STACK_BYTES, Member, stacks
-from colossal_bcd.optim.storage import StoredState, StoredWeights
+from colossal_bcd.optim.state.quantized import StorageHyper, require_library
+from colossal_bcd.optim.state.rounding import LOW_PRECISION, is_stochastic
+from colossal_bcd.optim.state.spec import StateSpec
+from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
+from colossal_bcd.optim.state.storage import StoredState, StoredWeights
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class ShardedOptimizer(Optimizer):
             require_library()
         super().add_param_group(param_group)
         try:
-            require_real(type(self).__name__, named_members(self.param_groups[-1], len(self._keys)))
+            require_real(type(self).__name__, members_with_names(self.param_groups[-1], len(self._keys)))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -215,8 +215,8 @@ class ShardedOptimizer(Optimizer):
             per_value = COPIES * wide(dtype).itemsize
         return layout.max_local * per_value * num_members
 
-    def has_image(self, key: int) -> bool:
-        """Whether an engine has handed over an image of the gradient of this parameter (see `ImageOptimizer`)."""
+    def has_low_rank(self, key: int) -> bool:
+        """Whether an engine has handed over a low-rank gradient of this parameter (see `ReducedGradientOptimizer`)."""
         return False
 
     def _closure_loss(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
@@ -315,5 +315,5 @@ class ShardedOptimizer(Optimizer):
 
     def _gradients(self, members: list[Member]) -> list[Tensor]:
         """Whole gradients; none where an engine has handed over an image instead."""
-        grads = [self._grad(member.param) for member in members if not self.has_image(member.key)]
+        grads = [self._grad(member.param) for member in members if not self.has_low_rank(member.key)]
         return [grad.contiguous() for grad in grads if grad is not None]

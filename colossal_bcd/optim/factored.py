@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import State
-from colossal_bcd.optim.spec import StateSpec
-from colossal_bcd.sharding import ImageMatrix, Layout, Matrices, Means, matrices_of
+from colossal_bcd.optim.state.spec import StateSpec
+from colossal_bcd.sharding import Layout, LowRankView, Matrices, Means, matrices_of
 
 
 def is_factored(layout: Layout, min_dim_size: int) -> bool:
@@ -48,7 +48,7 @@ class FactoredAverage:
         name: see `state`.
     """
 
-    def __init__(self, matrices: Matrices | ImageMatrix, state: State, name: str) -> None:
+    def __init__(self, matrices: Matrices | LowRankView, state: State, name: str) -> None:
         self._matrices = matrices
         self._row, self._col = state[f"{name}_row"], state[f"{name}_col"]
         self._total = state.get(f"{name}_total")

@@ -9,9 +9,9 @@ import torch
 
 from colossal_bcd.optim.base import Params, ShardedOptimizer, State
 from colossal_bcd.optim.functional import adam_direction, require, require_adam, update_moments_
-from colossal_bcd.optim.quantized import StorageHyper
-from colossal_bcd.optim.rounding import Rounding
-from colossal_bcd.optim.spec import Bits, StateSpec
+from colossal_bcd.optim.state.quantized import StorageHyper
+from colossal_bcd.optim.state.rounding import Rounding
+from colossal_bcd.optim.state.spec import Bits, StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
 
 BiasCorrection = Literal[True, False, "step_size"]

@@ -1,0 +1,209 @@
+"""What updates the weights outside of the active block, whoever brings the gradients.
+
+n: values of data on this rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from colossal_bcd.block.correction.rules import Correction
+from colossal_bcd.optim.functional import plain_number
+from colossal_bcd.optim.state.filed import FiledTensor, filed_like
+from colossal_bcd.optim.state.rounding import (
+    CPU_CHUNK,
+    DEVICE_CHUNK,
+    LOW_PRECISION,
+    Rounding,
+    random_bits,
+    stochastic_round,
+    stream,
+)
+from colossal_bcd.sharding import Layout, Mesh, wide
+
+logger = logging.getLogger(__name__)
+
+
+class CorrectionState(ABC):
+    """A rule with its state, applied to whole local weights.
+
+    Args:
+        rule: what is subtracted; its `repr` says which it is.
+        mode: of `inactive`.
+        lr_scaling: learning rate, as a multiple of that of the parameter's group.
+        rounding: of bfloat16 and float16 weights.
+        accumulation_steps: micro-batches per step.
+        seed: of stochastic rounding.
+
+    Attributes:
+        num_steps: applied steps of the optimizer; counts the streams of stochastic rounding.
+    """
+
+    by_bucket = False
+    """Whether the weights of a bucket of gradients are updated together, which saves collectives and time."""
+
+    def __init__(
+        self, rule: Any, *, mode: str, lr_scaling: float, rounding: Rounding, accumulation_steps: int, seed: int
+    ) -> None:
+        self.rule, self.mode, self.lr_scaling, self.rounding = rule, mode, lr_scaling, rounding
+        self.accumulation_steps, self.seed = accumulation_steps, seed
+        self.num_steps = 0
+        self._groups: dict[Parameter, dict[str, Any]] = {}
+        self._keys: dict[Parameter, int] = {}
+        self._layouts: Mapping[Parameter, Layout] = {}
+        self._announced = False
+
+    def adopt(
+        self, named: Mapping[str, Parameter], groups: Sequence[tuple[dict[str, Any], Sequence[Parameter]]]
+    ) -> None:
+        """Note each parameter's number, and the param group that has its learning rate; all of them are whole here."""
+        self._keys = {param: key for key, param in enumerate(named.values())}
+        self._layouts = {param: Layout.whole(tuple(param.shape)) for param in named.values()}
+        for group, params in groups:
+            self._groups.update(dict.fromkeys(params, group))
+
+    def bind(self, layouts: Mapping[Parameter, Layout], mesh: Mesh) -> None:
+        """Say which part of which parameter the weights of this rank are.
+
+        Args:
+            layouts: of the parameters on this rank; data-parallel ranks hold the same part.
+            mesh: a group for every axis that the layouts name.
+        """
+        self._layouts = layouts
+
+    def identity(self) -> dict[str, Any]:
+        """What says how inactive parameters are updated: plain numbers and strings."""
+        return {
+            "mode": self.mode,
+            "rule": repr(self.rule),
+            "lr_scaling": self.lr_scaling,
+            "rounding": self.rounding,
+            "accumulation_steps": self.accumulation_steps,
+        }
+
+    def wait(self, grad: Tensor, waiting: Tensor | None) -> Tensor:
+        """A gradient that waits for the next micro-batch's, in bfloat16, added to what waits already."""
+        if not self._announced:
+            self._announced = True
+            logger.info("corrections wait for the last micro-batch: 2 bytes more for every corrected parameter")
+        return grad.to(torch.bfloat16) if waiting is None else waiting.add_(grad)
+
+    @property
+    @abstractmethod
+    def state(self) -> Mapping[Parameter, dict[str, Any]]:
+        """Tensors and numbers of every parameter that was corrected; they stay while it is active."""
+
+    @abstractmethod
+    def entries(self, param: Parameter) -> list[FiledTensor]:
+        """Description of the tensors in a parameter's state on this rank."""
+
+    @abstractmethod
+    def num_bytes(self, param: Parameter, layout: Layout) -> int:
+        """Bytes of a parameter's state on a rank that holds the part that the layout says."""
+
+    @abstractmethod
+    def allocate(self, params: Iterable[Parameter]) -> None:
+        """Give exactly these parameters state as before their first update."""
+
+    @abstractmethod
+    def load(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        """Take over copies of saved entries: tensors as this rank holds them, numbers."""
+
+    @abstractmethod
+    def apply(
+        self, gradients: Mapping[Parameter, Tensor], *, loss_scale: float = 1.0, finite: Tensor | None = None
+    ) -> None:
+        """Update weights.
+
+        Args:
+            gradients: [numel] averages by parameter, padding included.
+            loss_scale: factor in them that is to be undone.
+            finite: scalar bool; where it is False nothing changes.
+        """
+
+
+class ElementwiseState(CorrectionState):
+    """A `Correction`, in chunks, so that temporaries do not grow with the weight."""
+
+    rule: Correction
+
+    def __init__(self, rule: Correction, **options: Any) -> None:
+        super().__init__(rule, **options)
+        self._state: dict[Parameter, dict[str, Tensor]] = {}
+
+    @property
+    def state(self) -> Mapping[Parameter, dict[str, Tensor]]:
+        return self._state
+
+    def entries(self, param: Parameter) -> list[FiledTensor]:
+        return [filed_like(name, tensor, self._layouts[param]) for name, tensor in self._state[param].items()]
+
+    def num_bytes(self, param: Parameter, layout: Layout) -> int:
+        return layout.num_local * sum(dtype.itemsize for dtype in self.rule.state.values())
+
+    def allocate(self, params: Iterable[Parameter]) -> None:
+        self._state = {param: self._new_state(param) for param in params}
+
+    def load(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        self._state = {
+            param: {name: entry.to(param.device, copy=True) for name, entry in entries.items()}
+            for param, entries in state.items()
+        }
+
+    @torch.no_grad()
+    def apply(
+        self, gradients: Mapping[Parameter, Tensor], *, loss_scale: float = 1.0, finite: Tensor | None = None
+    ) -> None:
+        for param, grad in gradients.items():
+            self._apply(param, grad, loss_scale, finite)
+
+    def _apply(self, param: Parameter, grad: Tensor, loss_scale: float, finite: Tensor | None) -> None:
+        # `data`: ColossalAI's own parameter classes have in-place operations that are not in place.
+        weight, layout = param.data.contiguous(), self._layouts[param]
+        values, n = weight.view(-1), layout.num_local
+        if param not in self._state:
+            self._state[param] = self._new_state(param)
+        stochastic = self.rounding == "stochastic" and param.dtype in LOW_PRECISION
+        numbers = stream(self.seed, self._keys[param], self.num_steps) if stochastic else None
+        lr = self._groups[param]["lr"]
+        # A rate on an accelerator is not waited for in the middle of backward.
+        lr = (plain_number(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr) * self.lr_scaling
+        size = CPU_CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            new = values[part].to(wide(param.dtype))
+            direction = self._direction(param, grad, part, loss_scale, finite)
+            new = new.sub(direction * lr) if isinstance(lr, Tensor) else new.add_(direction, alpha=-lr)
+            if numbers is not None:
+                bits = random_bits(layout.positions(part.start, part.stop, weight.device), numbers)
+                new = stochastic_round(new, bits, param.dtype)
+            values[part] = new
+        if not param.data.is_contiguous():
+            param.data.copy_(weight)
+
+    def _new_state(self, param: Parameter) -> dict[str, Tensor]:
+        n = self._layouts[param].num_local
+        return {name: torch.zeros(n, dtype=dtype, device=param.device) for name, dtype in self.rule.state.items()}
+
+    def _direction(
+        self, param: Parameter, grad: Tensor, part: slice, loss_scale: float, finite: Tensor | None
+    ) -> Tensor:
+        """[n of the part] the rule's direction, with its state updated."""
+        dtype = wide(param.dtype)
+        values = grad[part].to(dtype)
+        if loss_scale != 1:
+            values = values / loss_scale
+        stored = {name: entry[part] for name, entry in self._state[param].items()}
+        entries = {name: entry.to(dtype, copy=True) for name, entry in stored.items()}
+        direction = self.rule.direction(values, entries)
+        for name, entry in entries.items():
+            stored[name].copy_(entry if finite is None else torch.where(finite, entry, stored[name]))
+        # Not a product: what is not finite times zero is not zero.
+        return direction if finite is None else torch.where(finite, direction, 0)

@@ -1,0 +1,87 @@
+"""Whether an optimizer of another package is right on what a plugin gives it: other tensors, or parts of tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.booster.casts.registry import is_known_elementwise
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.foreign.contract import examine
+from colossal_bcd.optim.foreign.elementwise import CLOSE, update_apart
+from colossal_bcd.optim.foreign.twin import TwinError
+
+logger = logging.getLogger(__name__)
+
+Given: TypeAlias = Literal["parts", "wholes", "parameters"]
+"""What an optimizer's groups will hold: parts of tensors, other but whole tensors, or the model's own parameters."""
+
+
+def require_fit(optimizer: Optimizer, given: Given) -> None:
+    """Refuse an optimizer that would train wrongly on what it will hold; the same on every rank.
+
+    Raises:
+        ValueError: it does not bear other tensors, keeps what no checkpoint would have, or needs whole tensors.
+    """
+    block = optimizer if isinstance(optimizer, BlockOptimizer) else None
+    base = optimizer if block is None else block.base_optimizer
+    if isinstance(base, ShardedOptimizer) or (given == "parameters" and block is None):
+        return
+    contract = examine(base) if block is None else block.contract
+    contract.require_exchangeable("boost")
+    if contract.attributes:
+        raise ValueError(
+            f"boost: got {contract.name}, whose steps change its attributes "
+            f"{', '.join(map(repr, contract.attributes))}, expected an optimizer that keeps all it needs in its state "
+            "and param groups, as only these are in a checkpoint. Take another one, such as torch.optim.AdamW."
+        )
+    if block is None and base.state and not contract.is_new(base):
+        raise ValueError(
+            f"boost: got {contract.name} with state of {len(base.state)} parameters, expected none: it would be lost. "
+            "Boost before the first step, and load a saved state afterwards."
+        )
+    if contract.draws and dist.get_world_size() > 1:
+        raise ValueError(
+            f"boost: got {contract.name}, whose steps draw random numbers, expected one that computes the same on "
+            "every rank. Take another one, such as torch.optim.AdamW."
+        )
+    if given == "parts" and not is_known_elementwise(base):
+        _require_elementwise(contract.name, base, block)
+
+
+def _require_elementwise(name: str, base: Optimizer, block: BlockOptimizer | None) -> None:
+    try:
+        with _members(base, block):
+            apart = update_apart(base)
+    except TwinError as error:
+        logger.warning(
+            "%s could not be tried (%s): right only if its update of a value needs that value alone", name, error
+        )
+        return
+    if not apart <= CLOSE:
+        raise ValueError(
+            f"boost: got {name}, whose update of a value needs more than that value and its gradient (steps on halves "
+            f"of tensors are off by {apart:.1g}), expected an element-wise one, as its tensors are divided over ranks. "
+            "Use an optimizer of colossal_bcd, or a plugin that divides none: TorchDDPPlugin, or HybridParallelPlugin "
+            "with tp_size=1, pp_size=1, zero_stage=0."
+        )
+    logger.info("%s: tried on small tensors and their halves, its update is element-wise", name)
+
+
+@contextlib.contextmanager
+def _members(base: Optimizer, block: BlockOptimizer | None) -> Iterator[None]:
+    """All parameters in the groups, not those of the active block alone."""
+    active = [group["params"] for group in base.param_groups]
+    try:
+        for group, members in zip(base.param_groups, active if block is None else block.members, strict=True):
+            group["params"] = members
+        yield
+    finally:
+        for group, params in zip(base.param_groups, active, strict=True):
+            group["params"] = params

@@ -1,0 +1,109 @@
+"""A plugin's checkpoint io, complete for what this package trains."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.checkpoint_io import CheckpointIO
+
+from colossal_bcd.booster.model_files import writing_together
+from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.checkpoint.files import replacing
+from colossal_bcd.checkpoint.load import check_path
+from colossal_bcd.checkpoint.opened import read_torch
+from colossal_bcd.checkpoint.save import index_name, save_file, save_folder
+from colossal_bcd.checkpoint.trained import boosted_of
+from colossal_bcd.engine.failures import named, require_finite
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_io(stock: CheckpointIO) -> CheckpointIO:
+    """A plugin's checkpoint io that saves and loads all state of the optimizers of this package, on any mesh.
+
+    Masters follow a model that is loaded, under every plugin.  Optimizers that another library shards are left to
+    ColossalAI's own format.
+    """
+    cls: Any = type(stock)
+    if not getattr(cls, "is_complete", False):
+        stock.__class__ = _complete(cls)
+    return stock
+
+
+@functools.cache
+def _complete(cls: Any) -> Any:
+    class CompleteCheckpointIO(cls):
+        is_complete = True
+
+        @named("load of the model")
+        def load_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super().load_model(model, *args, **kwargs)
+            if hasattr(model, "update_master_params"):
+                model.update_master_params()
+            return result
+
+        @named("save of the model")
+        def save_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
+            with writing_together():
+                super().save_model(model, *args, **kwargs)
+
+        @named("save of the optimizer")
+        def save_optimizer(
+            self,
+            optimizer: Any,
+            checkpoint: str,
+            shard: bool = False,
+            gather_dtensor: bool = True,
+            prefix: str | None = None,
+            size_per_shard: int = 1024,
+            use_async: bool = False,
+        ) -> None:
+            boosted = boosted_of(optimizer)
+            require_finite(optimizer)
+            if boosted is None:
+                super().save_optimizer(
+                    optimizer, checkpoint, shard, gather_dtensor, prefix, size_per_shard, use_async=use_async
+                )
+                return
+            if not gather_dtensor:
+                raise CheckpointError(
+                    "save_optimizer(gather_dtensor=False): files here never depend on the mesh. Leave it at True."
+                )
+            if use_async:
+                logger.warning("save_optimizer(use_async=True): this package's state is written at once")
+            if shard:
+                save_folder(boosted, Path(checkpoint), prefix, size_per_shard)
+            else:
+                save_file(boosted, Path(checkpoint))
+
+        @named("load of the optimizer")
+        def load_optimizer(
+            self, optimizer: Any, checkpoint: str, prefix: str | None = None, *args: Any, **kwargs: Any
+        ) -> None:
+            boosted = boosted_of(optimizer)
+            if boosted is None:
+                super().load_optimizer(optimizer, checkpoint, prefix, *args, **kwargs)
+                return
+            check_path(boosted, Path(checkpoint), index_name(prefix)).apply()
+
+        @named("save of the scheduler")
+        def save_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
+            with together():
+                if dist.get_rank() == 0:
+                    with replacing(Path(checkpoint)) as file:
+                        torch.save(lr_scheduler.state_dict(), file)
+                    # A file that cannot be read safely is found now, not when it is needed.
+                    read_torch(Path(checkpoint), contents=False)
+
+        @named("load of the scheduler")
+        def load_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
+            with together():
+                state = read_torch(Path(checkpoint), contents=dist.get_rank() == 0)
+            lr_scheduler.load_state_dict(state)
+
+    return CompleteCheckpointIO

@@ -1,0 +1,193 @@
+"""ColossalAI's distributed optimizers: its names and calls, our rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from colossal_bcd.booster.setup_distributed import SetupDistributed
+from colossal_bcd.low_rank import GaLoreAdamW8bit
+from colossal_bcd.optim import CAME, Adafactor, Lamb
+from colossal_bcd.optim.base import Params
+
+
+class DistributedLamb(SetupDistributed, Lamb):
+    """LAMB by the formula of ColossalAI's class of that name: the bias correction multiplies the step size.
+
+    It runs under the plugins of `colossal_bcd.booster`, under ColossalAI's own after `colossal_bcd.booster.install()`,
+    on weights that were divided by hand, after `setup_distributed`, and on one process.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr, betas, eps, weight_decay: as of `colossal_bcd.Lamb`.
+        bias_correction: multiply `lr` by sqrt(1 - beta2^t) / (1 - beta1^t) after the trust ratio.
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, bias_correction)
+
+    def _hyper(self, group: Mapping[str, Any]) -> Any:
+        """The groups hold ColossalAI's values, so that groups and checkpoints of its class mean the same here."""
+        correction = group["bias_correction"]
+        return super()._hyper({**group, "bias_correction": "step_size" if correction is True else correction})
+
+
+class DistributedAdaFactor(SetupDistributed, Adafactor):
+    """`colossal_bcd.Adafactor` with the call of ColossalAI's class of that name.
+
+    It differs from ColossalAI's where that one differs from the paper and from transformers.Adafactor: `lr` is used,
+    and `scale_parameter` multiplies by the root mean square of the weight, which theirs takes for 0.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr: step size without `relative_step`; None where every group has its own.
+        eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init: as of
+            `colossal_bcd.Adafactor`.
+    Raises:
+        ValueError: a hyper-parameter is out of range, `lr` is given together with `relative_step`, or a group has
+            neither.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+    ) -> None:
+        groups: list[Any] = list(params)
+        super().__init__(
+            groups,
+            0.0 if lr is None and not relative_step and _bring_lr(groups) else lr,
+            eps,
+            clip_threshold,
+            decay_rate,
+            beta1,
+            weight_decay,
+            scale_parameter,
+            relative_step,
+            warmup_init,
+        )
+        self.defaults["lr"] = lr
+
+
+class DistributedCAME(SetupDistributed, CAME):
+    """`colossal_bcd.CAME` with the call of ColossalAI's class of that name, which is wrong from its second step on.
+
+    Args:
+        params: parameters, or param groups as plain dicts.
+        lr: step size; None where every group has its own.
+        eps, clip_threshold, betas, weight_decay: as of `colossal_bcd.CAME`.
+    Raises:
+        ValueError: a hyper-parameter is out of range, or a group has no `lr`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-16),
+        clip_threshold: float = 1.0,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        weight_decay: float = 0.0,
+    ) -> None:
+        groups: list[Any] = list(params)
+        if lr is None and not _bring_lr(groups):
+            raise ValueError("DistributedCAME: got lr=None, expected a number, or one in every param group")
+        super().__init__(groups, 0.0 if lr is None else lr, eps, clip_threshold, betas, weight_decay)
+        self.defaults["lr"] = lr
+
+
+def _bring_lr(groups: Sequence[Any]) -> bool:
+    return bool(groups) and all(isinstance(group, Mapping) and group.get("lr") is not None for group in groups)
+
+
+class DistGaloreAwamW(SetupDistributed, GaLoreAdamW8bit):
+    """`colossal_bcd.GaLoreAdamW8bit` with the call of ColossalAI's class of that name.
+
+    It differs where ColossalAI's differs from the paper: the whole matrix is projected, where theirs multiplies every
+    shard by the first rows of the basis; it trains under ZeRO; and it writes no gradient to a file.
+
+    Args:
+        params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
+        lr, betas, eps, weight_decay: as of `colossal_bcd.GaLoreAdamW8bit`.
+        nbits: bits of the moments between steps, 8 or 32.
+        min_8bit_size: smaller tensors, or images of them, keep moments of 32 bits.
+        percentile_clipping: 100, which clips nothing.
+        block_wise: True; moments are quantised in blocks of 256 values.
+        is_paged: False; states stay where the parameter is.
+        args: bitsandbytes' options, an object or a mapping with `optim_bits`, `min_8bit_size` and so on, in place of
+            the five arguments above.
+    Raises:
+        ImportError: bitsandbytes is missing and `nbits` is 8.
+        ValueError: a hyper-parameter is out of range, an option cannot be honoured, or no group has a rank, so that
+            nothing would be projected.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        nbits: int = 8,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+        args: Any = None,
+    ) -> None:
+        options = {
+            "optim_bits": nbits,
+            "min_8bit_size": min_8bit_size,
+            "percentile_clipping": percentile_clipping,
+            "block_wise": block_wise,
+            "is_paged": is_paged,
+        }
+        if args is not None:
+            own = args if isinstance(args, Mapping) else vars(args)
+            options = {name: own.get(name, value) for name, value in options.items()}
+        honoured = require_options(type(self).__name__, options)
+        super().__init__(params, lr, betas, eps, weight_decay, clamp=True, **honoured)
+
+
+def require_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """bitsandbytes' options as hyper-parameters of `GaLoreAdamW8bit`.
+
+    Args:
+        name: of the optimizer, for errors.
+        options: `optim_bits`, `min_8bit_size`, `percentile_clipping`, `block_wise`, `is_paged`.
+    Raises:
+        ValueError: one cannot be honoured.
+    """
+    remedies = {
+        "percentile_clipping": (100, "Clip by the norm with the plugin's max_norm."),
+        "block_wise": (True, "Moments of 8 bits are quantised in blocks here; use nbits=32 for exact ones."),
+        "is_paged": (False, "Use a plugin with cpu_offload=True."),
+    }
+    for option, (value, remedy) in remedies.items():
+        if options[option] != value:
+            raise ValueError(
+                f"{name}: got {option}={options[option]!r}, which has no equal here, expected {value}. {remedy}"
+            )
+    bits = options["optim_bits"]
+    if bits not in (8, 32):
+        raise ValueError(f"{name}: got nbits={bits!r}, expected 8 or 32")
+    return {"state_bits": bits, "min_8bit_size": options["min_8bit_size"]}

@@ -1,0 +1,61 @@
+"""Errors in files, found by any rank, raised by all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch.distributed as dist
+
+from colossal_bcd.engine.failures import wait_patiently
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the same text on every rank."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Callable[[str, str], None]]:
+    """Raise on every rank what any rank raises inside, after all of them have come to the end of it.
+
+    Nothing inside may communicate.
+
+    Returns:
+        Function of a subject and a text about it, which have to be the same on every rank.
+    Raises:
+        CheckpointError: the text is the first such rank's; or what was given to the function differs.
+    """
+    error: Exception | None = None
+    said: dict[str, str] = {}
+    try:
+        yield said.__setitem__
+    except Exception as raised:
+        error = raised
+    raise_together(error, said)
+
+
+def raise_together(error: Exception | None, said: Mapping[str, str] | None = None) -> None:
+    """Raise the first rank's error on all ranks, if there is any, or tell who has said something else than rank 0."""
+    report: tuple[str | None, dict[str, str]] = None if error is None else describe(error), dict(said or {})
+    reports = [report]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        wait_patiently()
+        reports = [report] * dist.get_world_size()
+        dist.all_gather_object(reports, report)
+    found = [(rank, text) for rank, (text, _) in enumerate(reports) if text is not None]
+    if found:
+        rank, text = found[0]
+        raise CheckpointError(text if rank == 0 else f"rank {rank}: {text}") from error
+    first = reports[0][1]
+    for rank, (_, theirs) in enumerate(reports):
+        for subject in first:
+            if theirs.get(subject) != first[subject]:
+                raise CheckpointError(
+                    f"{subject}: got {theirs.get(subject)} on rank {rank}, expected {first[subject]} as on rank 0. "
+                    "Load from a file system that all ranks share."
+                )
+
+
+def describe(error: Exception) -> str:
+    """Text of an error; errors that say little by themselves get the name of their class."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,242 @@
+"""The checkpoints of a training loop: model, optimizer, scheduler, random state, numbers; complete or not there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.checkpoint.files import (
+    ASIDE,
+    check_file,
+    describe_file,
+    read_json,
+    remove_leftovers,
+    sync,
+    sync_folder,
+    write_json,
+)
+from colossal_bcd.checkpoint.load import Loading, check_path
+from colossal_bcd.checkpoint.random_state import load_random_state, save_random_state
+from colossal_bcd.checkpoint.save import index_name
+from colossal_bcd.checkpoint.trained import boosted_of
+from colossal_bcd.checkpoint.verify import verify
+from colossal_bcd.engine.failures import named, require_finite
+
+MANIFEST = "checkpoint.json"
+FORMAT = "colossal_bcd checkpoint"
+VERSION = 1
+STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Where a run goes on."""
+
+    step: int
+    """The one that `save` was given."""
+    extra: dict[str, Any]
+    """What `save` was given."""
+
+
+class Booster(Protocol):
+    """What this asks of ColossalAI's `Booster`."""
+
+    save_model: Callable[..., None]
+    save_optimizer: Callable[..., None]
+    save_lr_scheduler: Callable[..., None]
+    load_model: Callable[..., Any]
+    load_optimizer: Callable[..., Any]
+    load_lr_scheduler: Callable[..., Any]
+
+
+class CheckpointFolder:
+    """Checkpoints of a run, each in a folder `step-...` with a manifest of sizes and checksums.
+
+    A checkpoint is written under another name, synced and renamed: what is called `step-...` is complete, whenever the
+    run was killed.  All ranks call the methods, on a file system that they share.
+
+    Args:
+        path: the folder; made when something is saved.
+        keep_last: number of checkpoints that stay; None: all.
+    Raises:
+        ValueError: `keep_last` is below 1.
+    """
+
+    def __init__(self, path: str | Path, keep_last: int | None = None) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last: got {keep_last}, expected None or at least 1")
+        self.path, self.keep_last = Path(path), keep_last
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, ascending."""
+        found = (STEP.fullmatch(path.name) for path in self.path.iterdir()) if self.path.is_dir() else ()
+        return sorted(int(match[1]) for match in found if match and (self.path / match[0] / MANIFEST).is_file())
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.path / f"step-{step:08}"
+
+    @named("save of the checkpoint")
+    def save(
+        self,
+        booster: Booster,
+        model: Any,
+        optimizer: Any,
+        lr_scheduler: Any = None,
+        *,
+        step: int,
+        extra: Mapping[str, Any] | None = None,
+        size_per_shard: int = 1024,
+    ) -> None:
+        """Write a checkpoint; one of the same step is replaced, and those beyond `keep_last` are deleted.
+
+        Args:
+            booster: whose `boost` made the next three.
+            model: see above.
+            optimizer: see above.
+            lr_scheduler: see above.
+            step: number of steps taken.
+            extra: numbers, strings and lists of the loop, such as the position in the data; the same on every rank.
+            size_per_shard: MiB of tensors in one file.
+        Raises:
+            CheckpointError: on every rank, such as when the disk is full; the earlier checkpoints stay.
+            FloatingPointError: on every rank, if the last gradients were not finite.
+        """
+        require_finite(optimizer)
+        aside = self.path / f"{ASIDE}{self.folder(step).name}"
+        with together():
+            if _first():
+                self.path.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.path)
+                aside.mkdir()
+        try:
+            booster.save_model(
+                model, str(aside / "model"), shard=True, size_per_shard=size_per_shard, use_safetensors=True
+            )
+            booster.save_optimizer(optimizer, str(aside / "optimizer"), shard=True, size_per_shard=size_per_shard)
+            if lr_scheduler is not None:
+                booster.save_lr_scheduler(lr_scheduler, str(aside / "lr_scheduler.pt"))
+            save_random_state(aside)
+            with together():
+                if _first():
+                    self._publish(aside, step, dict(extra or {}))
+        except CheckpointError:
+            # All ranks are here.
+            if _first():
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    @named("load of the checkpoint")
+    def peek(self, step: int | None = None) -> Resumed | None:
+        """What `load` would return, read from the manifest alone.
+
+        Raises:
+            CheckpointError: on every rank, if a file is missing or damaged.
+        """
+        with together() as same:
+            step = self.latest if step is None else step
+            same("CheckpointFolder", "no checkpoint" if step is None else f"that of step {step}")
+            manifest = None if step is None else self._manifest(step)
+        return None if manifest is None else Resumed(step=manifest["step"], extra=manifest["extra"])
+
+    @named("load of the checkpoint")
+    def load(
+        self, booster: Booster, model: Any, optimizer: Any, lr_scheduler: Any = None, *, step: int | None = None
+    ) -> Resumed | None:
+        """Go on where a checkpoint was saved, on any mesh.
+
+        Args:
+            booster: see `save`.
+            model: see `save`.
+            optimizer: see `save`.
+            lr_scheduler: see `save`.
+            step: of the checkpoint; None: the newest.
+        Returns:
+            Where that is; None if there is no checkpoint.
+        Raises:
+            CheckpointError: on every rank, with the name of the file that is missing, damaged or foreign; nothing was
+                changed then.
+        """
+        with together() as same:
+            step = self.latest if step is None else step
+            same("CheckpointFolder", "no checkpoint" if step is None else f"that of step {step}")
+            manifest = None if step is None else self._checked(step)
+        if step is None or manifest is None:
+            return None
+        folder = self.folder(step)
+        # The optimizer's own index has the checksums of its tensors, which are compared when it is loaded.
+        apart = {name for name in manifest["files"] if name.startswith("optimizer/") and name.endswith(".safetensors")}
+        verify(folder, {name: said for name, said in manifest["files"].items() if name not in apart})
+        boosted = boosted_of(optimizer)
+        ready: Loading | None = None
+        if boosted is not None:
+            ready = check_path(boosted, folder / "optimizer", index_name(None))
+        booster.load_model(model, str(folder / "model"))
+        if ready is not None:
+            ready.apply()
+        else:
+            booster.load_optimizer(optimizer, str(folder / "optimizer"))
+        if lr_scheduler is not None:
+            booster.load_lr_scheduler(lr_scheduler, str(folder / "lr_scheduler.pt"))
+        load_random_state(folder)
+        return Resumed(step=manifest["step"], extra=manifest["extra"])
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        folder = self.folder(step)
+        if not folder.is_dir():
+            raise CheckpointError(f"checkpoint {folder} is missing, expected one of the steps {self.steps()}")
+        manifest = read_json(folder / MANIFEST)
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise CheckpointError(
+                f"checkpoint file {folder / MANIFEST}: got format {manifest.get('format')!r}, version "
+                f"{manifest.get('version')!r}, expected {FORMAT!r}, version {VERSION}"
+            )
+        return manifest
+
+    def _checked(self, step: int) -> dict[str, Any]:
+        folder, manifest = self.folder(step), self._manifest(step)
+        for name, said in manifest["files"].items():
+            check_file(folder / name, said, contents=False)
+        return manifest
+
+    def _publish(self, aside: Path, step: int, extra: dict[str, Any]) -> None:
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        for path in files:
+            with path.open("rb") as file:
+                sync(file)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "extra": extra,
+            "files": {str(path.relative_to(aside)): describe_file(path) for path in files},
+        }
+        write_json(aside / MANIFEST, manifest)
+        for folder in (path for path in aside.rglob("*") if path.is_dir()):
+            sync_folder(folder)
+        final = self.folder(step)
+        if final.exists():
+            final.replace(self.path / f"{ASIDE}replaced-{final.name}")
+        aside.replace(final)
+        sync_folder(self.path)
+        if self.keep_last is not None:
+            for old in self.steps()[: -self.keep_last]:
+                # Renamed first: what is half deleted is no checkpoint.
+                self.folder(old).replace(self.path / f"{ASIDE}deleted-{old}")
+        remove_leftovers(self.path)
+
+
+def _first() -> bool:
+    return dist.get_rank() == 0

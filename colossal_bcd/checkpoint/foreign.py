@@ -1,0 +1,146 @@
+"""State dicts of torch's kind: of plain PyTorch optimizers, of badam's base optimizer, of ColossalAI's plugins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from colossal_bcd.checkpoint.errors import CheckpointError
+from colossal_bcd.checkpoint.files import DTYPES
+from colossal_bcd.checkpoint.manifest import FORMAT, VERSION
+from colossal_bcd.checkpoint.opened import Checkpoint
+from colossal_bcd.checkpoint.trained import Boosted
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.foreign.bitsandbytes_states import unwrapped
+from colossal_bcd.optim.state.filed import constant_names, filed_tensors
+from colossal_bcd.sharding import Layout
+
+HARMLESS = {"foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "decoupled_weight_decay"}
+"""Options of torch's param groups that mean nothing here as long as they are off."""
+
+ParameterList = list[tuple[int, int, str, tuple[int, ...]]]
+"""Group, number, name and whole shape of every parameter that is trained now, on any rank, in order."""
+
+
+def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: ParameterList) -> Checkpoint:
+    """A state dict as a checkpoint without masters; numbers of parameters count as in the param groups.
+
+    Under block coordinate descent it is the base optimizer's state of the block that is active now, whose parameters
+    are recognised by shape, in the order of the model.
+
+    Raises:
+        CheckpointError: it does not fit the parameters.
+    """
+    groups = state_dict["param_groups"]
+    keys = [key for group in groups for key in group["params"]]
+    by_key, shared = _split(state_dict["state"], set(keys))
+    names = _names(name, by_key, keys, boosted, roster)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    shapes = {parameter: whole for _, _, parameter, whole in roster}
+    constant = constant_names((shapes[names[key]], values) for key, values in by_key.items())
+    for key, values in by_key.items():
+        parameter = names[key]
+        numbers[parameter] = {}
+        for state, value in values.items():
+            if isinstance(value, Tensor) and not (state == "step" and isinstance(boosted.base, ShardedOptimizer)):
+                full = f"{parameter}.{state}"
+                tensors[full] = value
+                kind = _kind(boosted, state, value, Layout.whole(shapes[parameter]), constant)
+                entries[full] = {
+                    "parameter": parameter,
+                    "state": state,
+                    "part": None,
+                    "kind": kind,
+                    "dtype": DTYPES[value.dtype],
+                    "shape": list(value.shape),
+                }
+            else:
+                numbers[parameter][state] = int(value) if state == "step" else value
+    return Checkpoint(
+        name,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "foreign": True,
+            "rule": boosted.rule,
+            "groups": _groups(name, groups, boosted, roster),
+            "waiting": [],
+            "numbers": numbers,
+            "entries": entries,
+            "shared": shared,
+            "block": None,
+            "parts": {},
+            "loss_scaler": None,
+        },
+        tensors,
+    )
+
+
+def _split(state: dict[Any, Any], keys: set[Any]) -> tuple[dict[Any, dict[str, Any]], list[list[Any]]]:
+    """State of parameters by number, and what belongs to none."""
+    # ColossalAI's files have the numbers as strings.
+    numbers = {key: number for number in keys for key in (number, str(number))}
+    of_params = {numbers[key]: unwrapped(values) for key, values in state.items() if key in numbers}
+    return of_params, [[key, value] for key, value in state.items() if key not in numbers]
+
+
+def _kind(boosted: Boosted, state: str, value: Tensor, layout: Layout, constant: set[str]) -> str:
+    if isinstance(boosted.base, ShardedOptimizer):
+        return "whole" if state == "step" else "elementwise"
+    (entry,) = filed_tensors(boosted.base, value, layout, {}, {state: value}, constant)
+    return entry.kind
+
+
+def _names(
+    name: str, state: dict[Any, dict[str, Any]], keys: list[Any], boosted: Boosted, roster: ParameterList
+) -> dict[Any, str]:
+    if len(keys) != len(roster):
+        raise CheckpointError(
+            f"checkpoint {name}: got the state of an optimizer over {len(keys)} parameters, expected {len(roster)}, "
+            "those that are trained now. It is of another model, other param groups or another block."
+        )
+    shapes = {key: _shapes(values) for key, values in state.items()}
+    left = list(roster)
+    names = {}
+    for key in keys:
+        found = shapes.get(key, [])
+        fits = [i for i, (*_, whole) in enumerate(left) if boosted.block is not None and (not found or whole in found)]
+        place = fits[0] if fits else 0
+        _, _, parameter, whole = left.pop(place)
+        if found and whole not in found:
+            shape = max(found, key=len)
+            raise CheckpointError(
+                f"checkpoint {name}: got state of shape {shape} for parameter {parameter!r}, expected {whole}. It is "
+                "of another model or of other param groups."
+            )
+        names[key] = parameter
+    return names
+
+
+def _shapes(values: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of a parameter's state, among which should be its own."""
+    return [tuple(value.shape) for state, value in values.items() if isinstance(value, Tensor) and state != "step"]
+
+
+def _groups(name: str, groups: list[dict[str, Any]], boosted: Boosted, roster: ParameterList) -> list[dict[str, Any]]:
+    ours = boosted.groups()
+    for group in groups:
+        asked = [key for key in group if key in HARMLESS and key not in ours[0] and group[key]]
+        if asked:
+            raise CheckpointError(
+                f"checkpoint {name}: got {asked[0]}={group[asked[0]]!r}, which {boosted.rule} of colossal_bcd cannot "
+                "honour. Go on with the optimizer that saved it."
+            )
+    members = [[parameter for number, _, parameter, _ in roster if number == index] for index in range(len(ours))]
+    if len(groups) != len(ours):
+        # The original of block coordinate descent makes groups of its own, by decay.
+        if boosted.block is None:
+            raise CheckpointError(f"checkpoint {name}: got {len(groups)} param groups, expected {len(ours)}")
+        return [{"hyper": {}, "parameters": names} for names in members]
+    return [
+        {"hyper": {key: value for key, value in group.items() if key in own and key != "params"}, "parameters": names}
+        for group, own, names in zip(groups, ours, members, strict=True)
+    ]

@@ -1,0 +1,137 @@
+"""What a checkpoint of an optimizer says in plain numbers and strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from colossal_bcd.block.state_dict import progress
+from colossal_bcd.checkpoint.assembly import Assembly, FullTensor
+from colossal_bcd.checkpoint.contributors import contributors_of
+from colossal_bcd.checkpoint.errors import CheckpointError
+from colossal_bcd.checkpoint.files import DTYPES
+from colossal_bcd.checkpoint.trained import Boosted
+from colossal_bcd.checkpoint.values import UNTYPED, decode, encode, like, plainly
+
+FORMAT = "colossal_bcd optimizer"
+VERSION = 3
+OLD_VERSIONS = (2,)
+"""Versions that load, too: they have lists where there were tuples."""
+SCALER = ("_growth_step", "_hysteresis_step")
+"""Counters of ColossalAI's dynamic loss scaler, beside the scale."""
+
+
+def manifest_of(boosted: Boosted, plan: Assembly) -> dict[str, Any]:
+    """Everything but the tensors; `json` can hold it.
+
+    Raises:
+        CheckpointError: a param group holds what a file cannot.
+    """
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rule": boosted.rule,
+        "groups": [
+            {"hyper": hyper_of(boosted.rule, group), "parameters": names}
+            for group, names in zip(boosted.groups(), plan.groups, strict=True)
+        ],
+        "keys": plan.keys,
+        "waiting": plan.waiting,
+        "numbers": plan.numbers,
+        "own_numbers": plan.own_numbers,
+        "shared": plan.shared,
+        "part_numbers": plan.part_numbers,
+        "entries": {tensor.name: _entry(tensor) for tensor in plan.tensors},
+        "block": None if boosted.block is None else progress(boosted.block),
+        "parts": {name: part.numbers() for name, part in contributors_of(boosted).items()},
+        "loss_scaler": _scaler(boosted.scaler),
+    }
+    try:
+        json.dumps(manifest)
+    except TypeError as error:
+        raise CheckpointError(
+            f"checkpoint of {boosted.rule}: its param groups or state hold more than plain numbers and tensors "
+            f"({error}), expected nothing else. Take it out before saving."
+        ) from error
+    return manifest
+
+
+def hyper_of(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group without its parameters, as JSON can hold it with the types of its values.
+
+    Raises:
+        CheckpointError: a value is of another type.
+    """
+    try:
+        return {name: encode(value, name) for name, value in group.items() if name != "params"}
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint of {rule}: param group: {error}") from error
+
+
+def plain_hyper(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What `hyper_of` was given, for a state dict; see `plainly`."""
+    return {name: plainly(decode(value)) for name, value in saved.items()}
+
+
+def load_hyper(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Put saved values into a group; a tensor that is there and fits stays the same tensor, as graphs need it to."""
+    device = next((param.device for param in group["params"]), None)
+    for name, value in saved.items():
+        present, loaded = group.get(name), decode(value, device=device)
+        if isinstance(value, dict) and UNTYPED in value:
+            loaded = like(loaded, present)
+        if isinstance(present, Tensor) and not isinstance(loaded, Tensor) and isinstance(loaded, (int, float)):
+            present.fill_(loaded)
+        elif isinstance(present, Tensor) and isinstance(loaded, Tensor) and present.shape == loaded.shape:
+            present.copy_(loaded)
+        else:
+            group[name] = loaded
+
+
+def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of an old version as one of this."""
+    if manifest["version"] == VERSION:
+        return manifest
+    groups = [
+        {**group, "hyper": {name: _untyped(value) for name, value in group["hyper"].items()}}
+        for group in manifest["groups"]
+    ]
+    return {**manifest, "version": VERSION, "groups": groups}
+
+
+def _untyped(value: Any) -> Any:
+    """Lists may have been tuples; a dict was a dict."""
+    if isinstance(value, list):
+        return {UNTYPED: value}
+    return encode(value, "value of an old file")
+
+
+def load_scaler(scaler: Any, saved: Mapping[str, Any] | None) -> None:
+    """Go on with the loss scale of the run that saved."""
+    if scaler is None or saved is None:
+        return
+    scaler._scale.fill_(saved["_scale"])
+    for name in SCALER:
+        if hasattr(scaler, name) and name in saved:
+            setattr(scaler, name, saved[name])
+
+
+def _entry(tensor: FullTensor) -> dict[str, Any]:
+    return {
+        "parameter": tensor.parameter,
+        "state": tensor.state,
+        "part": tensor.part,
+        "kind": tensor.kind,
+        "dtype": DTYPES[tensor.dtype],
+        "shape": list(tensor.shape),
+    }
+
+
+def _scaler(scaler: Any) -> dict[str, Any] | None:
+    if scaler is None:
+        return None
+    counters = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
+    return {"_scale": scaler._scale.item(), **counters}

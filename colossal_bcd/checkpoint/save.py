@@ -1,0 +1,231 @@
+"""Writing the state of a boosted optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from colossal_bcd.checkpoint.assembly import WRITER, Assembly, FullTensor, LocalTensors, assembled, make_assembly
+from colossal_bcd.checkpoint.errors import CheckpointError, raise_together, together
+from colossal_bcd.checkpoint.files import (
+    ASIDE,
+    TensorFile,
+    read_json,
+    remove_leftovers,
+    replacing,
+    sync_folder,
+    write_json,
+)
+from colossal_bcd.checkpoint.manifest import manifest_of, plain_hyper
+from colossal_bcd.checkpoint.trained import Boosted
+from colossal_bcd.checkpoint.values import decode, plainly, tensors_within
+
+PROGRESS_DELAY = 5.0
+"""Seconds after which a save shows its progress."""
+
+
+def index_name(prefix: str | None) -> str:
+    """Name of the index of a folder's checkpoint."""
+    return f"{prefix}.optimizer_index.json" if prefix else "optimizer_index.json"
+
+
+def save_folder(boosted: Boosted, folder: Path, prefix: str | None, size_per_shard: float) -> None:
+    """Write files of at most `size_per_shard` MiB of tensors (a larger tensor has a file of its own) and an index.
+
+    The index is replaced last, and only then are the files of an earlier one deleted: whatever happens, the folder
+    holds one complete checkpoint.  The writing rank holds one tensor at a time.
+
+    Args:
+        boosted: the optimizer.
+        folder: made if need be.
+        prefix: of the names.
+        size_per_shard: see above.
+    Raises:
+        CheckpointError: on every rank, with the writer's reason.
+    """
+    own, plan, manifest = prepare_state(boosted)
+    with together():
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"save_optimizer(shard=True): {folder} is a file, expected a folder")
+    writer = _FolderWriter(folder, prefix, manifest) if _is_writer() else None
+    shards = _shards(plan.tensors, size_per_shard * 2**20)
+    stream = assembled(plan, own)
+    with _progress(plan) as bar:
+        for number, shard in enumerate(shards, start=1):
+            error: Exception | None = None
+            if writer is not None:
+                error = writer.begin(number, shard)
+            for _ in shard:
+                tensor, values = next(stream)
+                if writer is not None and values is not None and error is None:
+                    error = writer.add(values)
+                bar.update(tensor.num_bytes)
+            if writer is not None and error is None:
+                error = writer.end(shard)
+            _stop_if(error, writer)
+    error = writer.publish() if writer is not None else None
+    _stop_if(error, writer)
+
+
+def save_file(boosted: Boosted, path: Path) -> None:
+    """Write one file that `torch.load(weights_only=True)` reads; all of it passes through the writer's memory.
+
+    It is a state dict as of `torch.optim` (numbered by the places of the parameters in the param groups), with the
+    masters and what else a run needs beside it.
+
+    Raises:
+        CheckpointError: on every rank, with the writer's reason.
+    """
+    state = whole_state(boosted, everywhere=False)
+    with together():
+        if _is_writer():
+            with replacing(path) as file:
+                torch.save(state, file)
+
+
+def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
+    """All state with tensors that do not depend on the mesh, on the writer or on all ranks."""
+    own, plan, manifest = prepare_state(boosted)
+    state: dict[int, dict[str, Any]] = {}
+    others: dict[str, Tensor] = {}
+    for name, numbers in plan.numbers.items():
+        state[plan.keys[name]] = plain_numbers(numbers)
+    for tensor, values in assembled(plan, own, everywhere=everywhere):
+        if values is None:
+            continue
+        if tensor.in_state:
+            state[plan.keys[tensor.parameter]][tensor.state] = values
+        else:
+            others[tensor.name] = values
+    groups = [
+        {**plain_hyper(group["hyper"]), "params": [plan.keys[name] for name in group["parameters"]]}
+        for group in manifest["groups"]
+    ]
+    everything: dict[Any, Any] = {**state, **{decode(key): plainly(decode(value)) for key, value in plan.shared}}
+    return {"state": everything, "param_groups": groups, "others": others, "manifest": manifest}
+
+
+def plain_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter's state has beside tensors, as Python's values; see `plainly`."""
+    return {name: plainly(decode(value)) for name, value in numbers.items() if not tensors_within(value)}
+
+
+class _FolderWriter:
+    """The writing rank's files.  Methods return errors: the other ranks go on sending until all can stop together."""
+
+    def __init__(self, folder: Path, prefix: str | None, manifest: dict[str, Any]) -> None:
+        self._folder, self._prefix, self._manifest = folder, prefix, manifest
+        self._aside: Path | None = None
+        self._file: TensorFile | None = None
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def begin(self, number: int, shard: Sequence[FullTensor]) -> Exception | None:
+        try:
+            if self._aside is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self._folder)
+                self._aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self._folder))
+            described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
+            self._file = TensorFile(self._aside / f"{number:05}.safetensors", described)
+        except OSError as error:
+            return error
+        return None
+
+    def add(self, values: Tensor) -> Exception | None:
+        assert self._file is not None
+        try:
+            self._file.add(values)
+        except OSError as error:
+            return error
+        return None
+
+    def end(self, shard: Sequence[FullTensor]) -> Exception | None:
+        assert self._file is not None
+        try:
+            self._files[self._file.path.name] = self._file.close()
+        except OSError as error:
+            return error
+        for tensor in shard:
+            self._manifest["entries"][tensor.name]["file"] = self._file.path.name
+        return None
+
+    def publish(self) -> Exception | None:
+        """Give the files names that no earlier checkpoint in the folder has, and let the index point to them."""
+        try:
+            self._rename()
+            index = self._folder / index_name(self._prefix)
+            before = set(read_json(index).get("files", {})) if index.exists() else set()
+            write_json(index, self._manifest)
+            for name in before - set(self._manifest["files"]):
+                (self._folder / name).unlink(missing_ok=True)
+            self.clean()
+        except (OSError, CheckpointError) as error:
+            return error
+        return None
+
+    def clean(self) -> None:
+        """Remove what is not published."""
+        if self._file is not None:
+            self._file.abandon()
+        remove_leftovers(self._folder)
+
+    def _rename(self) -> None:
+        sums = "".join(said["sha256"] for said in self._files.values())
+        stem = f"{self._prefix + '.' if self._prefix else ''}optimizer-{hashlib.sha256(sums.encode()).hexdigest()[:8]}"
+        names = {name: f"{stem}-{name}" for name in self._files}
+        for name, final in names.items():
+            assert self._aside is not None
+            (self._aside / name).replace(self._folder / final)
+        if names:
+            sync_folder(self._folder)
+        self._manifest["files"] = {names[name]: said for name, said in self._files.items()}
+        for entry in self._manifest["entries"].values():
+            entry["file"] = names[entry["file"]]
+
+
+def prepare_state(boosted: Boosted) -> tuple[LocalTensors, Assembly, dict[str, Any]]:
+    """This rank's tensors, which tensors there are on any rank, and what the file says of them; all ranks must call."""
+    boosted.follow()
+    with together():
+        own = LocalTensors(boosted)
+    plan = make_assembly(own)
+    with together():
+        manifest = manifest_of(boosted, plan)
+    return own, plan, manifest
+
+
+def _shards(tensors: Sequence[FullTensor], limit: float) -> list[list[FullTensor]]:
+    shards: list[list[FullTensor]] = []
+    filled = 0
+    for tensor in tensors:
+        if not shards or filled + tensor.num_bytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    return shards
+
+
+def _stop_if(error: Exception | None, writer: _FolderWriter | None) -> None:
+    if error is not None and writer is not None:
+        writer.clean()
+    raise_together(error)
+
+
+def _progress(plan: Assembly) -> Any:
+    total = sum(tensor.num_bytes for tensor in plan.tensors)
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc="optimizer", delay=PROGRESS_DELAY, disable=not _is_writer()
+    )
+
+
+def _is_writer() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == WRITER

@@ -1,0 +1,225 @@
+"""What a boosted optimizer holds on this rank, by names that every mesh shares."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
+from colossal_bcd.block.ratio.rule import KeyedLayout
+from colossal_bcd.engine.masters import ShardedMasters
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.sharding import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTensor:
+    """One parameter that is, at least in part, on this rank, and trains or waits for its next turn."""
+
+    name: str
+    """In the model before it was sharded; one name of a tied weight."""
+    key: int
+    """Number of the parameter: its place in the param groups as the user gave them."""
+    group: int
+    param: Parameter
+    layout: Layout
+    """Of the tensor in the param groups, or of the one that waits."""
+    dtype: torch.dtype
+    """Of that tensor."""
+    has_master: bool
+    """Whether that tensor is a master in a wider dtype than the parameter."""
+
+
+class Boosted:
+    """A boosted optimizer of any plugin.
+
+    Args:
+        wrapper: what `booster.boost` returned.
+        names: name of every parameter by id.
+    """
+
+    def __init__(self, wrapper: Any, names: Mapping[int, str]) -> None:
+        self.wrapper, self.names = wrapper, names
+        self.block: BlockOptimizer | None = wrapper.optim if isinstance(wrapper.optim, BlockOptimizer) else None
+        self.base: Optimizer = self.block.base_optimizer if self.block is not None else wrapper.optim
+
+    @property
+    def rule(self) -> str:
+        """Name of the algorithm: that of the class, or of the class from which its update is."""
+        if isinstance(self.base, ShardedOptimizer):
+            rule = getattr(type(self.base), "inner", type(self.base).update)
+            return str(rule.__qualname__.partition(".")[0])
+        return type(self.base).__name__
+
+    @property
+    def scaler(self) -> Any:
+        """ColossalAI's loss scaler, or None."""
+        mixin = getattr(self.wrapper, "mixed_precision_mixin", None) or getattr(self.wrapper, "mixed_precision", None)
+        return getattr(mixin, "grad_scaler", None)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups."""
+        return self.base.param_groups
+
+    def held(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
+        """What is trained now, or what would be.
+
+        Args:
+            names: of each param group, the blocks' names of what trains; None: as it is now.
+        """
+        raise NotImplementedError
+
+    def waiting(self, names: Collection[str] | None = None) -> list[TrainedTensor]:
+        """What does not train now, but keeps its master and its state until it does again.
+
+        Args:
+            names: what would wait, as far as it is on this rank; None: as it is now.
+        """
+        return []
+
+    def tensor(self, held: TrainedTensor) -> Tensor:
+        """The tensor in the param groups, or the one that waits."""
+        raise NotImplementedError
+
+    def state(self, held: TrainedTensor) -> Mapping[str, Any]:
+        """State of the base optimizer; empty: none."""
+        state: Mapping[str, Any] = self.base.state.get(self.tensor(held), {})
+        return state
+
+    @contextlib.contextmanager
+    def taking(self, waiting: list[TrainedTensor]) -> Iterator[None]:
+        """Inside, the base optimizer has tensors of what will wait, too, new where there are none, to be written."""
+        yield
+
+    def follow(self) -> None:
+        """Let masters follow weights that were written from outside since the last step."""
+
+    def renew(self) -> None:
+        """Let the optimizer forget what it has made from hyper-parameters that were replaced."""
+
+
+class EngineState(Boosted):
+    """Under the plugins of this package."""
+
+    def held(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
+        groups: list[list[Parameter]] = list(self.wrapper._working_param_groups.values())
+        if names is not None:
+            assert self.block is not None
+            groups = [[self.block.named_parameters[name] for name in group] for group in names]
+        return [self._held(index, param) for index, params in enumerate(groups) for param in params]
+
+    def waiting(self, names: Collection[str] | None = None) -> list[TrainedTensor]:
+        if self.block is None:
+            return []
+        aside = self.wrapper.masters.aside
+        if names is not None:
+            chosen = set(names)
+            aside = {param for name, param in self.block.named_parameters.items() if name in chosen}
+        members = enumerate(self.block.members)
+        return [self._held(index, param) for index, params in members for param in params if param in aside]
+
+    def tensor(self, held: TrainedTensor) -> Tensor:
+        masters = self.wrapper.masters
+        tensor: Tensor = masters.of[held.param] if held.param in masters.of else masters.aside[held.param]
+        return tensor
+
+    def state(self, held: TrainedTensor) -> Mapping[str, Any]:
+        if self.block is not None and held.param in self.block.states_aside():
+            aside: Mapping[str, Any] = self.block.states_aside()[held.param]
+            return aside
+        return super().state(held)
+
+    @contextlib.contextmanager
+    def taking(self, waiting: list[TrainedTensor]) -> Iterator[None]:
+        masters, params = self.wrapper.masters, [held.param for held in waiting]
+        active = list(masters.of)
+        masters.activate([*active, *params], active)
+        try:
+            yield
+        finally:
+            tensors = {held.param: self.tensor(held) for held in waiting}
+            masters.activate(active, {*active, *params})
+            if self.block is not None:
+                states = {param: self.base.state.pop(tensor, None) for param, tensor in tensors.items()}
+                self.block.put_aside({param: state for param, state in states.items() if state})
+
+    def _held(self, group: int, param: Parameter) -> TrainedTensor:
+        dtype = self.wrapper.masters.dtype(param)
+        return TrainedTensor(
+            name=self.names[id(param)],
+            key=self.wrapper._keys[id(param)],
+            group=group,
+            param=param,
+            layout=self._layout(param),
+            dtype=dtype,
+            has_master=dtype != param.dtype,
+        )
+
+    def follow(self) -> None:
+        self.wrapper.follow_weights()
+
+    def renew(self) -> None:
+        self.wrapper.bind()
+
+    def _layout(self, param: Parameter) -> Layout:
+        layout: Layout = self.wrapper.masters.layout(param)
+        if isinstance(self.base, BlockOptimizerRatio):
+            return KeyedLayout.of(layout, self.wrapper._keys[id(param)])
+        return layout
+
+
+class OtherState(Boosted):
+    """Under ColossalAI's own plugins and torch's DDP."""
+
+    def held(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
+        assert names is None
+        return [held for held, _ in self._pairs()]
+
+    def tensor(self, held: TrainedTensor) -> Tensor:
+        return next(tensor for other, tensor in self._pairs() if other.param is held.param)
+
+    def _pairs(self) -> list[tuple[TrainedTensor, Tensor]]:
+        of_master = self.wrapper.get_master_to_working_map() if hasattr(self.wrapper, "param_info") else None
+        if of_master is None:
+            of_master = getattr(self.wrapper, "master_to_working_param", {})
+        numbers = (getattr(self.wrapper, "param_info", None) or {}).get("param2id", {})
+        pairs: list[tuple[TrainedTensor, Tensor]] = []
+        for index, group in enumerate(self.base.param_groups):
+            for tensor in group["params"]:
+                param = of_master.get(id(tensor), tensor)
+                layout = Layout.whole(tuple(tensor.shape))
+                if isinstance(self.base, ShardedOptimizer):
+                    layout = self.base._layouts[tensor]
+                held = TrainedTensor(
+                    name=self.names[id(param)],
+                    key=numbers.get(id(param), len(pairs)),
+                    group=index,
+                    param=param,
+                    layout=layout,
+                    dtype=tensor.dtype,
+                    has_master=tensor.dtype != param.dtype,
+                )
+                pairs.append((held, tensor))
+        return pairs
+
+
+def boosted_of(wrapper: Any) -> Boosted | None:
+    """What this package can save completely; None: ColossalAI's format is what there is.  All ranks must call."""
+    names = getattr(wrapper, "parameter_names", None)
+    if names is None:
+        return None
+    if isinstance(getattr(wrapper, "masters", None), ShardedMasters):
+        wrapper.admit_newcomers()
+        return EngineState(wrapper, names)
+    return (
+        OtherState(wrapper, names)
+        if isinstance(wrapper.optim, ShardedOptimizer) or getattr(wrapper, "has_whole_state", False)
+        else None
+    )

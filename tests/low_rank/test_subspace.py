@@ -1,0 +1,115 @@
+"""Subspace iteration: orthonormal bases that capture what singular vectors do, and the program that measures it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from benchmark_refresh import METHODS_HEADER, RANKS_HEADER, STAGGER_HEADER, main, rank_row, stagger_row
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from refresh_contest import Seconds, noisy_gradients, real_gradients
+
+from colossal_bcd.low_rank.projector import captured_energy, random_energy, singular_bases, subspace_bases
+
+SIDES = ("left", "right", "full")
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(SIDES), st.booleans(), st.data())
+def test_subspace_bases_are_orthonormal(rows: int, columns: int, side: str, warm: bool, data: st.DataObject) -> None:
+    """Of any shape, up to rank min(R, C), of matrices that have fewer dimensions, and of zero."""
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    inner = data.draw(st.integers(0, min(rows, columns)))
+    generator = torch.Generator().manual_seed(rows * 100 + columns)
+    draws = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rows, inner), (inner, columns))
+    ]
+    matrix = draws[0] @ draws[1]
+    start = singular_bases(matrix + 1, rank, side) if warm else (None, None)
+    bases = subspace_bases(matrix, rank, side, start, seed=3)
+    assert [basis is not None for basis in bases] == [side != "right", side != "left"]
+    for basis, size in zip(bases, (rows, columns), strict=True):
+        if basis is not None:
+            assert basis.shape == (size, rank)
+            assert torch.allclose(basis.T @ basis, torch.eye(rank, dtype=torch.float64), atol=1e-9)
+    if inner <= rank and inner:
+        assert captured_energy(matrix, bases).item() == pytest.approx(1, abs=1e-9)
+
+
+def test_subspace_bases_of_a_small_side_are_exact() -> None:
+    """Where the 16 additional vectors reach the side, the iteration has the whole space."""
+    matrix = torch.randn(20, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for side in SIDES:
+        exact, ours = singular_bases(matrix, 6, side), subspace_bases(matrix, 6, side, (None, None), seed=0)
+        for a, b in zip(exact, ours, strict=True):
+            if a is not None and b is not None:
+                assert torch.allclose(a @ a.T, b @ b.T, atol=1e-10)
+
+
+def test_subspace_iteration_begins_at_the_last_bases() -> None:
+    """On noise, whose spectrum has no gap, what the last bases know is not found again in so few iterations."""
+    matrix = noisy_gradients((300, 300), 0, seed=0)[0]
+    best = singular_bases(matrix, 20, "right")
+    cold, warm = (
+        captured_energy(matrix, subspace_bases(matrix, 20, "right", start, seed=1)).item()
+        for start in ((None, None), best)
+    )
+    exact = captured_energy(matrix, best).item()
+    assert cold < 0.97 * exact
+    assert warm == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (384, 128)], ids=str)
+def test_subspace_captures_real_gradients_within_one_percent(shape: tuple[int, int]) -> None:
+    """Of a language model on text, at its first step and after three."""
+    for train_steps in (0, 3):
+        before, matrix = real_gradients(shape, train_steps, tokens=512)
+        for side in SIDES:
+            best = captured_energy(matrix, singular_bases(matrix, 16, side)).item()
+            for start in ((None, None), singular_bases(before, 16, side)):
+                ours = captured_energy(matrix, subspace_bases(matrix, 16, side, start, seed=2)).item()
+                assert 0.99 * best <= ours <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_random_energy_is_the_mean(side: str) -> None:
+    from colossal_bcd.low_rank.projector import random_bases
+
+    matrix = noisy_gradients((9, 7), 2, seed=0)[0].double()
+    draws = [captured_energy(matrix, random_bases((9, 7), 3, side, 5 * seed, matrix)) for seed in range(2000)]
+    values = torch.stack(draws)
+    assert abs(values.mean().item() - random_energy((9, 7), 3, side)) <= 4 * values.std().item() / len(values) ** 0.5
+
+
+def test_benchmark_of_refreshes_prints_three_tables() -> None:
+    small = ["--shape", "128x64", "--rank", "8", "--repeats", "1", "--train-steps", "0", "--tokens", "256"]
+    outcome = CliRunner().invoke(
+        main, [*small, "--hidden", "32", "--layers", "1", "--gap", "3", "--method", "subspace"], catch_exceptions=False
+    )
+    assert outcome.exit_code == 0, outcome.output
+    environment, *tables = outcome.stdout.strip().split("\n\n")
+    assert "Ranks refresh 7 matrices" in environment
+    assert len(tables) == 3
+    for table, header, count in zip(tables, (METHODS_HEADER, RANKS_HEADER, STAGGER_HEADER), (3, 1, 1), strict=True):
+        lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+        assert lines[0] == list(header)
+        assert len(lines) == 2 + count
+        for line in lines[2:]:
+            numbers = [re.sub(r"\*", "", cell) for cell in line if re.fullmatch(r"\**[\d.]+\**", cell)]
+            assert len(numbers) >= len(header) - 2
+            assert all(float(number) >= 0 for number in numbers)
+
+
+def test_benchmark_rows_hold_ratios() -> None:
+    """Medians, the fastest steps, and the largest step of each gap."""
+    one = [Seconds(1.0, 0.5), Seconds(2.0, 0.6), Seconds(9.0, 0.4)]
+    two = [Seconds(1.0, 0.25), Seconds(0.6, 0.2), Seconds(8.0, 0.3)]
+    ratios = "| exact | **0.50** | **0.60** | **0.50** |"
+    assert rank_row("exact", two, one) == f"{ratios} 2000 | 1000 | 500 | 250 |"
+    unstaggered = [Seconds(8.0, 4.0), Seconds(0.0, 0.0)] * 2
+    staggered = [Seconds(3.0, 1.0), Seconds(4.0, 2.0)] * 2
+    assert stagger_row("exact", 2, staggered, unstaggered) == (
+        "| exact | 2 | **0.50** | **0.50** | 4000 | 8000 | 3500 | 4000 |"
+    )
