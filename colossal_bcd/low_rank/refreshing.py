@@ -108,7 +108,7 @@ class RefreshingOptimizer(ReducedGradientOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("_matrices", {}), ("_places", None), ("_reports", {}), ("_energies", {})):
+        for name, value in (("_matrices", {}), ("_turns", None), ("_reports", {}), ("_energies", {})):
             self.__dict__.setdefault(name, value)
 
     def _plan(self) -> dict[int, RefreshTurn]:

@@ -89,7 +89,7 @@ def site_of(optimizer: Any) -> AdapterAccess:
     """
     outer = optimizer
     while True:
-        if hasattr(optimizer, "factor_site"):
+        if hasattr(optimizer, "adapter_access"):
             site: AdapterAccess = optimizer.adapter_access()
             return site
         inner = getattr(optimizer, "optimizer", getattr(optimizer, "optim", None))
