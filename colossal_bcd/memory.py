@@ -197,7 +197,7 @@ class _Counter:
 
     def _state(self, held: _Trained) -> int:
         if isinstance(self._base, ShardedOptimizer):
-            specs = self._base.state_spec(self._layout(held), self._base._hyper(held.group))
+            specs = self._base.state_spec(self._layout(held), self._base.hyper_of(held.group))
             return sum(spec.num_bytes(self._dtype(held)) for spec in specs.values())
         per_value, in_all = _probe(self._base, held.group)
         return self.numel(held) * per_value * self._dtype(held).itemsize + in_all
@@ -210,7 +210,7 @@ class _Counter:
         limit = min(STACK_BYTES, self._base.wave_bytes)
         for held in active:
             layout = self._layout(held)
-            hyper, dtype = self._base._hyper(held.group), self._dtype(held)
+            hyper, dtype = self._base.hyper_of(held.group), self._dtype(held)
             num_bytes = self._base.task_bytes(layout, hyper, dtype)
             if self._base.stacks and self._base.task_bytes(layout, hyper, dtype, 2) <= limit:
                 num_bytes = self._base.task_bytes(layout, hyper, dtype, 2) // 2

@@ -36,10 +36,10 @@ class DistributedLamb(SetupDistributed, Lamb):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, bias_correction)
 
-    def _hyper(self, group: Mapping[str, Any]) -> Any:
+    def hyper_of(self, group: Mapping[str, Any]) -> Any:
         """The groups hold ColossalAI's values, so that groups and checkpoints of its class mean the same here."""
         correction = group["bias_correction"]
-        return super()._hyper({**group, "bias_correction": "step_size" if correction is True else correction})
+        return super().hyper_of({**group, "bias_correction": "step_size" if correction is True else correction})
 
 
 class DistributedAdaFactor(SetupDistributed, Adafactor):

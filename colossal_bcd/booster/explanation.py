@@ -89,7 +89,7 @@ def _names(optimizer: Any, inner: Optimizer, held: list[Tensor]) -> tuple[list[s
 def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Layout, int, int | None]:
     """Layout, rounds of a step, and bytes of state."""
     if isinstance(base, ShardedOptimizer):
-        layout, hyper = base._layouts[param], base._hyper(group)
+        layout, hyper = base.layout_of(param), base.hyper_of(group)
         specs = base.state_spec(layout, hyper).values()
         return layout, _rounds(base, layout, hyper), sum(spec.num_bytes(param.dtype) for spec in specs)
     of = optimizer if isinstance(optimizer, ZeroOptimizer) else None
@@ -108,7 +108,7 @@ def _rounds(base: ShardedOptimizer, layout: Layout, hyper: Any) -> int:
         entry: Any = spec.allocate(param)
         state[name] = view.flat(entry) if spec.kind == "elementwise" else entry
     rule, mesh, rounds, sent = base.update(view, state, hyper), Mesh(), 0, [""]
-    mesh.communicates = base._mesh.communicates  # type: ignore[method-assign]
+    mesh.communicates = base.mesh.communicates  # type: ignore[method-assign]
     mesh.all_reduce = lambda _, axis: sent.append(axis)  # type: ignore[method-assign, assignment]
     with suppress(StopIteration):
         requests = next(rule)

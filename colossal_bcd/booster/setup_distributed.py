@@ -109,14 +109,14 @@ def global_shape(weight: Any, known: tuple[int, ...], index: int) -> tuple[int, 
 def _is_bound(optimizer: ShardedOptimizer, working: Mapping[int, Tensor]) -> bool:
     """Whether an engine of this package has made the masters, and said what they are."""
     masters = [param for group in optimizer.param_groups for param in group["params"]]
-    known = optimizer._layouts
+    known = optimizer.layouts
     return bool(working) and all(param in known and working.get(id(param), param) not in known for param in masters)
 
 
 def _weights(optimizer: ShardedOptimizer, working: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
     """Weight of the model behind every tensor that ColossalAI has put into the param groups."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    known = optimizer._layouts
+    known = optimizer.layouts
     weights = {param: working.get(id(param), param) for param in params}
     if any(weight not in known for weight in weights.values()):
         # Stage 0, or one data-parallel rank: ColossalAI passes no map.  Its masters are in the order of the weights.

@@ -196,7 +196,7 @@ class OtherState(Boosted):
                 param = of_master.get(id(tensor), tensor)
                 layout = Layout.whole(tuple(tensor.shape))
                 if isinstance(self.base, ShardedOptimizer):
-                    layout = self.base._layouts[tensor]
+                    layout = self.base.layout_of(tensor)
                 held = TrainedTensor(
                     name=self.names[id(param)],
                     key=numbers.get(id(param), len(pairs)),

@@ -180,7 +180,7 @@ class GaLore(RefreshingOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        hyper, params = self._hyper(group), group["params"]
+        hyper, params = self.hyper_of(group), group["params"]
         clamped = 0
         for name, param in members_with_names(group, 0):
             if is_projected(self._layouts[param], hyper):

@@ -105,7 +105,7 @@ class GaLoreAdamW8bit(GaLore):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if self._hyper(self.param_groups[-1]).state_bits == 8:
+        if self.hyper_of(self.param_groups[-1]).state_bits == 8:
             require_library()
 
     def inner(

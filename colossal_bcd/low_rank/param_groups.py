@@ -163,12 +163,12 @@ def _summarise(groups: list[dict[str, Any]], rank: int) -> None:
     ours = sum(
         spec.num_bytes(param.dtype)
         for group, param in held
-        for spec in counter.state_spec(counter._layouts[param], counter._hyper(group)).values()
+        for spec in counter.state_spec(counter.layout_of(param), counter.hyper_of(group)).values()
     )
     plain = sum(
         2 * spec.num_bytes(param.dtype)
         for _, param in held
-        for spec in [counter.plain_spec(counter._layouts[param], counter._hyper(counter.defaults))["exp_avg"]]
+        for spec in [counter.plain_spec(counter.layout_of(param), counter.hyper_of(counter.defaults))["exp_avg"]]
     )
     matrices, rest = groups[0]["params"], groups[1]["params"] if len(groups) > 1 else []
     logger.info(

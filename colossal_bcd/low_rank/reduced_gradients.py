@@ -68,7 +68,7 @@ class ReducedGradientOptimizer(ShardedOptimizer):
         """
         wanted = {}
         for group in self.param_groups:
-            hyper = self._hyper(group)
+            hyper = self.hyper_of(group)
             for param in group["params"]:
                 state = self.state.get(param)
                 if state:
@@ -90,16 +90,12 @@ class ReducedGradientOptimizer(ShardedOptimizer):
         """Streams of the parameters whose last update is to be rounded stochastically."""
         found = {}
         for group in self.param_groups:
-            hyper = self._hyper(group)
+            hyper = self.hyper_of(group)
             for param in group["params"]:
                 if is_stochastic(hyper, param.dtype):
                     # A step counts itself before it is over.
                     found[param] = stream(hyper.seed, self._keys[param], group["num_steps"] - 1)
         return found
-
-    def key_of(self, param: Tensor) -> int:
-        """Number of a parameter."""
-        return self._keys[param]
 
     def has_low_rank(self, key: int) -> bool:
         return key in self._images

@@ -123,7 +123,7 @@ class RefreshingOptimizer(ReducedGradientOptimizer):
     def _learn(self, groups: list[dict[str, Any]]) -> None:
         """Take note of the projected parameters in the groups."""
         for group in groups:
-            hyper = self._hyper(group)
+            hyper = self.hyper_of(group)
             for param in group["params"]:
                 self._matrices.pop(self._keys[param], None)
                 if is_projected(self._layouts[param], hyper):
@@ -144,7 +144,7 @@ class RefreshingOptimizer(ReducedGradientOptimizer):
         """Use the reports of this step's refreshes; the device is waited for once, and only where one is read."""
         fresh = {}
         for group in self.param_groups:
-            hyper = self._hyper(group)
+            hyper = self.hyper_of(group)
             fresh.update({param: hyper for param in group["params"] if self._keys.get(param) in self._reports})
         reports = [self._reports[self._keys[param]] for param in fresh]
         self._energies.update({param: report[0] for param, report in zip(fresh, reports, strict=True)})

@@ -182,4 +182,4 @@ class Adafactor(ShardedOptimizer):
         """
         if not param_state:
             return plain_number(param_group["lr"]) or 0.0
-        return step_size(self._hyper(param_group), param_state["step"], param_state["RMS"]).item()
+        return step_size(self.hyper_of(param_group), param_state["step"], param_state["RMS"]).item()

@@ -75,7 +75,7 @@ class ShardedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         fields = [field.name for field in dataclasses.fields(self.hyper_type)]
         require_keys(type(self).__name__, param_group, [*fields, "params", "param_names"])
-        if getattr(self._hyper({**self.defaults, **param_group}), "moment_bits", 32) == 8:
+        if getattr(self.hyper_of({**self.defaults, **param_group}), "moment_bits", 32) == 8:
             require_library()
         super().add_param_group(param_group)
         try:
@@ -125,13 +125,31 @@ class ShardedOptimizer(Optimizer):
                     state[name] = entry.clone()
 
     @property
+    def layouts(self) -> Mapping[Tensor, Layout]:
+        """Layout of every tensor in the param groups; empty after `unbind`."""
+        return self._layouts
+
+    @property
+    def mesh(self) -> Mesh:
+        """The groups over which rules communicate."""
+        return self._mesh
+
+    def layout_of(self, param: Tensor) -> Layout:
+        """Which part of its parameter a tensor of the param groups is."""
+        return self._layouts[param]
+
+    def key_of(self, param: Tensor) -> int:
+        """Number of a tensor's parameter, the same on every rank and mesh."""
+        return self._keys[param]
+
+    @property
     def is_elementwise(self) -> bool:
         """Whether all state has one value per value of its parameter, so that it can be saved like the parameter."""
         return all(
             spec.kind == "elementwise" and spec.bits == 32
             for group in self.param_groups
             for param in group["params"]
-            for spec in self.state_spec(self._layouts[param], self._hyper(group)).values()
+            for spec in self.state_spec(self._layouts[param], self.hyper_of(group)).values()
         )
 
     def unbind(self) -> None:
@@ -229,7 +247,7 @@ class ShardedOptimizer(Optimizer):
         """Parameters with a gradient, checked before the first collective."""
         active, index = [], -1
         for number, group in enumerate(self.param_groups):
-            hyper, num_steps = self._hyper(group), group.get("num_steps", 0)
+            hyper, num_steps = self.hyper_of(group), group.get("num_steps", 0)
             for param in group["params"]:
                 index += 1
                 grad = self._grad(param)
@@ -264,7 +282,12 @@ class ShardedOptimizer(Optimizer):
                 "the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
             )
 
-    def _hyper(self, group: Mapping[str, Any]) -> Hyper:
+    def hyper_of(self, group: Mapping[str, Any]) -> Hyper:
+        """Hyper-parameters of a param group, checked.
+
+        Raises:
+            ValueError: one is out of range.
+        """
         names, optional = [field.name for field in dataclasses.fields(self.hyper_type)], self._optional()
         return self.hyper_type(
             **{name: plain_number(group[name]) for name in names if name in group or name not in optional}

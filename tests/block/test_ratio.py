@@ -60,8 +60,8 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 def places(optimizer: BlockOptimizerRatio, param: Tensor) -> Tensor:
     """What trains in the next step."""
-    layout, group = optimizer._layouts[param], optimizer.param_groups[0]
-    selection = optimizer._selection(layout, optimizer._hyper(group))
+    layout, group = optimizer.layout_of(param), optimizer.param_groups[0]
+    selection = optimizer._selection(layout, optimizer.hyper_of(group))
     return selection.holds(torch.arange(param.numel())).nonzero().view(-1)
 
 

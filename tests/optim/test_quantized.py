@@ -121,7 +121,7 @@ def test_state_is_what_the_declaration_says(name, dtype):
     optimizer = OPTIMIZERS[name](params, moment_bits=8)
     train(optimizer, params, 1)
     for param in params:
-        specs = optimizer.state_spec(Layout.whole(tuple(param.shape)), optimizer._hyper(optimizer.param_groups[0]))
+        specs = optimizer.state_spec(Layout.whole(tuple(param.shape)), optimizer.hyper_of(optimizer.param_groups[0]))
         state = dict(optimizer.state[param])
         assert type(state.pop("step")) is int
         declared = {key: part for entry, spec in specs.items() for key, part in spec.stored(entry).items()}

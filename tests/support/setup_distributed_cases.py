@@ -159,7 +159,7 @@ def padded() -> tuple[int, ...]:
     )
     optimizer = compat.DistributedLamb(embedding.parameters(), lr=LR)
     optimizer.setup_distributed(dist.group.WORLD)
-    (layout,) = optimizer._layouts.values()
+    (layout,) = optimizer.layouts.values()
     return (*layout.shape, layout.split.padded, embedding.weight.shape[0])
 
 

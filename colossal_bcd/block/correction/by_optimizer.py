@@ -98,7 +98,7 @@ class OptimizerState(CorrectionState):
         return filed_tensors(self._optimizer, self._weights[param], self._layouts[param], self._group_of[param])
 
     def num_bytes(self, param: Parameter, layout: Layout) -> int:
-        specs = self._optimizer.state_spec(layout, self._optimizer._hyper(self._group_of[param]))
+        specs = self._optimizer.state_spec(layout, self._optimizer.hyper_of(self._group_of[param]))
         return sum(spec.num_bytes(param.dtype) for spec in specs.values())
 
     def allocate(self, params: Iterable[Parameter]) -> None:

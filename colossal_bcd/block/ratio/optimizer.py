@@ -154,7 +154,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
                 )
             self._named[key], self._group_of[key] = self._names[param], len(self.param_groups) - 1
             self._layouts[param] = KeyedLayout.of(self._layouts[param], key)
-            self._require_entries(param, self._hyper(self.param_groups[-1]))
+            self._require_entries(param, self.hyper_of(self.param_groups[-1]))
 
     def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
         super().bind(layouts, mesh, keys)
@@ -202,7 +202,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
     def low_rank_wanted(self) -> dict[Tensor, Any]:
         """All parameters: what trains in the next step is known, also before the first one."""
         return {
-            param: self.wants_low_rank(self._layouts[param], {}, self._hyper(group), self._keys[param])
+            param: self.wants_low_rank(self._layouts[param], {}, self.hyper_of(group), self._keys[param])
             for group in self.param_groups
             for param in group["params"]
         }
@@ -216,7 +216,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         self._active()  # raises where a gradient or a tensor is not what it should be
         had = {}
         for group in self.param_groups:
-            hyper = self._hyper(group)
+            hyper = self.hyper_of(group)
             for param in group["params"]:
                 stepped = self._step_one(param, hyper)
                 if stepped or param.requires_grad or not isinstance(param, Parameter):
@@ -277,7 +277,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     def fingerprint(self) -> list[int]:
         """Two 62-bit ints: of what trains, and of the progress in it.  Equal on ranks that agree."""
-        hypers = [{**dataclasses.asdict(self._hyper(group)), "lr": None} for group in self.param_groups]
+        hypers = [{**dataclasses.asdict(self.hyper_of(group)), "lr": None} for group in self.param_groups]
         progress = [hyper.pop("global_step") for hyper in hypers]
         digests = (hashlib.sha256(repr(value).encode()).digest() for value in ((hypers, self._ratios), progress))
         return [int.from_bytes(digest[:8], "big") >> 2 for digest in digests]
@@ -388,7 +388,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         if param.grad is None or param.grad.layout != torch.strided:
             return
         key = self._keys[param]
-        hyper = self._hyper(self.param_groups[self._group_of[key]])
+        hyper = self.hyper_of(self.param_groups[self._group_of[key]])
         entries = self._entries(key, self._layouts[param], hyper, param.device)
         grad = entries.take(param.grad.reshape(-1))
         param.grad = None

@@ -131,7 +131,7 @@ def write(entry: FiledTensor, state: Mapping[str, Any], values: Tensor) -> None:
 def allocate(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> None:
     """Give a parameter the state that its first step would, unless it has state of these shapes."""
     state = optimizer.state[param]
-    specs = optimizer.state_spec(layout, optimizer._hyper(group))
+    specs = optimizer.state_spec(layout, optimizer.hyper_of(group))
     stored = {part: kept for name, spec in specs.items() for part, kept in spec.stored(name).items()}
     if state and all(kept.kind == "scalar" or state[part].shape == kept.shape for part, kept in stored.items()):
         return
@@ -143,7 +143,7 @@ def allocate(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: 
 def _declared(
     optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]
 ) -> list[FiledTensor]:
-    specs = optimizer.state_spec(layout, optimizer._hyper(group))
+    specs = optimizer.state_spec(layout, optimizer.hyper_of(group))
     entries = []
     for name, spec in specs.items():
         if spec.kind == "scalar":
