@@ -148,7 +148,7 @@ class Importance:
                 self.norms[block] = _norm(square)
         return schedule.draw(num_steps, self.norms, self.options.floor)
 
-    def entries(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
+    def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         """See `Contributor`: there are none."""
         return iter(())
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Contributor(Protocol):
     """A part of a BlockOptimizer with state of its own, under a name in `optimizer.contributors`."""
 
-    def entries(self) -> Iterable[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
+    def filed(self) -> Iterable[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         """State of parameters.
 
         Returns:
@@ -35,7 +35,7 @@ class Contributor(Protocol):
         """Plain numbers, strings, and lists and dicts of them; the same on every rank."""
 
     def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
-        """Take what `numbers` returned, and make room for state, which is then written into `entries`.
+        """Take what `numbers` returned, and make room for state, which is then written into what `filed` gives.
 
         Args:
             numbers: see above.

@@ -18,7 +18,7 @@ from colossal_bcd.checkpoint.load import check_path
 from colossal_bcd.checkpoint.opened import read_torch
 from colossal_bcd.checkpoint.save import index_name, save_file, save_folder
 from colossal_bcd.checkpoint.trained import boosted_of
-from colossal_bcd.engine.failures import named, require_finite
+from colossal_bcd.engine.failures import require_finite, says_where
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +40,19 @@ def _complete(cls: Any) -> Any:
     class CompleteCheckpointIO(cls):
         is_complete = True
 
-        @named("load of the model")
+        @says_where("load of the model")
         def load_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             result = super().load_model(model, *args, **kwargs)
             if hasattr(model, "update_master_params"):
                 model.update_master_params()
             return result
 
-        @named("save of the model")
+        @says_where("save of the model")
         def save_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
             with writing_together():
                 super().save_model(model, *args, **kwargs)
 
-        @named("save of the optimizer")
+        @says_where("save of the optimizer")
         def save_optimizer(
             self,
             optimizer: Any,
@@ -81,7 +81,7 @@ def _complete(cls: Any) -> Any:
             else:
                 save_file(boosted, Path(checkpoint))
 
-        @named("load of the optimizer")
+        @says_where("load of the optimizer")
         def load_optimizer(
             self, optimizer: Any, checkpoint: str, prefix: str | None = None, *args: Any, **kwargs: Any
         ) -> None:
@@ -91,7 +91,7 @@ def _complete(cls: Any) -> Any:
                 return
             check_path(boosted, Path(checkpoint), index_name(prefix)).apply()
 
-        @named("save of the scheduler")
+        @says_where("save of the scheduler")
         def save_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
             with together():
                 if dist.get_rank() == 0:
@@ -100,7 +100,7 @@ def _complete(cls: Any) -> Any:
                     # A file that cannot be read safely is found now, not when it is needed.
                     read_torch(Path(checkpoint), contents=False)
 
-        @named("load of the scheduler")
+        @says_where("load of the scheduler")
         def load_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
             with together():
                 state = read_torch(Path(checkpoint), contents=dist.get_rank() == 0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.engine.failures import named
+from colossal_bcd.engine.failures import says_where
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class HybridModule(HybridParallelModule):
         else:
             self.engine.sync_dp_grads()
 
-    @named("forward")
+    @says_where("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 

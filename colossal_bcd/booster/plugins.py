@@ -38,7 +38,7 @@ from colossal_bcd.booster.relora import has_adapters, refuse_adapters
 from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.config import EngineConfig, LowRankOptions
-from colossal_bcd.engine.failures import limit_waiting, named
+from colossal_bcd.engine.failures import limit_waiting, says_where
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
     def get_checkpoint_io(self) -> Any:
         return checkpoint_io(super().get_checkpoint_io())
 
-    @named("pipeline")
+    @says_where("pipeline")
     def execute_pipeline(self, *args: Any, **kwargs: Any) -> Any:
         return super().execute_pipeline(*args, **kwargs)
 

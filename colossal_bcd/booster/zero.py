@@ -40,7 +40,7 @@ from colossal_bcd.checkpoint.stream import Pinned
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.config import EngineConfig, Groups, mesh_of
-from colossal_bcd.engine.failures import LateCheck, named
+from colossal_bcd.engine.failures import LateCheck, says_where
 from colossal_bcd.engine.importance import squared_weights
 from colossal_bcd.engine.kept_gradients import KeptGradients
 from colossal_bcd.engine.low_rank import LowRankGradients, prefers_whole_rows
@@ -167,7 +167,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self.masters.load_gradients(self._reducer.grads, partitioned=self.config.partition_grad)
         self._low_rank.hand_over(images, self.masters, self._mesh)
 
-    @named("gather of weights")
+    @says_where("gather of weights")
     def write_back(self) -> None:
         """Write the masters into the working parameters of every rank."""
         size = self.config.reduce_bucket_size
@@ -175,7 +175,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         defer = set_all_gather_handle if self.config.overlap_allgather else None
         self.masters.write_back(size, defer=defer, done=done)
 
-    @named("switch of blocks")
+    @says_where("switch of blocks")
     def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
         """See `Masters`."""
         self._force_wait_all_gather()
@@ -193,7 +193,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         if self.mixed_precision_mixin is not None:
             loss = self.mixed_precision_mixin.pre_backward(loss)
         if loss.requires_grad:  # else this rank's batch uses nothing that trains now: it takes part with zeros
-            with self._backward_context(), named("backward"):
+            with self._backward_context(), says_where("backward"):
                 loss.backward(inputs=inputs, retain_graph=retain_graph, **kwargs)
         self._after_backward()
 
@@ -201,7 +201,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._before_backward()
         if self.mixed_precision_mixin is not None:
             grad = self.mixed_precision_mixin.pre_backward_by_grad(tensor, grad)
-        with named("backward"):
+        with says_where("backward"):
             torch.autograd.backward(tensor, grad, inputs=inputs, retain_graph=retain_graph)
         self._after_backward()
 
@@ -249,7 +249,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self.late_check.raise_if_bad()
         self._newcomers.raise_if_different()
         scaler = self.mixed_precision_mixin
-        with named("average of gradients"):
+        with says_where("average of gradients"):
             self.settle()
             if not isinstance(self.optim, BlockOptimizer):  # which watches its blocks itself
                 self._unused.note(self.masters.of, self._reducer.grads)
@@ -261,7 +261,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         add_sequence_parallel(self.model, self.tp_pg, self.masters.of, self._reducer.grads)
         self.load_gradients()
         self._scale_gradients(1.0 if scaler is None else scaler.get_grad_div_scale())
-        with named("optimizer rule"):
+        with says_where("optimizer rule"):
             self.optim.step()
         self._drop_gradients()
         self.write_back()
@@ -414,7 +414,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                     "which do not accumulate over steps here. To accumulate, call step() after the last backward pass."
                 )
 
-    @named("switch of blocks")
+    @says_where("switch of blocks")
     def _agree(self, optimizer: BlockOptimizer) -> None:
         require_agreement("block schedule", optimizer.fingerprint(), self._device)
 
@@ -448,7 +448,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 
     def _after_backward(self) -> None:
         if self.require_grad_sync:
-            with named("average of gradients"):
+            with says_where("average of gradients"):
                 self._reducer.finish()
                 self._newcomers.join()
             self.show_gradients()
@@ -458,7 +458,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """By which gradients are too large until the step."""
         return 1.0 if self.mixed_precision_mixin is None else self.mixed_precision_mixin.loss_scale
 
-    @named("norm of gradients")
+    @says_where("norm of gradients")
     def _scale_gradients(self, loss_scale: float) -> None:
         """Undo the loss scale and clip by the global norm of what is active."""
         squares, grads = dict[Parameter, Request](), []

@@ -151,7 +151,7 @@ class LocalTensors:
 
     def _add_part(self, boosted: Boosted, part: str, contributor: Contributor) -> None:
         place = LATER
-        for param, state, entries in contributor.entries():
+        for param, state, entries in contributor.filed():
             name = boosted.names[id(param)]
             self.part_numbers.setdefault(part, {})[name] = numbers_of(part, state)
             for entry in entries:
@@ -174,10 +174,10 @@ class LocalTensors:
             state=f"{before}{entry.name}",
             kind=entry.kind,
             dtype=entry.dtype,
-            cut=entry.cut,
+            cut=entry.region,
             order=order,
             mean_of=None if entry.mean_of is None else f"{parameter}.{before}{entry.mean_of}",
-            held=entry.held,
+            held=entry.kept,
             part=part,
             region=region,
             shape=tuple(state[entry.name].shape) if region else (),
@@ -272,7 +272,7 @@ def _whole(parts: list[tuple[int, LocalPart]]) -> FullTensor:
     sources: dict[tuple[int, ...], tuple[int, Region]] = {}
     for rank, piece in parts:
         if piece.held and piece.cut.numel > 0:
-            sources.setdefault(piece.cut.region, (rank, piece.cut))
+            sources.setdefault(piece.cut.key, (rank, piece.cut))
     is_held = any(piece.held for _, piece in parts)
     assert not is_held or covers([piece.cut for _, piece in parts]), f"parts of {first.name} are missing"
     return FullTensor(
@@ -322,13 +322,13 @@ def _assemble(tensor: FullTensor, own: LocalTensors, rows: Mapping[str, Tensor])
         if source == rank:
             values = own.values(tensor.name)
             if whole is not None:
-                cut.place(whole, values)
+                cut.fill(whole, values)
             else:
                 dist.send(_bytes(values.to(communication_device())), WRITER)
         elif whole is not None:
             received = torch.empty(cut.numel, dtype=tensor.dtype, device=communication_device())
             dist.recv(_bytes(received), source)
-            cut.place(whole, received)
+            cut.fill(whole, received)
     return None if whole is None else tensor.cut.as_filed(whole)
 
 

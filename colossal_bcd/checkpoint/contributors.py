@@ -37,10 +37,10 @@ class SavedCorrections:
     def __init__(self, corrector: CorrectionState) -> None:
         self._corrector = corrector
 
-    def entries(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
+    def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         """See `Contributor`."""
         for param, state in self._corrector.state.items():
-            yield param, state, self._corrector.entries(param)
+            yield param, state, self._corrector.filed(param)
 
     def numbers(self) -> dict[str, Any]:
         """See `Contributor`."""
@@ -62,7 +62,7 @@ class ResidualState:
     def __init__(self, masters: ShardedMasters) -> None:
         self._masters = masters
 
-    def entries(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
+    def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         """See `Contributor`."""
         for param, tensor in self._masters.residuals.of.items():
             yield param, {"value": tensor}, [filed_like("value", tensor, self._masters.layout(param))]

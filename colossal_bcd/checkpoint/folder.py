@@ -27,7 +27,7 @@ from colossal_bcd.checkpoint.random_state import load_random_state, save_random_
 from colossal_bcd.checkpoint.save import index_name
 from colossal_bcd.checkpoint.trained import boosted_of
 from colossal_bcd.checkpoint.verify import verify
-from colossal_bcd.engine.failures import named, require_finite
+from colossal_bcd.engine.failures import require_finite, says_where
 
 MANIFEST = "checkpoint.json"
 FORMAT = "colossal_bcd checkpoint"
@@ -88,7 +88,7 @@ class CheckpointFolder:
         """Where the checkpoint of a step is."""
         return self.path / f"step-{step:08}"
 
-    @named("save of the checkpoint")
+    @says_where("save of the checkpoint")
     def save(
         self,
         booster: Booster,
@@ -138,7 +138,7 @@ class CheckpointFolder:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
 
-    @named("load of the checkpoint")
+    @says_where("load of the checkpoint")
     def peek(self, step: int | None = None) -> Resumed | None:
         """What `load` would return, read from the manifest alone.
 
@@ -151,7 +151,7 @@ class CheckpointFolder:
             manifest = None if step is None else self._manifest(step)
         return None if manifest is None else Resumed(step=manifest["step"], extra=manifest["extra"])
 
-    @named("load of the checkpoint")
+    @says_where("load of the checkpoint")
     def load(
         self, booster: Booster, model: Any, optimizer: Any, lr_scheduler: Any = None, *, step: int | None = None
     ) -> Resumed | None:

@@ -192,11 +192,11 @@ def _check(
     expected = filed_tensors(boosted.base, torch.empty(0, dtype=held.dtype), held.layout, group)
     for entry in expected:
         if entry.name in states:
-            check_shape(checkpoint, held, entry.name, states[entry.name], entry.cut.shape)
-        elif entry.held and (entry.mean_of is None or entry.mean_of not in states):
+            check_shape(checkpoint, held, entry.name, states[entry.name], entry.region.shape)
+        elif entry.kept and (entry.mean_of is None or entry.mean_of not in states):
             raise CheckpointError(
                 f"checkpoint {checkpoint.name} has no {entry.name!r} of parameter {held.name!r}, expected one of shape "
-                f"{entry.cut.shape}. It is of another optimizer."
+                f"{entry.region.shape}. It is of another optimizer."
             )
     unknown = sorted(set(states) - {entry.name for entry in expected})
     if unknown:
@@ -204,7 +204,7 @@ def _check(
             f"checkpoint {checkpoint.name}: got state {unknown[0]!r} of parameter {held.name!r}, which {boosted.rule} "
             "does not have. It is of another optimizer or other hyper-parameters."
         )
-    return [entry for entry in expected if entry.held]
+    return [entry for entry in expected if entry.kept]
 
 
 def _go_on_in_block(boosted: Boosted, checkpoint: Checkpoint) -> None:
@@ -242,7 +242,7 @@ def _load(
     state = base.state[tensor]
     state.update(numbers)
     for entry in entries:
-        write(entry, state, entry.cut.pick(_whole(checkpoint, held.name, entry)))
+        write(entry, state, entry.region.pick(_whole(checkpoint, held.name, entry)))
 
 
 def _whole(checkpoint: Checkpoint, owner: str, entry: FiledTensor) -> Tensor:
@@ -263,9 +263,9 @@ def _load_parts(boosted: Boosted, checkpoint: Checkpoint) -> None:
             if said["part"] == part and said["parameter"] in here:
                 saved[here[said["parameter"]]].append(said["state"].removeprefix(f"{part}."))
         contributor.load(checkpoint.manifest["parts"][part], saved)
-        for param, state, entries in contributor.entries():
+        for param, state, entries in contributor.filed():
             name = boosted.names[id(param)]
             state.update(numbers.get(name, {}))
             for entry in entries:
-                if entry.held and name in numbers:
-                    write(entry, state, entry.cut.pick(_whole(checkpoint, f"{name}.{part}", entry)))
+                if entry.kept and name in numbers:
+                    write(entry, state, entry.region.pick(_whole(checkpoint, f"{name}.{part}", entry)))

@@ -111,7 +111,7 @@ def _limit_default_group(limit: timedelta) -> None:
 
 
 @contextlib.contextmanager
-def named(round_name: str) -> Iterator[None]:
+def says_where(round_name: str) -> Iterator[None]:
     """Say in which round a collective inside failed.
 
     Raises:

@@ -31,7 +31,7 @@ from colossal_bcd.block.correction.state import CorrectionState
 from colossal_bcd.block.replicas import ReplicaClient
 from colossal_bcd.engine.agreement import fingerprints_of, require_agreement
 from colossal_bcd.engine.correction import CorrectingReducer, CorrectionConfig
-from colossal_bcd.engine.failures import named
+from colossal_bcd.engine.failures import says_where
 from colossal_bcd.engine.forward_watch import ForwardWatch, in_backward
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.engine.same_replicas import require_plain, require_same_replicas
@@ -166,7 +166,7 @@ class ReplicaAverages:
         else:
             self._waits = True
 
-    @named("average of gradients")
+    @says_where("average of gradients")
     def _round(self, *, last: bool = False) -> None:
         """Average what there is, on all ranks; with `last` no other micro-batch of this step will come."""
         client, reducer = self._client(), self._reducer

@@ -46,12 +46,12 @@ class Region:
 
     @property
     def buffer_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor in which `place` puts parts together."""
+        """Shape of the tensor in which `fill` puts parts together."""
         return self.layout.shape
 
     @property
-    def region(self) -> tuple[int, int, int, int]:
-        """What tells cuts of one whole tensor apart: rank and number of shards, start, stop."""
+    def key(self) -> tuple[int, int, int, int]:
+        """What tells regions of one whole tensor apart: rank and number of shards, start, stop."""
         split = self.layout.split
         return (0, 1, self.start, self.stop) if split is None else (split.rank, split.size, self.start, self.stop)
 
@@ -77,7 +77,7 @@ class Region:
         else:
             held.copy_(values.view(held.shape))
 
-    def place(self, whole: Tensor, values: Tensor) -> None:
+    def fill(self, whole: Tensor, values: Tensor) -> None:
         """Write the values where they belong in the whole tensor, of `buffer_shape`, in place."""
         self._check(whole)
         flat = whole.view(-1)
@@ -123,9 +123,9 @@ class StackedRegion(Region):
     """Lengths of the leading dims."""
 
     @classmethod
-    def of(cls, cut: Region, lead: tuple[int, ...]) -> Region:
-        """Several of `cut`; the cut itself where there are no leading dims."""
-        return cls(layout=cut.layout, start=cut.start, stop=cut.stop, lead=lead) if lead else cut
+    def of(cls, region: Region, lead: tuple[int, ...]) -> Region:
+        """Several of `region`; the region itself where there are no leading dims."""
+        return cls(layout=region.layout, start=region.start, stop=region.stop, lead=lead) if lead else region
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,9 +151,9 @@ class StackedRegion(Region):
         for each, part in zip(held.view(count, -1), values.view(count, -1), strict=True):
             self._one.write(each, part)
 
-    def place(self, whole: Tensor, values: Tensor) -> None:
+    def fill(self, whole: Tensor, values: Tensor) -> None:
         for each, part in self._pairs(whole, values):
-            self._one.place(each, part)
+            self._one.fill(each, part)
 
     def pick(self, whole: Tensor) -> Tensor:
         values = whole.new_empty(self.numel)
@@ -166,12 +166,12 @@ class StackedRegion(Region):
         return zip(whole.view(count, *self.layout.shape), values.view(count, self._one.numel), strict=True)
 
 
-def covers(cuts: Sequence[Region]) -> bool:
+def covers(regions: Sequence[Region]) -> bool:
     """Whether parts of one tensor make up the whole."""
-    first = cuts[0].layout
+    first = regions[0].layout
     num_shards = first.split.size if first.split is not None else 1
     for shard in range(num_shards):
-        mine = sorted(((cut.start, cut.stop) for cut in cuts if cut.region[0] == shard), key=lambda range_: range_[0])
+        mine = sorted((each.start, each.stop) for each in regions if each.key[0] == shard)
         layout = first
         if first.split is not None:
             layout = dataclasses.replace(first, split=dataclasses.replace(first.split, rank=shard))
@@ -273,10 +273,10 @@ def low_rank_columns(layout: Layout, side: Side, rank: int) -> Region:
     return Region(layout=_without(layout, (0,)), start=held.start, stop=held.stop)
 
 
-def _times(cut: Region, rank: int, side: Side) -> Region:
-    """A cut of vectors with `rank` values for each value of a cut."""
-    layout = dataclasses.replace(cut.layout, shape=(*cut.layout.shape, rank))
-    return Region(layout=layout, start=cut.start * rank, stop=cut.stop * rank, transposed=side == "left")
+def _times(region: Region, rank: int, side: Side) -> Region:
+    """A region of vectors with `rank` values for each value of a region."""
+    layout = dataclasses.replace(region.layout, shape=(*region.layout.shape, rank))
+    return Region(layout=layout, start=region.start * rank, stop=region.stop * rank, transposed=side == "left")
 
 
 def _without(layout: Layout, dims: tuple[int, ...]) -> Layout:

@@ -488,10 +488,10 @@ def test_ratio_state_in_files_does_not_depend_on_the_slices() -> None:
                 for rank in range(tp * zero):
                     layout = case.layout(sizes, rank // zero, rank % zero)
                     held = Selected(layout, selection, CPU).take(layout.shard(values).view(-1)[: layout.num_local])
-                    cuts.append(SelectedSpec(kind="entries", shape=(len(held),), selection=selection).cut(layout))
+                    cuts.append(SelectedSpec(kind="entries", shape=(len(held),), selection=selection).region(layout))
                     assert cuts[-1].shape == (count,)
                     assert torch.equal(cuts[-1].pick(want), held)
-                    cuts[-1].place(whole, cuts[-1].values(held))
+                    cuts[-1].fill(whole, cuts[-1].values(held))
                 assert covers(cuts)
                 assert torch.equal(whole, want)
 

@@ -36,12 +36,12 @@ def check(case, whole, ranks, has_totals):
     for name, want in whole.items():
         parts = [rank["sent"][name] for rank in ranks]
         first = parts[0][0]
-        assert covers([entry.cut for entry, _ in parts]), (case, name)
-        buffer = torch.full(first.cut.buffer_shape, torch.nan, dtype=torch.float64)
+        assert covers([entry.region for entry, _ in parts]), (case, name)
+        buffer = torch.full(first.region.buffer_shape, torch.nan, dtype=torch.float64)
         for entry, values in parts:
-            entry.cut.place(buffer, values)
-        found = first.cut.as_filed(buffer)
-        assert found.shape == first.cut.shape
+            entry.region.fill(buffer, values)
+        found = first.region.as_filed(buffer)
+        assert found.shape == first.region.shape
         assert name[-4:] in ("_row", "_col") or found.shape == want.shape
         assert first.dtype == want.dtype
         assert torch.allclose(found.view(want.shape), want, rtol=0, atol=TOLERANCE), (case, name)

@@ -51,7 +51,7 @@ def test_chunks_of_a_part_are_those_of_the_whole_or_none(shape, split, aligned, 
     for layout, cut in zip(layouts(shape, split, zero), cuts, strict=True):
         held = layout.shard(full).reshape(-1)
         held = torch.nn.functional.pad(held, (0, -held.numel() % SIZE)).view(-1, SIZE).amax(-1)
-        cut.place(whole, cut.values(held))
+        cut.fill(whole, cut.values(held))
         assert torch.equal(cut.pick(want.view(cut.shape)), held[: cut.numel])
     assert torch.equal(whole.view(-1), want)
 
@@ -69,7 +69,7 @@ def test_stacked_tensors_are_put_together_and_taken_apart(shape, split, lead, ze
     assert covers(cuts)
     whole = torch.zeros(cuts[0].buffer_shape)
     for cut, part in zip(cuts, parts, strict=True):
-        cut.place(whole, cut.values(part))
+        cut.fill(whole, cut.values(part))
         again = torch.full_like(part, 7.0)
         cut.write(again, cut.pick(full))
         assert torch.equal(again, part)

@@ -88,21 +88,21 @@ def sharded(sizes: Sizes, name: str, expected: list[dict[str, Tensor]]) -> list[
     found = []
     for param, layout, whole in zip(params, layouts, expected, strict=True):
         entries = filed_tensors(optimizer, param, layout, group_of(optimizer, param))
-        sent = {entry.name: (entry, read(entry, optimizer.state[param])) for entry in entries if entry.held}
+        sent = {entry.name: (entry, read(entry, optimizer.state[param])) for entry in entries if entry.kept}
         before = {key: value for key, value in optimizer.state.pop(param).items() if isinstance(value, Tensor)}
         allocate(optimizer, param, layout, group_of(optimizer, param))
         for entry in entries:
-            if entry.held:
+            if entry.kept:
                 source = (
                     whole[entry.name] if entry.name in whole else whole[entry.mean_of].view(layout.shape[:-1]).mean(-1)
                 )
-                write(entry, optimizer.state[param], entry.cut.pick(source.view(entry.cut.shape)))
+                write(entry, optimizer.state[param], entry.region.pick(source.view(entry.region.shape)))
         after = optimizer.state[param]
         found.append(
             {
                 "sent": sent,
                 "error": largest_error({key: after[key] for key in before}, before),
-                "absent": [e.name for e in entries if not e.held],
+                "absent": [e.name for e in entries if not e.kept],
             }
         )
     return found

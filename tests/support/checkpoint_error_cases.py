@@ -270,7 +270,7 @@ class Buffers:
             for i, (param, layout) in enumerate(self.layouts.items())
         }
 
-    def entries(self) -> Any:
+    def filed(self) -> Any:
         return [
             (param, {"buffer": tensor}, [filed_like("buffer", tensor, self.layouts[param])])
             for param, tensor in self.of.items()

@@ -94,7 +94,7 @@ class OptimizerState(CorrectionState):
         state = self._optimizer.state
         return {param: state[weight] for param, weight in self._weights.items() if state.get(weight)}
 
-    def entries(self, param: Parameter) -> list[FiledTensor]:
+    def filed(self, param: Parameter) -> list[FiledTensor]:
         return filed_tensors(self._optimizer, self._weights[param], self._layouts[param], self._group_of[param])
 
     def num_bytes(self, param: Parameter, layout: Layout) -> int:

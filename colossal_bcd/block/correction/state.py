@@ -101,7 +101,7 @@ class CorrectionState(ABC):
         """Tensors and numbers of every parameter that was corrected; they stay while it is active."""
 
     @abstractmethod
-    def entries(self, param: Parameter) -> list[FiledTensor]:
+    def filed(self, param: Parameter) -> list[FiledTensor]:
         """Description of the tensors in a parameter's state on this rank."""
 
     @abstractmethod
@@ -142,7 +142,7 @@ class ElementwiseState(CorrectionState):
     def state(self) -> Mapping[Parameter, dict[str, Tensor]]:
         return self._state
 
-    def entries(self, param: Parameter) -> list[FiledTensor]:
+    def filed(self, param: Parameter) -> list[FiledTensor]:
         return [filed_like(name, tensor, self._layouts[param]) for name, tensor in self._state[param].items()]
 
     def num_bytes(self, param: Parameter, layout: Layout) -> int:

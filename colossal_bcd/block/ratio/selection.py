@@ -210,7 +210,7 @@ class SelectedSpec(StateSpec):
 
     selection: Selection
 
-    def cut(self, layout: Layout) -> Region:
+    def region(self, layout: Layout) -> Region:
         start, stop = layout.span
         return SelectedRegion(
             layout=dataclasses.replace(layout, slice=None),
@@ -244,7 +244,7 @@ class SelectedRegion(Region):
     def buffer_shape(self) -> tuple[int, ...]:
         return self.shape
 
-    def place(self, whole: Tensor, values: Tensor) -> None:
+    def fill(self, whole: Tensor, values: Tensor) -> None:
         for part, numbers in self._numbers(whole):
             whole[numbers] = values[part].to(whole.device, whole.dtype)
 

@@ -34,7 +34,7 @@ class FiledTensor:
     """One tensor of the state of one parameter."""
 
     name: str
-    cut: Region
+    region: Region
     dtype: torch.dtype
     """In a file."""
     kind: Kind
@@ -43,7 +43,7 @@ class FiledTensor:
     """The declaration, if there is one."""
     mean_of: str | None = None
     """The entry of which this one is the mean over the last dim, for meshes and files that do not have it."""
-    held: bool = True
+    kept: bool = True
     """Whether ranks of this mesh keep it."""
 
 
@@ -104,7 +104,7 @@ def filed_like(name: str, tensor: Tensor, layout: Layout) -> FiledTensor:
         tensor: of the parameter's local shape, or its data alone, [n].
         layout: of the parameter.
     """
-    return FiledTensor(name=name, cut=elements(layout), dtype=tensor.dtype, kind="elementwise")
+    return FiledTensor(name=name, region=elements(layout), dtype=tensor.dtype, kind="elementwise")
 
 
 def read(entry: FiledTensor, state: Mapping[str, Any]) -> Tensor:
@@ -112,18 +112,18 @@ def read(entry: FiledTensor, state: Mapping[str, Any]) -> Tensor:
     held = state[entry.name]
     if entry.spec is not None and entry.spec.bits == 8:
         held = dequantize(held, state[f"{entry.name}_absmax"], entry.spec.signed)
-    return entry.cut.values(held).to(entry.dtype)
+    return entry.region.values(held).to(entry.dtype)
 
 
 def write(entry: FiledTensor, state: Mapping[str, Any], values: Tensor) -> None:
     """Put the data of an entry into allocated state, in place; values: [n] of any dtype."""
     held = state[entry.name]
     if entry.spec is None or entry.spec.bits != 8:
-        entry.cut.write(held, values)
+        entry.region.write(held, values)
         return
     # Blocks follow the order in memory.
     whole = torch.zeros(held.shape, device=held.device)
-    entry.cut.write(whole, values)
+    entry.region.write(whole, values)
     codes, absmax = held.view(-1)[: len(values)], state[f"{entry.name}_absmax"]
     restore_into(codes, absmax, whole.view(-1)[: len(values)], entry.spec.signed)
 
@@ -154,11 +154,11 @@ def _declared(
             known = "elementwise" if spec.kind == "elementwise" else "whole"
         mean_of = next((row for row, other in specs.items() if other.total == name), None)
         entries.append(
-            FiledTensor(name=name, cut=spec.cut(layout), dtype=dtype, kind=known, spec=spec, mean_of=mean_of)
+            FiledTensor(name=name, region=spec.region(layout), dtype=dtype, kind=known, spec=spec, mean_of=mean_of)
         )
         if spec.total is not None and spec.total not in specs:
             entries.append(
-                FiledTensor(name=spec.total, cut=totals(layout), dtype=dtype, kind=known, mean_of=name, held=False)
+                FiledTensor(name=spec.total, region=totals(layout), dtype=dtype, kind=known, mean_of=name, kept=False)
             )
     return entries
 
@@ -184,16 +184,16 @@ def _observed(
 ) -> FiledTensor:
     shape, local = tuple(tensor.shape), layout.local_shape
     lead = shape[: len(shape) - len(local)]
-    cut = scale_region(name, tensor, layout) if is_bitsandbytes(optimizer) and tensor.dim() else None
+    region = scale_region(name, tensor, layout) if is_bitsandbytes(optimizer) and tensor.dim() else None
     kind: Kind = "part"
-    if cut is not None:
+    if region is not None:
         kind = "chunks"
     elif name in constant or name == "step" or (is_bitsandbytes(optimizer) and name in TABLES):
-        kind, cut = "whole", whole(shape)
+        kind, region = "whole", whole(shape)
     elif shape == local:
         return filed_like(name, tensor, layout)
     elif lead and lead + local == shape:
-        kind, cut = "stacked", StackedRegion.of(elements(layout), lead)
+        kind, region = "stacked", StackedRegion.of(elements(layout), lead)
     elif tensor.numel() == 1:
-        kind, cut = "whole", whole(shape)
-    return FiledTensor(name=name, cut=cut or whole(shape), dtype=tensor.dtype, kind=kind)
+        kind, region = "whole", whole(shape)
+    return FiledTensor(name=name, region=region or whole(shape), dtype=tensor.dtype, kind=kind)

@@ -36,7 +36,7 @@ class StateSpec:
     """How the entry relates to the parameter, and so how it is sharded: `elementwise` follows every value, `row` and
     `column` follow the rows and columns of the matrix, `scalar` is a Python integer, `block` has one value for each
     `BLOCK` values of this rank's data and cannot be cut or joined by other ranks, `entries` has one for each of some
-    selected values, and a `cut` of its own."""
+    selected values, and a `region` of its own."""
     shape: tuple[int, ...] = ()
     """Shape stored on this rank, padding included."""
     dtype: torch.dtype | None = None
@@ -54,7 +54,7 @@ class StateSpec:
         assert self.bits == 32 or self.kind in ("elementwise", "low_rank")
         assert (self.kind == "low_rank") <= (self.side is not None)
 
-    def cut(self, layout: Layout) -> Region:
+    def region(self, layout: Layout) -> Region:
         """Which part of the whole entry this rank holds.
 
         Args:
@@ -66,9 +66,9 @@ class StateSpec:
             return whole(self.shape)
         assert self.kind != "block", "the scales of 8-bit storage are in no file"
         if self.side is not None:
-            cut = {"low_rank": image, "row": low_rank_rows, "column": low_rank_columns}[self.kind]
+            kind = {"low_rank": image, "row": low_rank_rows, "column": low_rank_columns}[self.kind]
             held_rank = {"left": 0, "right": -1, "full": 0}[self.side]
-            return cut(layout.as_matrix(), self.side, self.shape[held_rank])
+            return kind(layout.as_matrix(), self.side, self.shape[held_rank])
         if self.kind == "row":
             return rows(layout)
         return columns(layout) if len(self.shape) == 2 else totals(layout)
