@@ -1,0 +1,38 @@
+"""Write the checkpoints of this folder anew, by the version of colossal_bcd that is imported.
+
+    cd TREE && PYTHONPATH=TREE python .../tests/data/write.py
+
+TREE is the checkout of the version whose checkpoints are to be kept; the folders here are of commit 98d9731.  The same
+version on the same machine writes the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+import kept_cases as cases
+
+from colossal_bcd.testing import run_ranks
+
+
+def main() -> None:
+    (cases.DATA / "kernels.txt").write_text(cases.kernels() + "\n")
+    for name in cases.MAKE:
+        for mesh in cases.WRITTEN[name]:
+            folder = cases.DATA / f"{name}-{mesh}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            if mesh == "alone":
+                ranks = [cases.write(name, mesh, str(folder))]
+            else:
+                ranks = run_ranks(2, cases.write, name, mesh, str(folder), timeout=300)
+            (folder / "next.json").write_text(json.dumps(ranks, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
