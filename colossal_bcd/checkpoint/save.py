@@ -27,6 +27,7 @@ from colossal_bcd.checkpoint.files import (
 from colossal_bcd.checkpoint.manifest import manifest_of, plain_hyper
 from colossal_bcd.checkpoint.trained import Boosted
 from colossal_bcd.checkpoint.values import decode, plainly, tensors_within
+from colossal_bcd.sharding.packing import pack
 
 PROGRESS_DELAY = 5.0
 """Seconds after which a save shows its progress."""
@@ -56,7 +57,7 @@ def save_folder(boosted: Boosted, folder: Path, prefix: str | None, size_per_sha
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"save_optimizer(shard=True): {folder} is a file, expected a folder")
     writer = _FolderWriter(folder, prefix, manifest) if _is_writer() else None
-    shards = _shards(plan.tensors, size_per_shard * 2**20)
+    shards = list(pack(plan.tensors, lambda tensor: tensor.num_bytes, size_per_shard * 2**20))
     stream = assembled(plan, own)
     with _progress(plan) as bar:
         for number, shard in enumerate(shards, start=1):
@@ -200,18 +201,6 @@ def prepare_state(boosted: Boosted) -> tuple[LocalTensors, Assembly, dict[str, A
     with together():
         manifest = manifest_of(boosted, plan)
     return own, plan, manifest
-
-
-def _shards(tensors: Sequence[FullTensor], limit: float) -> list[list[FullTensor]]:
-    shards: list[list[FullTensor]] = []
-    filled = 0
-    for tensor in tensors:
-        if not shards or filled + tensor.num_bytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.num_bytes
-    return shards
 
 
 def _stop_if(error: Exception | None, writer: _FolderWriter | None) -> None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.sharding.packing import pack
+
 
 class PendingGather:
     """One bucket on its way; `wait` writes it into the parameters, once."""
@@ -66,15 +68,7 @@ def gather_weights(
         defer: return at once, and hand each parameter's gather to this, which has to wait for it before its use; None:
             wait here.
     """
-    bucket: list[tuple[Parameter, Tensor]] = []
-    filled = 0
-    for param, part in pairs:
-        if bucket and (filled + part.numel() > bucket_size or bucket[0][0].dtype != param.dtype):
-            _gather(bucket, groups, defer)
-            bucket, filled = [], 0
-        bucket.append((param, part))
-        filled += part.numel()
-    if bucket:
+    for bucket in pack(pairs, lambda pair: pair[1].numel(), bucket_size, lambda pair: pair[0].dtype):
         _gather(bucket, groups, defer)
 
 

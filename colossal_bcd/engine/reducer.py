@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.engine.sharded_gradient import ShardedGradient
 from colossal_bcd.sharding import LowRankGradient, slice_length, wide
+from colossal_bcd.sharding.packing import pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,15 +238,8 @@ class GradientReducer:
             bucket.had_grad, bucket.buffer, bucket.sent, bucket.handle = [], None, None, None
 
     def _plan(self, params: Sequence[Parameter]) -> list[_Bucket]:
-        buckets: list[_Bucket] = []
-        filled = 0
-        for param in reversed(params):
-            fits = buckets and self._kind(buckets[-1].params[0]) == self._kind(param)
-            if not fits or filled + self._numel(param) > self.config.bucket_size:
-                buckets.append(_Bucket([], self._is_partitioned(param)))
-                filled = 0
-            buckets[-1].params.append(param)
-            filled += self._numel(param)
+        packed = pack(reversed(params), self._numel, self.config.bucket_size, self._kind)
+        buckets = [_Bucket(members, self._is_partitioned(members[0])) for members in packed]
         if not buckets and self.config.votes:
             buckets.append(_Bucket([], partition=False))
         for bucket in buckets[:1]:

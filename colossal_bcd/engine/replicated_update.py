@@ -17,6 +17,7 @@ from colossal_bcd.engine.masters import ShardedMasters
 from colossal_bcd.low_rank import ReducedGradientOptimizer, ReplicatedUpdate
 from colossal_bcd.optim.state.rounding import LOW_PRECISION, round_into
 from colossal_bcd.sharding import Layout, wide
+from colossal_bcd.sharding.packing import pack
 
 
 @torch.no_grad()
@@ -40,26 +41,17 @@ def replicate(optimizer: ReducedGradientOptimizer, masters: ShardedMasters, buck
         if optimizer.key_of(master) in made
     }
     streams = optimizer.streams()
-    for bucket in _buckets(replicated_updates, bucket_size):
+
+    def numel(param: Parameter) -> int:
+        return replicated_updates[param].image.part_numel
+
+    for bucket in pack(replicated_updates, numel, bucket_size, lambda param: param.dtype):
         for param, step in zip(
             bucket, _gather({p: replicated_updates[p] for p in bucket}, masters.groups), strict=True
         ):
             _update(param, masters.shard_layout(param), replicated_updates[param], step, streams.get(masters.of[param]))
     masters.refresh(replicated_updates)
     return set(replicated_updates)
-
-
-def _buckets(replicated_updates: dict[Parameter, ReplicatedUpdate], bucket_size: int) -> list[list[Parameter]]:
-    buckets: list[list[Parameter]] = []
-    filled = 0
-    for param, descent in replicated_updates.items():
-        numel = descent.image.part_numel
-        if not buckets or filled + numel > bucket_size or buckets[-1][0].dtype != param.dtype:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(param)
-        filled += numel
-    return buckets
 
 
 def _gather(bucket: dict[Parameter, ReplicatedUpdate], groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.state.rounding import RoundingHyper
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding.low_rank import cost_of_basis
+from colossal_bcd.sharding.packing import least_loaded
 
 if TYPE_CHECKING:
     from colossal_bcd.optim.base import State
@@ -124,11 +125,8 @@ def offsets(matrices: Iterable[Matrix]) -> dict[int, int]:
     found = {}
     for (gap, stagger), members in classes.items():
         num_steps = min(stagger, len(members))
-        loads = [0] * num_steps
-        for matrix in _costliest_first(members):
-            step = loads.index(min(loads))
-            loads[step] += matrix.cost
-            found[matrix.key] = -(step * gap // num_steps) % gap
+        steps = least_loaded({matrix.key: matrix.cost for matrix in members}, num_steps)
+        found.update({key: -(step * gap // num_steps) % gap for key, step in steps.items()})
     return found
 
 
@@ -143,22 +141,13 @@ def owners(matrices: Mapping[int, Matrix], layouts: Mapping[int, Layout], offset
         layouts: by key.
         offset: by key.
     """
-    found: dict[int, int] = {}
-    in_step: dict[tuple[int, int, int], int] = {}
-    in_all: dict[int, int] = {}
-    for matrix in _costliest_first(matrices.values()):
-        layout = layouts[matrix.key]
-        ranks = math.prod(axis.size for axis in (layout.slice, layout.split) if axis is not None)
-        step = matrix.gap, offset[matrix.key]
-        owner = min(range(ranks), key=lambda rank: (in_step.get((*step, rank), 0), in_all.get(rank, 0), rank))
-        in_step[*step, owner] = in_step.get((*step, owner), 0) + matrix.cost
-        in_all[owner] = in_all.get(owner, 0) + matrix.cost
-        found[matrix.key] = owner
-    return found
 
+    def num_ranks(key: int) -> int:
+        layout = layouts[key]
+        return math.prod(axis.size for axis in (layout.slice, layout.split) if axis is not None)
 
-def _costliest_first(matrices: Iterable[Matrix]) -> list[Matrix]:
-    return sorted(matrices, key=lambda matrix: (-matrix.cost, matrix.key))
+    costs = {key: matrix.cost for key, matrix in matrices.items()}
+    return least_loaded(costs, num_ranks, lambda key: (matrices[key].gap, offset[key]))
 
 
 def is_random(step: int, hyper: RefreshHyper) -> bool:

@@ -6,7 +6,7 @@ A rule is a generator; each `yield` is a round: it hands over a tuple of request
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from colossal_bcd.sharding.collect import Collect, collect
 from colossal_bcd.sharding.mesh import Mesh
+from colossal_bcd.sharding.packing import pack
 from colossal_bcd.sharding.wire import from_wire, to_wire, wire_dtype
 
 WAVE_BYTES = 256 * 2**20
@@ -108,18 +109,17 @@ def run_rounds(tasks: Iterable[Task], mesh: Mesh, wave_bytes: int = WAVE_BYTES) 
         mesh: groups of this rank.
         wave_bytes: budget, the same on every rank.
     """
-    wave: list[Rounds] = []
-    held = 0
+    for wave in pack(_communicating(tasks, mesh), lambda task: task.num_bytes, wave_bytes):
+        _advance([task.rule for task in wave], mesh)
+
+
+def _communicating(tasks: Iterable[Task], mesh: Mesh) -> Iterator[Task]:
+    """Those that need other ranks; the others are run to their end meanwhile."""
     for task in tasks:
-        if not mesh.communicates(task.axes):
+        if mesh.communicates(task.axes):
+            yield task
+        else:
             _advance([task.rule], mesh)
-            continue
-        if wave and held + task.num_bytes > wave_bytes:
-            _advance(wave, mesh)
-            wave, held = [], 0
-        wave.append(task.rule)
-        held += task.num_bytes
-    _advance(wave, mesh)
 
 
 def _advance(rules: list[Rounds], mesh: Mesh) -> None:

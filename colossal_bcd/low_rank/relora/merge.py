@@ -21,6 +21,7 @@ from colossal_bcd.low_rank.projector import random_bases, singular_bases
 from colossal_bcd.optim.state.quantized import dequantize, quantize_into
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, Sum, Task, resolve, run_rounds, wide
 from colossal_bcd.sharding.low_rank import cost_of_basis
+from colossal_bcd.sharding.packing import least_loaded
 
 if TYPE_CHECKING:
     from colossal_bcd.low_rank.relora.layer import ReLoRaLinear
@@ -146,10 +147,11 @@ def refresh_layers(layers: Sequence[tuple[str, ReLoRaLinear]], refresh: Refresh)
             "merge_and_reinit: no layer has a full gradient, expected one from backward. Set "
             "model._config.forward_type = True before the forward pass whose gradient the new bases are made of."
         )
-    owners = _owners([tuple(layer.weight.shape) for _, layer in present], site.mesh.size(DATA))
+    costs = {index: cost_of_basis(tuple(layer.weight.shape)) for index, (_, layer) in enumerate(present)}
+    owners = least_loaded(costs, site.mesh.size(DATA))
     tasks = (
-        Task(_refresh_layer(name, layer, refresh, owner), (DATA,), 2 * layer.weight.numel() * _item(layer))
-        for (name, layer), owner in zip(present, owners, strict=True)
+        Task(_refresh_layer(name, layer, refresh, owners[index]), (DATA,), 2 * layer.weight.numel() * _item(layer))
+        for index, (name, layer) in enumerate(present)
     )
     run_rounds(tasks, site.mesh, WAVE_BYTES)
 
@@ -242,15 +244,6 @@ def _store(site: AdapterAccess, factor: Parameter, entry: str, whole: Tensor) ->
         quantize_into(stored, state[f"{entry}_absmax"], values)
     else:
         stored.copy_(values)
-
-
-def _owners(shapes: Sequence[tuple[int, ...]], num_ranks: int) -> list[int]:
-    """Which rank computes which basis: the largest first, each to the rank with least to do."""
-    loads, owners = [0] * num_ranks, [0] * len(shapes)
-    for index in sorted(range(len(shapes)), key=lambda i: (-cost_of_basis(shapes[i]), i)):
-        owners[index] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
-        loads[owners[index]] += cost_of_basis(shapes[index])
-    return owners
 
 
 def _item(layer: ReLoRaLinear) -> int:
