@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from colossal_bcd.block.checks import require_int
-from colossal_bcd.names import plain_name, role_of
+from colossal_bcd.names import Pattern, plain_name, role_of
 
 PrefixList: TypeAlias = Sequence[str | Sequence[str]]
 
@@ -94,7 +93,7 @@ def partition(
 
 
 def match(prefix: str, names: Sequence[str], aliases: Mapping[str, str], subject: str) -> set[str]:
-    """Canonical names of the parameters under a prefix of whole components, with or without a '.' at its end.
+    """Canonical names of the parameters under a prefix (see `Pattern`).
 
     Args:
         prefix: what to look for.
@@ -105,20 +104,8 @@ def match(prefix: str, names: Sequence[str], aliases: Mapping[str, str], subject
         TypeError: the prefix is not a string.
         ValueError: it matches nothing.
     """
-    if not isinstance(prefix, str):
-        raise TypeError(f"{subject}: got {prefix!r} of type {type(prefix).__name__}, expected a string")
-    stem = plain_name(prefix.removesuffix("."))
     everything = {**{name: name for name in names}, **aliases}
-    found = {canonical for name, canonical in everything.items() if name == stem or name.startswith(stem + ".")}
-    if not found:
-        parts = (itertools.accumulate(name.split("."), "{}.{}".format) for name in everything)
-        stems = list(dict.fromkeys(itertools.chain.from_iterable(parts)))
-        closest = difflib.get_close_matches(stem, stems, n=3, cutoff=0.0)
-        raise ValueError(
-            f"{subject} {prefix!r} matches no parameter; closest names are {', '.join(closest)}. Prefixes are whole "
-            "components from the start of a name: 'layers.1' is neither 'layers.10' nor 'model.layers.1'."
-        )
-    return found
+    return {everything[name] for name in Pattern(prefix, "start", subject).select(everything)}
 
 
 def _listed(

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from colossal_bcd.low_rank.galore import Projection
-from colossal_bcd.names import plain_name
+from colossal_bcd.names import Pattern, plain_name
 
-_NO_DECAY = ("bias", "LayerNorm.weight")
+_NO_DECAY = (Pattern("bias"), Pattern("LayerNorm.weight"))
 
 
 def get_galore_param_groups(
@@ -54,9 +54,9 @@ def get_galore_param_groups(
     for group in groups:
         group.update(params=[], param_names=[])
     for name, param in model.named_parameters():
-        place = 0 if param.dim() == 2 else 1
-        if any(f".{ending}." in f".{name}." for ending in _NO_DECAY):
-            place = 2
-        groups[place]["params"].append(param)
-        groups[place]["param_names"].append(plain_name(name))
+        group = groups[0 if param.dim() == 2 else 1]
+        if any(pattern.matches(name) for pattern in _NO_DECAY):
+            group = groups[2]
+        group["params"].append(param)
+        group["param_names"].append(plain_name(name))
     return [group for group in groups if group["params"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,20 +12,19 @@ from torch.nn import Parameter
 
 from colossal_bcd.low_rank import GaLoreAdamW
 from colossal_bcd.low_rank.galore import Projection
-from colossal_bcd.names import plain_name, role_of
+from colossal_bcd.names import Pattern, plain_name, role_of
 
 logger = logging.getLogger(__name__)
 
-Pattern: TypeAlias = str | re.Pattern[str]
+Text: TypeAlias = str | re.Pattern[str]
+"""A pattern as the user writes it."""
 Names: TypeAlias = Mapping[Parameter, Sequence[str]]
 """Every trainable tensor once, with all its names; the first one is canonical."""
-
-_COMPONENTS = re.compile(r"[\w.\-]+")
 
 
 def param_groups(
     model: nn.Module,
-    target_modules: Pattern | Iterable[Pattern] | None = None,
+    target_modules: Text | Iterable[Text] | None = None,
     *,
     rank: int,
     update_proj_gap: int = 200,
@@ -38,11 +36,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Param groups for the GaLore and GoLore optimizers: the matrices to project, and everything else.
 
-    A pattern is whole components of a parameter's name, one after the other: "q_proj", "self_attn.q_proj", "layers.1",
-    which is not in "layers.10".  A pattern with other characters than letters, digits, "_", "-" and "." is a regular
-    expression, which has to match the whole name of a parameter or of its module.  Tensors of fewer than two dims that
-    a pattern matches are not projected.  Tied weights are one tensor under several names and come once.  One line with
-    counts and bytes is logged.
+    Patterns are whole components of names ("q_proj", "layers.1") or regular expressions (docs/names.md).  Tensors of
+    fewer than two dims that a pattern matches are not projected.  Tied weights are one tensor under several names and
+    come once.  One line with counts and bytes is logged.
 
     Args:
         model: its trainable parameters are in the groups, under their names in `param_names`.
@@ -113,47 +109,20 @@ def _by_default(model: nn.Module, names: Names, embedding: bool, head: bool) -> 
     return chosen
 
 
-def _by_pattern(model: nn.Module, names: Names, patterns: Pattern | Iterable[Pattern]) -> list[Parameter]:
-    listed = [patterns] if isinstance(patterns, (str, re.Pattern)) else list(patterns)
+def _by_pattern(model: nn.Module, names: Names, texts: Text | Iterable[Text]) -> list[Parameter]:
+    listed = [texts] if isinstance(texts, (str, re.Pattern)) else texts
     chosen: set[Parameter] = set()
-    for pattern in listed:
-        if not isinstance(pattern, (str, re.Pattern)) or pattern == "":
-            raise TypeError(
-                f"target_modules: got {pattern!r}, expected a string with name components or a regular expression"
-            )
-        found = {param for param, own in names.items() if any(_matches(pattern, name) for name in own)}
+    for pattern in [Pattern(text, "expression", "target_modules") for text in listed]:
+        found = {param for param, own in names.items() if any(map(pattern.matches, own))}
         matrices = {param for param in found if param.dim() >= 2}
         if not matrices:
-            raise ValueError(_nothing(pattern, model, bool(found)))
+            pattern.select(name for name, _ in model.named_parameters(remove_duplicate=False))
+            what, expected = "frozen parameters only", "a trainable one"
+            if found:
+                what, expected = "tensors of fewer than two dims only, which are not projected", "a matrix"
+            raise ValueError(f"{pattern} matches {what}, expected {expected}. Leave it out.")
         chosen |= matrices
     return [param for param in names if param in chosen]
-
-
-def _matches(pattern: Pattern, name: str) -> bool:
-    if isinstance(pattern, str) and _COMPONENTS.fullmatch(pattern):
-        return f".{pattern.strip('.')}." in f".{name}."
-    module = name.rpartition(".")[0]
-    return any(re.fullmatch(pattern, text) for text in (name, module))
-
-
-def _nothing(pattern: Pattern, model: nn.Module, found: bool) -> str:
-    text = pattern if isinstance(pattern, str) else pattern.pattern
-    every = [plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)]
-    if found:
-        return (
-            f"target_modules: {text!r} matches tensors of fewer than two dims only, which are not projected, expected "
-            "a matrix. Leave it out."
-        )
-    if any(_matches(pattern, name) for name in every):
-        return f"target_modules: {text!r} matches frozen parameters only, expected a trainable one. Leave it out."
-    components = {
-        ".".join(name.split(".")[at : at + text.count(".") + 1]) for name in every for at in range(name.count("."))
-    }
-    closest = difflib.get_close_matches(text, sorted(components), n=3, cutoff=0.0)
-    return (
-        f"target_modules: {text!r} matches no parameter, expected whole components of a name or a regular expression "
-        f"for all of it; closest are {', '.join(map(repr, closest))}."
-    )
 
 
 def _summarise(groups: list[dict[str, Any]], rank: int) -> None:

@@ -98,8 +98,8 @@ def test_param_groups_match_whole_components_or_whole_names(pattern: Any, want: 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("layer.1", r"'layer\.1' matches no parameter.*closest are .*'layers\.1'"),
-        ("q_pro", r"matches no parameter.*closest are .*'q_proj'"),
+        ("layer.1", r"'layer\.1' matches no parameter; closest names are .*layers\.1"),
+        ("q_pro", r"matches no parameter; closest names are .*q_proj"),
         (["q_proj", "no_such"], "'no_such' matches no parameter"),
         (r"layers\.\d", r"matches no parameter"),
         ("norm", "fewer than two dims only"),

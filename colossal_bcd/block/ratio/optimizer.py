@@ -25,7 +25,7 @@ from colossal_bcd.block.reached import Reach
 from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
-from colossal_bcd.names import plain_name, role_of
+from colossal_bcd.names import Pattern, role_of
 from colossal_bcd.optim.base import State
 from colossal_bcd.optim.functional import require
 from colossal_bcd.optim.state.spec import StateSpec
@@ -44,8 +44,8 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         named_parameters_list: pairs as of `model.named_parameters()`, every parameter of the groups among them.
         update_ratio, switch_every, mask_mode, preserve_threshold, lr, betas, eps, weight_decay, seed: see `RatioHyper`.
         verbose: 0 logs nothing, 1 a line per switch.
-        param_update_ratios: name -> share, instead of `update_ratio`, of the parameters that have the name's components
-            in theirs, one after the other ("lm_head", "layers.1"); the last of several that do counts, 0 freezes.
+        param_update_ratios: pattern of names ("lm_head", "layers.1"; see docs/names.md) -> share of the parameters that
+            it matches, instead of `update_ratio`; the last of several that match counts, 0 freezes.
         optimizer_defaults: instead of `lr`, `betas`, `eps` and `weight_decay`, by name.
         keep_mask: keep the places of scattered entries between steps: 4 bytes each.  Otherwise they are found anew in
             every step.
@@ -99,14 +99,12 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         )
         roster = read_parameters(named_parameters_list)
         self._names = {param: name for name, param in roster.parameters.items()}
-        self._ratios = {plain_name(name): ratio for name, ratio in (param_update_ratios or {}).items()}
-        for name, ratio in self._ratios.items():
-            require_ratio(f"param_update_ratios[{name!r}]", ratio)
-            if not any(_is_in(name, each) for each in roster.parameters):
-                raise ValueError(
-                    f"param_update_ratios: {name!r} matches no parameter, expected components of some name, such as "
-                    f"{list(roster.parameters)[:3]}"
-                )
+        # Of several patterns that match a name the last one counts.
+        self._ratios: dict[str, float] = {}
+        for text, ratio in (param_update_ratios or {}).items():
+            require_ratio(f"param_update_ratios[{text!r}]", ratio)
+            found = Pattern(text, subject="param_update_ratios").select(roster.parameters)
+            self._ratios.update(dict.fromkeys(found, ratio))
         self._named: dict[int, str] = {}
         self._group_of: dict[int, int] = {}
         self._devices: dict[int, torch.device] = {}
@@ -424,10 +422,4 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
             )
 
     def _ratio(self, name: str, default: float) -> float:
-        matching = [ratio for part, ratio in self._ratios.items() if _is_in(part, name)]
-        return matching[-1] if matching else default
-
-
-def _is_in(part: str, name: str) -> bool:
-    """Whether the components of `part` are in those of `name`, one after the other."""
-    return f".{part.strip('.')}." in f".{name}."
+        return self._ratios.get(name, default)

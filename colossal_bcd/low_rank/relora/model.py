@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from colossal_bcd.low_rank.relora.layer import Quantize, ReLoRaConfig, ReLoRaLinear
 from colossal_bcd.low_rank.relora.merge import Refresh, refresh_layers, site_of
+from colossal_bcd.names import Pattern
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class ReLoRaModel(nn.Module):
     """A model whose linear layers train in low rank, with bases that are renewed by `merge_and_reinit`.
 
-    Layers are found by parts of their names, as in the original: "attn" is in "layers.0.self_attn.q_proj".  A part
-    never cuts a number: "layers.1" is not in "layers.10".  Before the first refresh the bases are random.
+    Layers are found by parts of their names, as in the original: "attn" is in "layers.0.self_attn.q_proj" (see
+    docs/names.md).  Before the first refresh the bases are random.
 
     Under a plugin or torch's DDP construct it before boosting or wrapping, from the same weights on every rank.
 
@@ -144,7 +144,7 @@ class ReLoRaModel(nn.Module):
 
     def _find(self) -> dict[nn.Linear, list[str]]:
         """Every layer to change, with all its names."""
-        patterns = [_pattern(part) for part in self._config.target_modules]
+        patterns = [Pattern(part, "part", "target_modules") for part in self._config.target_modules]
         named = list(self.wrapped_model.named_modules(remove_duplicate=False))
         if any(isinstance(module, ReLoRaLinear) for _, module in named):
             raise ValueError("model: got one whose layers train in low rank already, expected one without. Wrap once.")
@@ -154,7 +154,7 @@ class ReLoRaModel(nn.Module):
                 users.setdefault(id(param), set()).add(id(module))
         found: dict[nn.Linear, list[str]] = {}
         for name, module in named:
-            if not isinstance(module, nn.Linear) or not any(pattern.search(name) for pattern in patterns):
+            if not isinstance(module, nn.Linear) or not any(pattern.matches(name) for pattern in patterns):
                 continue
             if type(module) is not nn.Linear:
                 raise ValueError(
@@ -168,9 +168,11 @@ class ReLoRaModel(nn.Module):
                 )
             found.setdefault(module, []).append(name)
         if not found:
+            linear = [name for name, module in named if isinstance(module, nn.Linear)]
+            closest = [name for pattern in patterns for name in pattern.closest(linear)]
             raise ValueError(
                 f"target_modules={self._config.target_modules}: no linear layer has such a part in its name, expected "
-                f"some of {[name for name, module in named if isinstance(module, nn.Linear)][:8]} to."
+                f"some of {linear[:8]} to; closest names are {', '.join(dict.fromkeys(closest))}."
             )
         return found
 
@@ -188,10 +190,3 @@ class ReLoRaModel(nn.Module):
             bias=module.bias is not None,
             name=name,
         ).train(module.training)
-
-
-def _pattern(part: str) -> re.Pattern[str]:
-    """The part itself, not next to a digit where it begins or ends with one."""
-    begin = r"(?<!\d)" if part[:1].isdigit() else ""
-    end = r"(?!\d)" if part[-1:].isdigit() else ""
-    return re.compile(begin + re.escape(part) + end)
