@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.casts.registry import parameters_of
 from colossal_bcd.booster.sequence import add_sequence_parallel
-from colossal_bcd.checkpoint.stream import Pinned, pinned_state, state_shards
+from colossal_bcd.checkpoint.save import Pinned, pinned_state, state_shards
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.config import EngineConfig
 from colossal_bcd.engine.gather import gather_rows

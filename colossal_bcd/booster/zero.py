@@ -36,7 +36,7 @@ from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
 from colossal_bcd.booster.stock_surface import StockSurface
 from colossal_bcd.checkpoint.load import check_opened
 from colossal_bcd.checkpoint.opened import opened_state
-from colossal_bcd.checkpoint.stream import Pinned
+from colossal_bcd.checkpoint.save import Pinned
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.config import EngineConfig, Groups, mesh_of

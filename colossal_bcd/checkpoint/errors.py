@@ -1,13 +1,16 @@
-"""Errors in files, found by any rank, raised by all."""
+"""Errors in files, which any rank finds and all ranks raise."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from colossal_bcd.engine.failures import wait_patiently
+
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -37,11 +40,9 @@ def together() -> Iterator[Callable[[str, str], None]]:
 def raise_together(error: Exception | None, said: Mapping[str, str] | None = None) -> None:
     """Raise the first rank's error on all ranks, if there is any, or tell who has said something else than rank 0."""
     report: tuple[str | None, dict[str, str]] = None if error is None else describe(error), dict(said or {})
-    reports = [report]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if num_ranks() > 1:
         wait_patiently()
-        reports = [report] * dist.get_world_size()
-        dist.all_gather_object(reports, report)
+    reports = gathered(report)
     found = [(rank, text) for rank, (text, _) in enumerate(reports) if text is not None]
     if found:
         rank, text = found[0]
@@ -54,6 +55,19 @@ def raise_together(error: Exception | None, said: Mapping[str, str] | None = Non
                     f"{subject}: got {theirs.get(subject)} on rank {rank}, expected {first[subject]} as on rank 0. "
                     "Load from a file system that all ranks share."
                 )
+
+
+def num_ranks() -> int:
+    """How many processes there are; 1 where torch.distributed is not used."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gathered(mine: T) -> list[T]:
+    """What every rank gives, by rank; all ranks must call."""
+    everyone = [mine] * num_ranks()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def describe(error: Exception) -> str:

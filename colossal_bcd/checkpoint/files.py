@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from colossal_bcd.checkpoint.errors import CheckpointError
+from colossal_bcd.checkpoint.errors import CheckpointError, num_ranks, together
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -29,7 +30,7 @@ class TensorFile:
     """A safetensors file that is written tensor by tensor, so that none but the present one is in memory.
 
     Args:
-        path: where.
+        path: of the new file.
         tensors: name, dtype and shape of each tensor, in the order in which they will come.
     """
 
@@ -155,6 +156,24 @@ def check_file(path: Path, said: Mapping[str, Any], *, contents: bool) -> None:
         raise CheckpointError(
             f"checkpoint file {path} is corrupted: its SHA-256 is not that of its index. Load an earlier checkpoint."
         )
+
+
+def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare checksums: one rank reads all files, and the ranks meet after each, so that none waits for long.
+
+    Args:
+        folder: of the files.
+        files: what the manifest says of each.
+    Raises:
+        CheckpointError: on every rank, of the first file that is damaged.
+    """
+    names = [sorted(files)]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(names, src=0)
+    for name in names[0]:
+        with together():
+            if dist.get_rank() == 0:
+                check_file(folder / name, files[name], contents=True)
 
 
 def remove_leftovers(folder: Path) -> None:

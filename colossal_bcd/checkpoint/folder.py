@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.checkpoint.errors import CheckpointError, gathered, together
 from colossal_bcd.checkpoint.files import (
     ASIDE,
     check_file,
@@ -20,16 +23,19 @@ from colossal_bcd.checkpoint.files import (
     remove_leftovers,
     sync,
     sync_folder,
+    verify,
     write_json,
 )
 from colossal_bcd.checkpoint.load import Loading, check_path
-from colossal_bcd.checkpoint.random_state import load_random_state, save_random_state
 from colossal_bcd.checkpoint.save import index_name
 from colossal_bcd.checkpoint.trained import boosted_of
-from colossal_bcd.checkpoint.verify import verify
+from colossal_bcd.engine.config import communication_device
 from colossal_bcd.engine.failures import require_finite, says_where
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "checkpoint.json"
+RANDOM_STATE = "random.safetensors"
 FORMAT = "colossal_bcd checkpoint"
 VERSION = 1
 STEP = re.compile(r"step-(\d+)")
@@ -40,13 +46,13 @@ class Resumed:
     """Where a run goes on."""
 
     step: int
-    """The one that `save` was given."""
+    """Number of steps that `save` was given."""
     extra: dict[str, Any]
-    """What `save` was given."""
+    """Numbers, strings and lists of the loop that `save` was given."""
 
 
 class Booster(Protocol):
-    """What this asks of ColossalAI's `Booster`."""
+    """The methods of ColossalAI's `Booster` that are called here."""
 
     save_model: Callable[..., None]
     save_optimizer: Callable[..., None]
@@ -103,10 +109,10 @@ class CheckpointFolder:
         """Write a checkpoint; one of the same step is replaced, and those beyond `keep_last` are deleted.
 
         Args:
-            booster: whose `boost` made the next three.
-            model: see above.
-            optimizer: see above.
-            lr_scheduler: see above.
+            booster: its `boost` made the model, the optimizer and the scheduler.
+            model: the boosted model.
+            optimizer: the boosted optimizer.
+            lr_scheduler: the boosted scheduler, if there is one.
             step: number of steps taken.
             extra: numbers, strings and lists of the loop, such as the position in the data; the same on every rank.
             size_per_shard: MiB of tensors in one file.
@@ -158,11 +164,11 @@ class CheckpointFolder:
         """Go on where a checkpoint was saved, on any mesh.
 
         Args:
-            booster: see `save`.
-            model: see `save`.
-            optimizer: see `save`.
-            lr_scheduler: see `save`.
-            step: of the checkpoint; None: the newest.
+            booster: as `save` was given it, and so are the next three.
+            model: the boosted model.
+            optimizer: the boosted optimizer.
+            lr_scheduler: the boosted scheduler, if there is one.
+            step: step of the checkpoint; None: the newest.
         Returns:
             Where that is; None if there is no checkpoint.
         Raises:
@@ -240,3 +246,30 @@ class CheckpointFolder:
 
 def _first() -> bool:
     return dist.get_rank() == 0
+
+
+def save_random_state(folder: Path) -> None:
+    """Write torch's random state of all ranks, for dropout, into one file; this package draws from seeds."""
+    mine = {"cpu": torch.get_rng_state()}
+    if communication_device().type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state()
+    states = gathered(mine)
+    with together():
+        if _first():
+            by_name = {f"{rank}.{name}": state for rank, each in enumerate(states) for name, state in each.items()}
+            save_file(by_name, folder / RANDOM_STATE)
+
+
+def load_random_state(folder: Path) -> None:
+    """Go on with the saved random state, where as many ranks saved as load."""
+    with together():
+        states = load_file(folder / RANDOM_STATE)
+    rank, ranks = dist.get_rank(), len({name.partition(".")[0] for name in states})
+    if ranks != dist.get_world_size():
+        logger.info(
+            "%d ranks saved torch's random state and %d go on: it is left as it is", ranks, dist.get_world_size()
+        )
+        return
+    torch.set_rng_state(states[f"{rank}.cpu"])
+    if f"{rank}.cuda" in states and communication_device().type == "cuda":
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"])

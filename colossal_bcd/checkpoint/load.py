@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from colossal_bcd.block.schedule import Schedule
 from colossal_bcd.block.state_dict import names_at, resume, schedule_of
 from colossal_bcd.checkpoint.assembly import MASTER, WRITER
 from colossal_bcd.checkpoint.contributors import contributors_of
-from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.checkpoint.errors import CheckpointError, gathered, together
+from colossal_bcd.checkpoint.files import verify
 from colossal_bcd.checkpoint.foreign import ParameterList, adopt
-from colossal_bcd.checkpoint.load_undeclared import check_shape, read_undeclared, require_parts_of
 from colossal_bcd.checkpoint.manifest import load_hyper, load_scaler
 from colossal_bcd.checkpoint.opened import Checkpoint, open_checkpoint
 from colossal_bcd.checkpoint.trained import Boosted, TrainedTensor
-from colossal_bcd.checkpoint.undeclared import load_shared
-from colossal_bcd.checkpoint.verify import verify
+from colossal_bcd.checkpoint.values import MARK, load_shared, put_together, words_of
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.foreign.bitsandbytes_states import CHUNK, completed, num_chunks
 from colossal_bcd.optim.state.filed import FiledTensor, allocate, filed_tensors, write
-from colossal_bcd.sharding.regions import elements
+from colossal_bcd.sharding.regions import StackedRegion, chunks, elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +137,7 @@ def _summary(opened: Checkpoint | dict[str, Any]) -> str:
 def _roster(held: list[TrainedTensor]) -> ParameterList:
     """All parameters that any rank will train."""
     mine = [(one.group, one.key, one.name, one.layout.shape) for one in held]
-    everyone = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-    return sorted({row for rows in everyone for row in rows})
+    return sorted({row for rows in gathered(mine) for row in rows})
 
 
 def _states(checkpoint: Checkpoint) -> dict[str, dict[str, dict[str, Any]]]:
@@ -183,7 +181,7 @@ def _check(
         check_shape(checkpoint, held, MASTER, saved[MASTER], held.layout.shape)
     states = {name: entry for name, entry in saved.items() if name != MASTER}
     if not isinstance(boosted.base, ShardedOptimizer):
-        require_parts_of(checkpoint, held, states)
+        _require_regions(checkpoint, held, states)
         return []
     if held.name not in checkpoint.manifest["numbers"]:
         return []
@@ -233,7 +231,7 @@ def _load(
     if not isinstance(base, ShardedOptimizer):
         base.state.pop(tensor, None)
         if numbers is not None:
-            base.state[tensor] = read_undeclared(base, checkpoint, held, tensor, saved)
+            base.state[tensor] = _read_undeclared(base, checkpoint, held, tensor, saved)
         return
     if numbers is None:
         base.state.pop(tensor, None)
@@ -269,3 +267,111 @@ def _load_parts(boosted: Boosted, checkpoint: Checkpoint) -> None:
             for entry in entries:
                 if entry.kept and name in numbers:
                     write(entry, state, entry.region.pick(_whole(checkpoint, f"{name}.{part}", entry)))
+
+
+def _require_regions(checkpoint: Checkpoint, held: TrainedTensor, states: Mapping[str, dict[str, Any]]) -> None:
+    """Check that the file has state for this rank's part of one parameter.
+
+    Args:
+        checkpoint: the file.
+        held: the parameter.
+        states: what the manifest says of its state, without the master.
+    Raises:
+        CheckpointError: shapes are others, or the state is of other parts of the parameter.
+    """
+    region = words_of(held.layout)
+    for name, said in states.items():
+        shape, whole, kind = tuple(said["shape"]), held.layout.shape, said["kind"]
+        if kind == "elementwise":
+            check_shape(checkpoint, held, name, said, whole)
+        elif kind == "stacked":
+            check_shape(checkpoint, held, name, said, shape[: max(len(shape) - len(whole), 0)] + whole)
+        elif kind == "chunks":
+            cut = chunks(held.layout, CHUNK)
+            if cut is None:
+                raise _other_parts(checkpoint, held, name, "the whole parameter", region)
+            check_shape(checkpoint, held, name, said, shape[: max(len(shape) - len(cut.shape), 0)] + cut.shape)
+        elif kind not in ("whole", "part"):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name}: state {name!r} of parameter {held.name!r} is not one value for each of "
+                "its values. It is of another optimizer."
+            )
+    regions: dict[str, list[str]] = {}
+    for name in states:
+        state, mark, of = name.partition(MARK)
+        if mark:
+            regions.setdefault(state, []).append(of)
+    regions.update({"": list(checkpoint.manifest.get("own_numbers", {}).get(held.name, {}))})
+    for state, saved in regions.items():
+        if saved and region not in saved:
+            raise _other_parts(checkpoint, held, state or "numbers", " and ".join(sorted(saved)[:2]), region)
+
+
+def check_shape(
+    checkpoint: Checkpoint, held: TrainedTensor, name: str, said: Mapping[str, Any], shape: tuple[int, ...]
+) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        CheckpointError: the manifest says that it has another one.
+    """
+    if tuple(said["shape"]) != shape:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: {name!r} of parameter {held.name!r} has shape {tuple(said['shape'])}, "
+            f"expected {shape}. It is of another model or other hyper-parameters."
+        )
+
+
+def _read_undeclared(
+    optimizer: Optimizer,
+    checkpoint: Checkpoint,
+    held: TrainedTensor,
+    tensor: Tensor,
+    saved: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The state of one parameter, with the types with which it was saved.
+
+    Args:
+        optimizer: whose it will be.
+        checkpoint: the file.
+        held: the parameter.
+        tensor: what the optimizer holds of it.
+        saved: what the manifest says of its state.
+    """
+    region, group = words_of(held.layout), _group_of(optimizer, held)
+    numbers = checkpoint.manifest["numbers"][held.name]
+    numbers = checkpoint.manifest.get("own_numbers", {}).get(held.name, {}).get(region, numbers)
+    tensors: dict[str, Tensor] = {}
+    for full, said in saved.items():
+        name, mark, of = full.partition(MARK)
+        if full == MASTER or (mark and of != region):
+            continue
+        read = checkpoint.tensor(f"{held.name}.{full}")
+        if said["kind"] in ("whole", "part"):
+            # torch's optimizers keep the step on the host unless a captured graph counts it.
+            on_device = name != "step" or group.get("capturable") or group.get("fused")
+            tensors[name] = read.to(tensor.device if on_device else "cpu", copy=True)
+            continue
+        cut, shape = elements(held.layout), tuple(tensor.shape)
+        if said["kind"] == "chunks":
+            of_chunks = chunks(held.layout, CHUNK)
+            assert of_chunks is not None
+            cut, shape = of_chunks, (num_chunks(held.layout),)
+        lead = tuple(said["shape"])[: len(said["shape"]) - len(cut.shape)]
+        cut = StackedRegion.of(cut, lead)
+        tensors[name] = torch.zeros(lead + shape, dtype=read.dtype, device=tensor.device)
+        cut.write(tensors[name], cut.pick(read))
+    return completed(optimizer, put_together(tensors, numbers), held.layout)
+
+
+def _group_of(optimizer: Optimizer, held: TrainedTensor) -> Mapping[str, Any]:
+    group: Mapping[str, Any] = optimizer.param_groups[held.group]
+    return group
+
+
+def _other_parts(checkpoint: Checkpoint, held: TrainedTensor, state: str, saved: str, region: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {checkpoint.name}: {state!r} of parameter {held.name!r} is that of {saved}, and nothing says what "
+        f"it is for another part, expected one of {region}. Load it under the plugin and on the number of ranks that "
+        "saved it."
+    )

@@ -1,19 +1,18 @@
-"""Writing the state of a boosted optimizer."""
+"""The state of a boosted optimizer on its way out: into files, or into tensors in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from colossal_bcd.checkpoint.assembly import WRITER, Assembly, FullTensor, LocalTensors, assembled, make_assembly
+from colossal_bcd.checkpoint.assembly import Assembly, FullTensor, LocalTensors, assembled, is_writer, make_assembly
 from colossal_bcd.checkpoint.errors import CheckpointError, raise_together, together
 from colossal_bcd.checkpoint.files import (
     ASIDE,
@@ -27,10 +26,15 @@ from colossal_bcd.checkpoint.files import (
 from colossal_bcd.checkpoint.manifest import manifest_of, plain_hyper
 from colossal_bcd.checkpoint.trained import Boosted
 from colossal_bcd.checkpoint.values import decode, plainly, tensors_within
+from colossal_bcd.engine.config import communication_device
 from colossal_bcd.sharding.packing import pack
 
 PROGRESS_DELAY = 5.0
 """Seconds after which a save shows its progress."""
+MIB = 2**20
+
+Pinned = MutableMapping[int, dict[str, Tensor]]
+"""Number of a parameter -> name of its state -> buffer on the CPU, pinned where there is a device to copy from."""
 
 
 def index_name(prefix: str | None) -> str:
@@ -39,27 +43,27 @@ def index_name(prefix: str | None) -> str:
 
 
 def save_folder(boosted: Boosted, folder: Path, prefix: str | None, size_per_shard: float) -> None:
-    """Write files of at most `size_per_shard` MiB of tensors (a larger tensor has a file of its own) and an index.
+    """Write an index and files of tensors; a tensor larger than a shard has a file to itself.
 
     The index is replaced last, and only then are the files of an earlier one deleted: whatever happens, the folder
-    holds one complete checkpoint.  The writing rank holds one tensor at a time.
+    has one complete checkpoint.  The writing rank has one tensor in memory at a time.
 
     Args:
         boosted: the optimizer.
         folder: made if need be.
-        prefix: of the names.
-        size_per_shard: see above.
+        prefix: beginning of the files' names.
+        size_per_shard: MiB of tensors in one file.
     Raises:
         CheckpointError: on every rank, with the writer's reason.
     """
-    own, plan, manifest = prepare_state(boosted)
+    local, assembly, manifest = agreed_state(boosted)
     with together():
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"save_optimizer(shard=True): {folder} is a file, expected a folder")
-    writer = _FolderWriter(folder, prefix, manifest) if _is_writer() else None
-    shards = list(pack(plan.tensors, lambda tensor: tensor.num_bytes, size_per_shard * 2**20))
-    stream = assembled(plan, own)
-    with _progress(plan) as bar:
+    writer = _FolderWriter(folder, prefix, manifest) if is_writer() else None
+    shards = list(pack(assembly.tensors, lambda tensor: tensor.num_bytes, size_per_shard * MIB))
+    stream = assembled(assembly, local)
+    with _progress(assembly) as bar:
         for number, shard in enumerate(shards, start=1):
             error: Exception | None = None
             if writer is not None:
@@ -79,44 +83,92 @@ def save_folder(boosted: Boosted, folder: Path, prefix: str | None, size_per_sha
 def save_file(boosted: Boosted, path: Path) -> None:
     """Write one file that `torch.load(weights_only=True)` reads; all of it passes through the writer's memory.
 
-    It is a state dict as of `torch.optim` (numbered by the places of the parameters in the param groups), with the
-    masters and what else a run needs beside it.
+    It is a state dict like torch's (parameters are numbered in the order of the param groups), with the masters and
+    what else a run needs beside it.
 
     Raises:
         CheckpointError: on every rank, with the writer's reason.
     """
     state = whole_state(boosted, everywhere=False)
     with together():
-        if _is_writer():
+        if is_writer():
             with replacing(path) as file:
                 torch.save(state, file)
 
 
 def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
-    """All state with tensors that do not depend on the mesh, on the writer or on all ranks."""
-    own, plan, manifest = prepare_state(boosted)
+    """Collect all state, in tensors that do not depend on the mesh, on the writer or on all ranks."""
+    local, assembly, manifest = agreed_state(boosted)
     state: dict[int, dict[str, Any]] = {}
     others: dict[str, Tensor] = {}
-    for name, numbers in plan.numbers.items():
-        state[plan.keys[name]] = plain_numbers(numbers)
-    for tensor, values in assembled(plan, own, everywhere=everywhere):
+    for name, numbers in assembly.numbers.items():
+        state[assembly.keys[name]] = plain_numbers(numbers)
+    for tensor, values in assembled(assembly, local, everywhere=everywhere):
         if values is None:
             continue
         if tensor.in_state:
-            state[plan.keys[tensor.parameter]][tensor.state] = values
+            state[assembly.keys[tensor.parameter]][tensor.state] = values
         else:
             others[tensor.name] = values
     groups = [
-        {**plain_hyper(group["hyper"]), "params": [plan.keys[name] for name in group["parameters"]]}
+        {**plain_hyper(group["hyper"]), "params": [assembly.keys[name] for name in group["parameters"]]}
         for group in manifest["groups"]
     ]
-    everything: dict[Any, Any] = {**state, **{decode(key): plainly(decode(value)) for key, value in plan.shared}}
+    everything: dict[Any, Any] = {**state, **{decode(key): plainly(decode(value)) for key, value in assembly.shared}}
     return {"state": everything, "param_groups": groups, "others": others, "manifest": manifest}
 
 
 def plain_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """What a parameter's state has beside tensors, as Python's values; see `plainly`."""
+    """Turn what a parameter's state has beside tensors into Python's values; see `plainly`."""
     return {name: plainly(decode(value)) for name, value in numbers.items() if not tensors_within(value)}
+
+
+def pinned_state(boosted: Boosted, pinned: Pinned | None, *, everywhere: bool) -> dict[str, Any]:
+    """Collect `whole_state`, in the buffers of `pinned` if they are given."""
+    state = whole_state(boosted, everywhere=everywhere)
+    for key in state["manifest"]["keys"].values():
+        if values := state["state"].get(key):
+            state["state"][key] = {name: _buffered(pinned, key, name, value) for name, value in values.items()}
+    return state
+
+
+def state_shards(
+    boosted: Boosted, limit: float, *, everywhere: bool, pinned: Pinned | None
+) -> Iterator[tuple[dict[int, dict[str, Any]], float]]:
+    """Give state by number, with its MiB of tensors: at most `limit` of them at a time, or one parameter's."""
+    local, assembly, _ = agreed_state(boosted)
+    sizes = dict.fromkeys(assembly.keys, 0.0)
+    for tensor in assembly.tensors:
+        if tensor.in_state and tensor.state != "step":
+            sizes[tensor.parameter] += tensor.num_bytes / MIB
+    shard: dict[int, dict[str, Any]] = {}
+    filled, current = 0.0, None
+    numbered = {name: plain_numbers(numbers) for name, numbers in assembly.numbers.items()}
+    for tensor, values in assembled(assembly, local, everywhere=everywhere):
+        if not tensor.in_state:
+            continue
+        name, key = tensor.parameter, assembly.keys[tensor.parameter]
+        if name != current:
+            current = name
+            if shard and filled + sizes[name] > limit:
+                yield shard, filled
+                shard, filled = {}, 0.0
+            shard[key] = numbered.pop(name, {})
+            filled += sizes[name]
+        if values is not None:
+            shard[key][tensor.state] = _buffered(pinned, key, tensor.state, values)
+    shard.update({assembly.keys[name]: numbers for name, numbers in numbered.items()})
+    yield shard, filled
+
+
+def _buffered(pinned: Pinned | None, key: int, name: str, value: Any) -> Any:
+    if pinned is None or not isinstance(value, Tensor):
+        return value
+    buffers = pinned.setdefault(key, {})
+    if name not in buffers:
+        # Memory is pinned for a device, and a host has none.
+        buffers[name] = torch.empty_like(value, device="cpu", pin_memory=communication_device().type == "cuda")
+    return buffers[name].copy_(value)
 
 
 class _FolderWriter:
@@ -188,19 +240,19 @@ class _FolderWriter:
         if names:
             sync_folder(self._folder)
         self._manifest["files"] = {names[name]: said for name, said in self._files.items()}
-        for entry in self._manifest["entries"].values():
-            entry["file"] = names[entry["file"]]
+        for said in self._manifest["entries"].values():
+            said["file"] = names[said["file"]]
 
 
-def prepare_state(boosted: Boosted) -> tuple[LocalTensors, Assembly, dict[str, Any]]:
-    """This rank's tensors, which tensors there are on any rank, and what the file says of them; all ranks must call."""
+def agreed_state(boosted: Boosted) -> tuple[LocalTensors, Assembly, dict[str, Any]]:
+    """Find this rank's tensors, those of all ranks, and what the file says of them; all ranks must call."""
     boosted.follow()
     with together():
-        own = LocalTensors(boosted)
-    plan = make_assembly(own)
+        local = LocalTensors(boosted)
+    assembly = make_assembly(local)
     with together():
-        manifest = manifest_of(boosted, plan)
-    return own, plan, manifest
+        manifest = manifest_of(boosted, assembly)
+    return local, assembly, manifest
 
 
 def _stop_if(error: Exception | None, writer: _FolderWriter | None) -> None:
@@ -209,12 +261,6 @@ def _stop_if(error: Exception | None, writer: _FolderWriter | None) -> None:
     raise_together(error)
 
 
-def _progress(plan: Assembly) -> Any:
-    total = sum(tensor.num_bytes for tensor in plan.tensors)
-    return tqdm(
-        total=total, unit="B", unit_scale=True, desc="optimizer", delay=PROGRESS_DELAY, disable=not _is_writer()
-    )
-
-
-def _is_writer() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == WRITER
+def _progress(assembly: Assembly) -> Any:
+    total = sum(tensor.num_bytes for tensor in assembly.tensors)
+    return tqdm(total=total, unit="B", unit_scale=True, desc="optimizer", delay=PROGRESS_DELAY, disable=not is_writer())

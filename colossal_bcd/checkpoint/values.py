@@ -1,30 +1,38 @@
-"""Values of any type in the JSON of a manifest: what JSON lacks, or would return as another type, gets a tag.
+"""State that nobody declared: its tensors, and values of any type in the JSON of a manifest.
 
-Numbers, strings, None and lists are themselves; a tuple is {"#tuple": [...]}, a dict {"#dict": [[key, value], ...]}.
-Floats are written with all their digits, so that they come back bit for bit.
+What JSON lacks, or would return as another type, gets a tag.  Numbers, strings, None and lists are themselves; a tuple
+is {"#tuple": [...]}, a dict {"#dict": [[key, value], ...]}.  Floats are written with all their digits, so that they
+come back bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from colossal_bcd.checkpoint.errors import CheckpointError
 from colossal_bcd.checkpoint.files import DTYPES
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.sharding import Layout
 
 PLAIN = (bool, int, float, str)
 DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 UNTYPED = "#untyped"
 """Tag of a list of an old file, which may have been a tuple."""
+MARK = "@"
+"""Stands between the name of a state and its region in words, where ranks have different ones."""
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:
-    """A value as JSON can hold it.
+    """Turn a value into what JSON can hold.
 
     Args:
-        value: what a param group or an optimizer's state holds.
+        value: one of a param group or of an optimizer's state.
         where: its name, for errors and for the tensors within.
         tensors: gets the tensors within under names that begin with `where`; None: their values are written out.
     Raises:
@@ -59,11 +67,11 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> 
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor] | None = None, device: torch.device | None = None) -> Any:
-    """What `encode` was given; values that it has not made are as they are.
+    """Undo `encode`; values that it has not made are as they are.
 
     Args:
-        value: see above.
-        tensors: by the names under which `encode` put them.
+        value: what a manifest has.
+        tensors: the tensors within by the names that `encode` gave them.
         device: for tensors whose values were written out; None: the CPU.
     """
     if isinstance(value, list):
@@ -127,6 +135,90 @@ def like(value: Any, present: Any) -> Any:
         return value
     items = [like(item, present[index] if index < len(present) else None) for index, item in enumerate(value)]
     return tuple(items) if isinstance(present, tuple) else items
+
+
+def taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split one parameter's state into tensors by name, those in lists and dicts too, and the rest as JSON has it.
+
+    Raises:
+        ValueError: something is of a type that a file cannot hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            others[name] = encode(value, str(name), tensors)
+    return tensors, others
+
+
+def put_together(tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `taken_apart`."""
+    inner = {name for value in others.values() for name in tensors_within(value)}
+    return {
+        **{name: decode(value, tensors) for name, value in others.items()},
+        **{name: tensor for name, tensor in tensors.items() if name not in inner},
+    }
+
+
+def words_of(layout: Layout) -> str:
+    """The region of a parameter that a rank has, in words; equal on ranks that have the same."""
+    words = []
+    if layout.split is not None and layout.split.size > 1:
+        words.append(f"shard {layout.split.rank} of {layout.split.size} along dim {layout.split.dim}")
+    if layout.slice is not None:
+        words.append(f"slice {layout.slice.rank} of {layout.slice.size} with {layout.slice.length} values")
+    return ", ".join(words) or "all"
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Fingerprint of a tensor, bit for bit."""
+    data: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def shared_state(optimizer: Optimizer) -> list[list[Any]]:
+    """Collect state under keys that are no tensors, such as a count of steps, as pairs that JSON can hold.
+
+    Raises:
+        ValueError: something is of a type that a file cannot hold.
+    """
+    if isinstance(optimizer, ShardedOptimizer):
+        return []
+    return [
+        [encode(key, "key of the state"), encode(value, str(key))]
+        for key, value in optimizer.state.items()
+        if not isinstance(key, Tensor)
+    ]
+
+
+def load_shared(optimizer: Optimizer, shared: Iterable[list[Any]]) -> None:
+    """Put back what `shared_state` has returned."""
+    for key in [key for key in optimizer.state if not isinstance(key, Tensor)]:
+        del optimizer.state[key]
+    devices = {param.device for group in optimizer.param_groups for param in group["params"]}
+    for key, value in shared:
+        optimizer.state[decode(key)] = decode(value, device=next(iter(devices), None))
+
+
+def agreed(reports: Iterable[list[list[Any]]]) -> list[list[Any]]:
+    """Merge the shared state of all ranks; a rank without parameters may have none.
+
+    Raises:
+        CheckpointError: ranks have different values, which no file can give back on another mesh.
+    """
+    found: dict[str, list[Any]] = {}
+    for rank, shared in enumerate(reports):
+        for key, value in shared:
+            before = found.setdefault(repr(key), [key, value])
+            if repr(before[1]) != repr(value):
+                raise CheckpointError(
+                    f"save_optimizer: state {decode(key)!r} is {decode(value)} on rank {rank} and "
+                    f"{decode(before[1])} on a lower one, expected the same on all ranks, as it belongs to no "
+                    "parameter. Its optimizer depends on the mesh and cannot be saved."
+                )
+    return list(found.values())
 
 
 def _written(tensor: Tensor, where: str) -> list[Any]:
