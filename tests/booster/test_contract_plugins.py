@@ -10,7 +10,7 @@ import pytest
 from block_net import Net
 from foreign_optimizers import CLASSES, UNAVAILABLE, verdict
 
-from colossal_bcd.optim.foreign.elementwise import CLOSE
+from colossal_bcd.optim.foreign.contract import CLOSE
 from colossal_bcd.testing import run_ranks
 
 NAMES = [name for name in CLASSES if name not in UNAVAILABLE]

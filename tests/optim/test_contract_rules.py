@@ -18,9 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from colossal_bcd.optim.foreign import contract as contracts
-from colossal_bcd.optim.foreign import trial
-from colossal_bcd.optim.foreign.contract import examine
-from colossal_bcd.optim.foreign.elementwise import CLOSE, update_apart
+from colossal_bcd.optim.foreign import twin
+from colossal_bcd.optim.foreign.contract import CLOSE, examine, update_apart
 from colossal_bcd.optim.foreign.twin import first_line
 
 
@@ -224,7 +223,7 @@ def test_one_number_from_a_whole_tensor_is_not_elementwise() -> None:
 
 @pytest.mark.parametrize("name", ["torch.optim.Adam", "torch.optim.Adagrad", "pytorch_optimizer.SOAP"])
 def test_trial_leaves_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_MEMORY", {})
+    monkeypatch.setattr(twin, "_MEASURED", {})
     model = Net()
     optimizer = make(name, model)
     called = []
@@ -254,7 +253,7 @@ def test_trial_leaves_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_trial_is_made_once_for_equal_options(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     measured = contracts._measured
-    monkeypatch.setattr(trial, "_MEMORY", {})
+    monkeypatch.setattr(twin, "_MEASURED", {})
     monkeypatch.setattr(contracts, "_measured", lambda optimizer: made.append(optimizer) or measured(optimizer))
     for rate in (0.1, 0.1, 0.2):
         examine(torch.optim.AdamW(Net().parameters(), lr=rate))

@@ -14,8 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from colossal_bcd.booster.casts import registry
-from colossal_bcd.optim.foreign.contract import examine
-from colossal_bcd.optim.foreign.elementwise import CLOSE, update_apart
+from colossal_bcd.optim.foreign.contract import CLOSE, examine, update_apart
 
 PACKAGES = (torch.optim, bitsandbytes.optim, colossalai.nn.optimizer, schedulefree, pytorch_optimizer)
 CLASSES = {

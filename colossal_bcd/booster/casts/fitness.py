@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.booster.casts.registry import is_known_elementwise
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.foreign.contract import examine
-from colossal_bcd.optim.foreign.elementwise import CLOSE, update_apart
+from colossal_bcd.optim.foreign.contract import CLOSE, examine, update_apart
 from colossal_bcd.optim.foreign.twin import TwinError
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Twins: other objects of an optimizer's class, with its hyper-parameters, over other tensors."""
+"""Twins: other objects of an optimizer's class, with its hyper-parameters, which step small tensors for a trial."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 Group = Mapping[str, Any]
+Tensors = list[list[Parameter]]
+"""Tensors of each param group."""
+
+SIZES: dict[int, tuple[int, ...]] = {0: (), 1: (10,), 2: (12, 10), 3: (4, 6, 5), 4: (4, 3, 3, 2)}
+"""Shape of a twin's tensor by its number of dims."""
+
+_MEASURED: dict[Any, Any] = {}
+"""What `remembered` has measured."""
 
 
 class MISSING:
@@ -35,7 +44,7 @@ class TwinError(Exception):
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """What an optimizer keeps on itself, apart from what torch keeps there."""
+    """List what an optimizer keeps on itself, apart from what torch keeps there."""
     return {
         name: value
         for name, value in vars(optimizer).items()
@@ -53,7 +62,7 @@ def is_plain(value: Any) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """A copy that shares no container and no tensor with the value; other objects are shared."""
+    """Make a copy that shares no container and no tensor with the value; other objects are shared."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, (list, tuple, set)) and type(value) in (list, tuple, set):
@@ -89,7 +98,7 @@ def new_twin(
 
     Args:
         optimizer: to be imitated; nothing of it is changed or shared.
-        tensors: of each param group.
+        tensors: those of each param group.
         leave_out: keys of groups and names of attributes that are left to the constructor.
     Raises:
         TwinError: the constructor asks for what cannot be found, or refuses it.
@@ -104,9 +113,9 @@ def new_twin(
         raise TwinError(
             f"its constructor cannot be called again ({type(error).__name__}: {first_line(error)})"
         ) from error
-    own = attributes(twin)
+    present = attributes(twin)
     for name, value in attributes(optimizer).items():
-        if name not in leave_out and is_plain(value) and not equal(own.get(name, MISSING), value):
+        if name not in leave_out and is_plain(value) and not equal(present.get(name, MISSING), value):
             setattr(twin, name, copied(value))
     return twin
 
@@ -116,16 +125,16 @@ def new_copy(optimizer: Optimizer, tensors: Sequence[Sequence[Tensor]]) -> Optim
 
     Args:
         optimizer: to be imitated.
-        tensors: of each param group; they also stand for the optimizer's parameters wherever it mentions them.
+        tensors: those of each param group; they also stand for the optimizer's parameters wherever it mentions them.
     Raises:
         TwinError: it keeps something that cannot be copied.
     """
     twin: Optimizer = type(optimizer).__new__(type(optimizer))
     Optimizer.__init__(twin, [{"params": []}], copied(optimizer.defaults))
-    given = [param for group in optimizer.param_groups for param in group["params"]]
+    given = list(flat(members_of(optimizer)))
     memo: dict[int, Any] = {id(optimizer): twin}
     if len(given) == sum(map(len, tensors)):
-        memo.update(zip(map(id, given), (tensor for members in tensors for tensor in members), strict=True))
+        memo.update(zip(map(id, given), flat(tensors), strict=True))
     for name, value in attributes(optimizer).items():
         try:
             setattr(twin, name, copy.deepcopy(value, memo))
@@ -179,13 +188,110 @@ def reseed(device: torch.device, seed: int = 0) -> None:
         sys.modules["numpy"].random.seed(seed)
 
 
+def remembered(optimizer: Optimizer, what: str, measure: Callable[[], Any]) -> Any:
+    """Measure once for optimizers that differ in nothing that is measured."""
+    options = [
+        sorted((key, repr(value)) for key, value in group.items() if key not in ("params", "param_names"))
+        for group in optimizer.param_groups
+    ]
+    plain = sorted((name, repr(value)) for name, value in attributes(optimizer).items() if is_plain(value))
+    key = (what, type(optimizer), repr(options), repr(plain), repr(shapes_of(optimizer)), bool(optimizer.state))
+    if key not in _MEASURED:
+        if len(_MEASURED) >= 256:
+            _MEASURED.clear()
+        _MEASURED[key] = measure()
+    return _MEASURED[key]
+
+
+def shapes_of(optimizer: Optimizer) -> list[list[tuple[int, torch.dtype]]]:
+    """List number of dims and dtype of the tensors that stand for each group's parameters."""
+    kinds = [
+        {(param.dim(), torch.float64 if param.dtype == torch.float64 else torch.float32) for param in members}
+        for members in members_of(optimizer)
+    ]
+    return [sorted(each, key=repr) for each in kinds]
+
+
+def new_tensors(optimizer: Optimizer, device: torch.device, seed: int) -> Tensors:
+    """Make small random tensors for each param group: one of every number of dims and dtype in it."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [
+            Parameter(torch.randn(SIZES.get(dims, (2,) * dims), generator=generator, dtype=dtype).to(device))
+            for dims, dtype in kinds
+        ]
+        for kinds in shapes_of(optimizer)
+    ]
+
+
+def flat(tensors: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
+    """Go through the tensors of all groups."""
+    return (tensor for members in tensors for tensor in members)
+
+
+def on_some_device(optimizer: Optimizer, measure: Callable[[Optimizer, torch.device], Any]) -> Any:
+    """Measure on the CPU, or where that fails on the device of the parameters, whose kernels it may need."""
+    devices = [torch.device("cpu"), *{param.device: None for param in flat(members_of(optimizer))}]
+    devices = [device for device in dict.fromkeys(devices) if device.type != "meta"]
+    for device in devices:
+        try:
+            with unnoticed(device):
+                return measure(optimizer, device)
+        except TwinError:
+            if device == devices[-1]:
+                raise
+    raise AssertionError(devices)
+
+
+def members_of(optimizer: Optimizer) -> list[list[Tensor]]:
+    """List the tensors that an optimizer has in each group."""
+    return [group["params"] for group in optimizer.param_groups]
+
+
+def twin_of(optimizer: Optimizer, tensors: Tensors, leave_out: frozenset[str] = frozenset()) -> Optimizer:
+    """Make a twin by the constructor, or a copy where that fails and there is no state that it may have made."""
+    try:
+        return new_twin(optimizer, tensors, leave_out)
+    except TwinError as error:
+        if optimizer.state:
+            raise TwinError(f"has state, and {error}") from error
+        return new_copy(optimizer, tensors)
+
+
+def run(twin: Optimizer, tensors: Tensors, steps: int, seed: int) -> None:
+    """Take steps with gradients that depend on the seed alone.
+
+    Raises:
+        TwinError: a step failed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for tensor in flat(tensors):
+            tensor.grad = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
+        step_by_gradients(twin)
+
+
+def step_by_gradients(twin: Optimizer) -> None:
+    """Take one step.
+
+    Raises:
+        TwinError: the step failed.
+    """
+    try:
+        twin.step()
+    except Exception as error:
+        raise TwinError(
+            f"cannot step tensors by their gradients alone ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
 def _values(group: Group) -> dict[str, Any]:
-    """What a group says, without its parameters and what is said about each of them."""
+    """Copy a group without its parameters and what is said about each of them."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _arguments(optimizer: Optimizer) -> dict[str, Any]:
-    """Arguments of the constructor beside the parameters, as far as there is anything to be found under their names."""
+    """Find arguments of the constructor beside the parameters, as far as anything has their names."""
     sources = [optimizer.defaults, attributes(optimizer)]
     sources += [vars(value) for value in attributes(optimizer).values() if is_record(value)]
     found: dict[str, Any] = {}
