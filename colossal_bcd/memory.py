@@ -6,6 +6,7 @@ Tensors may be on the meta device, and no process group is needed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -74,6 +75,8 @@ class _Trained:
 
     dtype: torch.dtype
     group: dict[str, Any]
+    key: int
+    """Number of the parameter."""
     layout: Layout
     """Without a slice."""
 
@@ -106,8 +109,9 @@ def estimate(
     of = {param: Layout.whole(tuple(param.shape)) for group in members for param in group}
     if layouts is not None:
         of = {param: layouts[param] for param in of if param in layouts}
+    keys = {param: key for key, param in enumerate(itertools.chain.from_iterable(members))}
     held = {
-        param: _Trained(param.dtype, group, of[param])
+        param: _Trained(param.dtype, group, keys[param], of[param])
         for group, params in zip(base.param_groups, members, strict=True)
         for param in params
         if param in of
@@ -197,7 +201,8 @@ class _Counter:
 
     def _state(self, held: _Trained) -> int:
         if isinstance(self._base, ShardedOptimizer):
-            specs = self._base.state_spec(self._layout(held), self._base.hyper_of(held.group))
+            hyper = self._base.hyper_of(held.group, held.key)
+            specs = self._base.state_spec(self._layout(held), hyper)
             return sum(spec.num_bytes(self._dtype(held)) for spec in specs.values())
         per_value, in_all = _probe(self._base, held.group)
         return self.numel(held) * per_value * self._dtype(held).itemsize + in_all

@@ -36,7 +36,7 @@ class DistributedLamb(SetupDistributed, Lamb):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, bias_correction)
 
-    def hyper_of(self, group: Mapping[str, Any]) -> Any:
+    def hyper_of(self, group: Mapping[str, Any], key: int | None = None) -> Any:
         """The groups hold ColossalAI's values, so that groups and checkpoints of its class mean the same here."""
         correction = group["bias_correction"]
         return super().hyper_of({**group, "bias_correction": "step_size" if correction is True else correction})

@@ -89,7 +89,7 @@ def _names(optimizer: Any, inner: Optimizer, held: list[Tensor]) -> tuple[list[s
 def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Layout, int, int | None]:
     """Layout, rounds of a step, and bytes of state."""
     if isinstance(base, ShardedOptimizer):
-        layout, hyper = base.layout_of(param), base.hyper_of(group)
+        layout, hyper = base.layout_of(param), base.hyper_of(group, base.key_of(param))
         specs = base.state_spec(layout, hyper).values()
         return layout, _rounds(base, layout, hyper), sum(spec.num_bytes(param.dtype) for spec in specs)
     of = optimizer if isinstance(optimizer, ZeroOptimizer) else None
@@ -102,7 +102,7 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
 def _rounds(base: ShardedOptimizer, layout: Layout, hyper: Any) -> int:
     """Run the rule itself on tensors without data and count the rounds that need another rank, between refreshes."""
     param = torch.empty(layout.local_shape, device="meta")
-    view = ShardView(layout, param, torch.empty_like(param))
+    view = ShardView(layout, param, torch.empty_like(param), key=-1)
     state: dict[str, Any] = {"step": 2}
     for name, spec in base.state_spec(layout, hyper).items():
         entry: Any = spec.allocate(param)

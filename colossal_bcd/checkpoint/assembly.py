@@ -143,7 +143,7 @@ class LocalTensors:
             state, self.numbers[trained.name] = taken_apart(state)
             words = self.words[trained.name] = words_of(trained.layout)
         group = boosted.groups()[trained.group]
-        files = filed_tensors(self._base, tensor, trained.layout, group, state, self._constant)
+        files = filed_tensors(self._base, tensor, trained.layout, group, state, self._constant, trained.key)
         for number, filed in enumerate(files, start=1):
             self._announce(trained.name, filed, state, (trained.key, number), words=words)
 

@@ -187,7 +187,7 @@ def _check(
         return []
     group = dict(boosted.groups()[held.group])
     load_hyper(group, checkpoint.manifest["groups"][held.group]["hyper"])
-    expected = filed_tensors(boosted.base, torch.empty(0, dtype=held.dtype), held.layout, group)
+    expected = filed_tensors(boosted.base, torch.empty(0, dtype=held.dtype), held.layout, group, key=held.key)
     for entry in expected:
         if entry.name in states:
             check_shape(checkpoint, held, entry.name, states[entry.name], entry.region.shape)
@@ -236,7 +236,7 @@ def _load(
     if numbers is None:
         base.state.pop(tensor, None)
         return
-    allocate(base, tensor, held.layout, group)
+    allocate(base, tensor, held.layout, group, held.key)
     state = base.state[tensor]
     state.update(numbers)
     for entry in entries:

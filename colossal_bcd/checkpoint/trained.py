@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
-from colossal_bcd.block.ratio.rule import KeyedLayout
+from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.engine.masters import ShardedMasters
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout
@@ -157,7 +156,7 @@ class EngineState(Boosted):
             key=self.wrapper._keys[id(param)],
             group=group,
             param=param,
-            layout=self._layout(param),
+            layout=self.wrapper.masters.layout(param),
             dtype=dtype,
             has_master=dtype != param.dtype,
         )
@@ -167,12 +166,6 @@ class EngineState(Boosted):
 
     def renew(self) -> None:
         self.wrapper.bind()
-
-    def _layout(self, param: Parameter) -> Layout:
-        layout: Layout = self.wrapper.masters.layout(param)
-        if isinstance(self.base, BlockOptimizerRatio):
-            return KeyedLayout.of(layout, self.wrapper._keys[id(param)])
-        return layout
 
 
 class OtherState(Boosted):

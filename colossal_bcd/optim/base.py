@@ -282,9 +282,12 @@ class ShardedOptimizer(Optimizer):
                 "the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
             )
 
-    def hyper_of(self, group: Mapping[str, Any]) -> Hyper:
+    def hyper_of(self, group: Mapping[str, Any], key: int | None = None) -> Hyper:
         """Hyper-parameters of a param group, checked.
 
+        Args:
+            group: a param group, or what may become one.
+            key: number of one of its parameters, where what its name adds to them matters, as to its state.
         Raises:
             ValueError: one is out of range.
         """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
-from colossal_bcd.block.ratio.selection import Selected, SelectedGradient, SelectedSpec, Selection
+from colossal_bcd.block.ratio.selection import Selected, SelectedSpec, Selection
 from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.sharding import Layout, Mesh, resolve
 from colossal_bcd.sharding.regions import covers
@@ -60,9 +60,8 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 def places(optimizer: BlockOptimizerRatio, param: Tensor) -> Tensor:
     """What trains in the next step."""
-    layout, group = optimizer.layout_of(param), optimizer.param_groups[0]
-    selection = optimizer._selection(layout, optimizer.hyper_of(group))
-    return selection.holds(torch.arange(param.numel())).nonzero().view(-1)
+    hyper = optimizer.hyper_of(optimizer.param_groups[0], optimizer.key_of(param))
+    return hyper.selection(param.numel()).holds(torch.arange(param.numel())).nonzero().view(-1)
 
 
 @pytest.mark.parametrize("mode", ["adjacent", "scatter"])
@@ -167,7 +166,7 @@ def test_ratio_images_are_the_entries_of_the_slices(mode: Any, whole_rows: bool)
                     base = case.layout(sizes, tp_rank, 0)
                     shard = Layout(shape=base.shape, split=base.split)
                     layout = shard.sliced("zero", zero_rank, sizes.zero, whole_rows=whole_rows)
-                    image = SelectedGradient(layout, selection, CPU)
+                    image = Selected(layout, selection, CPU)
                     flat = image.of(shard.shard(full))
                     want = Selected(layout, selection, CPU).take(layout.shard(full).view(-1)[: layout.num_local])
                     rows = image.rows(flat)
@@ -337,11 +336,11 @@ def test_ratio_clips_by_the_norm_of_what_trains() -> None:
     model = Net().double()
     optimizer = made(model)
     loss_of(model, 0).backward()
-    grads = [grad.clone() for grad in optimizer._compact.values()]
+    grads = [grad.clone() for grad in optimizer._images.values()]
     norm = optimizer.clip_grad_norm_(1e-3)
     want = torch.cat(grads).norm()
     torch.testing.assert_close(norm, want)
-    for grad, old in zip(optimizer._compact.values(), grads, strict=True):
+    for grad, old in zip(optimizer._images.values(), grads, strict=True):
         torch.testing.assert_close(grad, old * 1e-3 / (want + 1e-6))
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="max_norm"):
@@ -354,7 +353,7 @@ def test_ratio_updates_low_precision_in_float32() -> None:
     want = {name: param.detach().float() for name, param in model.named_parameters()}
     model(torch.ones(1, 7).bfloat16()).sum().backward()
     for key, (name, param) in enumerate(model.named_parameters()):
-        grad = optimizer._compact[key]
+        grad = optimizer._images[key]
         assert grad.dtype == torch.float32
         chosen = places(optimizer, param)
         spread = torch.zeros(param.numel())
@@ -399,7 +398,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "period": ({"switch_every": 0}, "switch_every"),
     "mode": ({"mask_mode": "random"}, '"adjacent" or "scatter"'),
     "threshold": ({"preserve_threshold": -1}, "preserve_threshold"),
-    "no entry": ({"update_ratio": 0.05}, "'first.bias' is less than one"),
+    "no value": ({"update_ratio": 0.05}, "'first.bias' is less than one"),
     "defaults": ({"optimizer_defaults": {"momentum": 0.9}}, "momentum"),
 }
 

@@ -80,7 +80,7 @@ def test_blocks_are_refused_before_anything_changes(build, dtype, num_steps):
             if param.requires_grad:
                 param.grad = torch.full_like(param, 1.0 + step)
                 if build is ratio:
-                    optimizer._keep_entries(param)
+                    optimizer._keep_selected(param)
         optimizer.step()
     before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     for call in (

@@ -1,13 +1,10 @@
-"""Parameter-ratio form of block coordinate descent: a share of every tensor trains, then the next share (BAdam).
-
-n: values of data on this rank; k: those of them that train.
-"""
+"""Parameter-ratio form of block coordinate descent: a share of every tensor trains, then the next share (BAdam)."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,25 +16,82 @@ from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole
 from colossal_bcd.block.heads import warn_of_heads
 from colossal_bcd.block.log import announce
 from colossal_bcd.block.parameters import read_parameters
-from colossal_bcd.block.ratio.rule import KeyedLayout, RatioHyper, adam_on, require_ratio
-from colossal_bcd.block.ratio.selection import MaskMode, Selected, SelectedGradient, SelectedSpec, Selection
+from colossal_bcd.block.ratio.selection import MaskMode, Selected, SelectedSpec, Selection
 from colossal_bcd.block.reached import Reach
 from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.names import Pattern, role_of
 from colossal_bcd.optim.base import State
-from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.functional import require, require_adam, update_moments_
 from colossal_bcd.optim.state.spec import StateSpec
+from colossal_bcd.optim.state.stack import Member
 from colossal_bcd.sharding import Layout, Mesh, Rounds, ShardView, square_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioHyper:
+    """Hyper-parameters of one param group."""
+
+    lr: float = 1e-5
+    """Step size."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment, before it is debiased."""
+    weight_decay: float = 0.0
+    """Decoupled: values that train shrink by lr * weight_decay."""
+    maximize: bool = False
+    """Go up the gradient instead of down."""
+    update_ratio: float = 0.1
+    """Share of each tensor that trains at a time."""
+    switch_every: int = 100
+    """Optimizer steps until the next share trains."""
+    mask_mode: MaskMode = "adjacent"
+    """A share is "adjacent" values in the order of memory, or values "scatter"ed at random."""
+    preserve_threshold: int = 100
+    """Tensors of fewer values train whole, always."""
+    seed: int = 0
+    """Seed of what is scattered, with the parameter's name."""
+
+    def __post_init__(self) -> None:
+        require_adam(self.lr, self.betas, self.eps, self.weight_decay)
+        require_ratio("update_ratio", self.update_ratio)
+        require(self.switch_every >= 1, "switch_every", self.switch_every, "a positive number of steps")
+        modes = ("adjacent", "scatter")
+        require(self.mask_mode in modes, "mask_mode", self.mask_mode, '"adjacent" or "scatter"')
+        require(self.preserve_threshold >= 0, "preserve_threshold", self.preserve_threshold, "a number of values")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareHyper(RatioHyper):
+    """Hyper-parameters of one parameter: those of its group, with its own ratio, and which share trains now."""
+
+    name: str
+    """Of the parameter."""
+    period: int
+    """Number of the share, from 0."""
+
+    def selection(self, numel: int) -> Selection:
+        """Which of the values of the global tensor train."""
+        whole = numel < self.preserve_threshold or self.update_ratio == 1
+        count = numel if whole else int(numel * self.update_ratio)
+        offset = 0 if count == numel else self.period * count % max(numel, 1)
+        return Selection(numel, count, offset, self.mask_mode, f"{self.seed} {self.name}")
+
+
+def require_ratio(name: str, ratio: Any) -> None:
+    """Refuse what is no share."""
+    require(isinstance(ratio, (int, float)) and 0 <= ratio <= 1, name, ratio, "a number in [0, 1]")
 
 
 class BlockOptimizerRatio(ReducedGradientOptimizer):
     """Adam on a share of every tensor, the next share after every `switch_every` steps (BAdam's parameter-ratio form).
 
-    Moments exist for the entries that train, and start at zero with every share.  Gradients are cut down to these
-    entries as soon as backward has made them and added up over micro-batches, in float32; `param.grad` is then None.
-    There are no masters on one process: entries of bfloat16 weights are updated in float32 and rounded.
+    Moments exist for the values that train, and start at zero with every share.  Of a gradient these values are kept as
+    soon as backward has made it and added up over micro-batches, in float32; `param.grad` is then None.  There are no
+    masters on one process: values of bfloat16 weights are updated in float32 and rounded.  `global_step` of a param
+    group counts its steps, so that checkpoints have it.
 
     Args:
         param_groups: as of any optimizer; dicts are kept.
@@ -47,8 +101,8 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         param_update_ratios: pattern of names ("lm_head", "layers.1"; see docs/names.md) -> share of the parameters that
             it matches, instead of `update_ratio`; the last of several that match counts, 0 freezes.
         optimizer_defaults: instead of `lr`, `betas`, `eps` and `weight_decay`, by name.
-        keep_mask: keep the places of scattered entries between steps: 4 bytes each.  Otherwise they are found anew in
-            every step.
+        keep_mask: keep the positions of scattered values between steps: 4 bytes each.  Otherwise they are found anew in
+            every step, which waits for the device.
         include_embedding: train the embeddings; they are frozen otherwise.
         include_lm_head: train the head; it is frozen otherwise.  One tied to the embedding trains if either is asked
             for and both names are in the list.
@@ -57,7 +111,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         data_group: see `BlockOptimizer`.
     Raises:
         ValueError: an argument is out of range, a parameter of the groups has no name, a name in `param_update_ratios`
-            matches none, or a tensor is so small that none of its entries would ever train.
+            matches none, or a tensor is so small that none of its values would ever train.
     """
 
     hyper_type = RatioHyper
@@ -107,10 +161,8 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
             self._ratios.update(dict.fromkeys(found, ratio))
         self._named: dict[int, str] = {}
         self._group_of: dict[int, int] = {}
-        self._devices: dict[int, torch.device] = {}
-        self._images_wanted: dict[int, SelectedGradient] = {}
-        self._cache: dict[int, Selected] = {}
-        self._compact: dict[int, Tensor] = {}
+        self._cache: dict[tuple[Layout, Selection], Selected] = {}
+        self._lent = False
         self._handles: list[Any] = []
         self._reach = Reach("layer")
         self._data_group, self._bound = data_group, False
@@ -125,7 +177,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         for param in self._params():
             name = self._names[param]
             asked = [kinds.get(role_of(each).kind, True) for each in (name, *aliases.get(name, []))]
-            if not any(asked) or self._ratio(name, update_ratio) == 0:
+            if not any(asked) or self._ratios.get(name, update_ratio) == 0:
                 if param.requires_grad and not any(asked):
                     frozen.add(name)
                 param.requires_grad_(False)
@@ -135,7 +187,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         CompiledGraphs().renew(list(roster.parameters.values()), 1)
         if not self._find_replicas() and not dense_gradients:
             trained = [param for param in self._params() if param.requires_grad]
-            self._handles = [param.register_post_accumulate_grad_hook(self._keep_entries) for param in trained]
+            self._handles = [param.register_post_accumulate_grad_hook(self._keep_selected) for param in trained]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group.get("amsgrad"):
@@ -143,7 +195,9 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
                 "BlockOptimizerRatio: got a param group with amsgrad=True, expected Adam. Set it to False."
             )
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        group.setdefault("global_step", 0)
+        for param in group["params"]:
             key = self._keys[param]
             if param not in self._names:
                 raise ValueError(
@@ -151,12 +205,15 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
                     "named_parameters_list, expected its name there. Pass list(model.named_parameters())."
                 )
             self._named[key], self._group_of[key] = self._names[param], len(self.param_groups) - 1
-            self._layouts[param] = KeyedLayout.of(self._layouts[param], key)
-            self._require_entries(param, self.hyper_of(self.param_groups[-1]))
+            hyper = self.hyper_of(group, key)
+            if hyper.update_ratio > 0 and hyper.selection(param.numel()).count == 0 < param.numel():
+                raise ValueError(
+                    f"update_ratio={hyper.update_ratio} of the {param.numel()} values of {hyper.name!r} is less than "
+                    "one, so that none would ever train. Raise preserve_threshold above its size, or the ratio."
+                )
 
     def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
         super().bind(layouts, mesh, keys)
-        self._layouts = {param: KeyedLayout.of(layout, self._keys[param]) for param, layout in self._layouts.items()}
         # Whoever binds feeds gradients of its own.
         self._bound = True
         if self._replicas is not None:
@@ -165,8 +222,15 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._devices = {key: param.device for param, key in self._keys.items()}
         self._forget()
+
+    def hyper_of(self, group: Mapping[str, Any], key: int | None = None) -> Any:
+        hyper = super().hyper_of(group)
+        if key is None:
+            return hyper
+        name = self._named[key]
+        share = {"update_ratio": self._ratios.get(name, hyper.update_ratio), "name": name}
+        return ShareHyper(**{**vars(hyper), **share}, period=group["global_step"] // hyper.switch_every)
 
     @property
     def is_elementwise(self) -> bool:
@@ -174,7 +238,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     @property
     def state(self) -> Any:
-        """Moments of the entries that train, by parameter."""
+        """Moments of the values that train, by parameter."""
         refuse_torch_checkpoint(type(self).__name__, "Use torch.save(optimizer.state_dict(), path).")
         return self.__dict__["state"]
 
@@ -182,69 +246,88 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
     def state(self, value: Any) -> None:
         self.__dict__["state"] = value
 
-    def state_spec(self, layout: Layout, hyper: RatioHyper) -> dict[str, StateSpec]:
-        selection = self._selection(layout, hyper)
-        count = len(Selected(layout, selection, torch.device("cpu")))
-        moment = SelectedSpec(kind="entries", shape=(count,), selection=selection)
+    def state_spec(self, layout: Layout, hyper: ShareHyper) -> dict[str, StateSpec]:
+        selected = self._selected(layout, hyper)
+        moment = SelectedSpec(kind="entries", shape=(len(selected),), selection=selected.selection)
         return {"exp_avg": moment, "exp_avg_sq": moment}
 
-    def update(self, view: ShardView, state: State, hyper: RatioHyper) -> Rounds:
-        """Asks nothing of other ranks; `step` does the work, on the entries that train."""
+    def update(self, view: ShardView, state: State, hyper: ShareHyper) -> Rounds:
+        """Adam on the values that train; asks nothing of other ranks."""
+        selected, grad = self._selected(view.layout, hyper), self.take_low_rank(view.key)
+        grad = selected.take(view.grad) if grad is None else grad
+        update_moments_(state["exp_avg"], state["exp_avg_sq"], grad.neg() if hyper.maximize else grad, hyper.betas)
+        direction = state["exp_avg_sq"].sqrt().add_(hyper.eps).reciprocal_().mul_(state["exp_avg"])
+        beta1, beta2 = hyper.betas
+        lr = hyper.lr * (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
+        values = selected.take(view.param).mul_(1 - hyper.lr * hyper.weight_decay)
+        selected.put(view.param, values.add_(direction, alpha=-lr))
         yield from ()
 
-    def wants_low_rank(self, layout: Layout, state: State, hyper: RatioHyper, key: int) -> Any:
-        if key not in self._images_wanted:
-            self._images_wanted[key] = SelectedGradient(layout, self._selection(layout, hyper), self._devices[key])
-        return self._images_wanted[key]
+    def wants_low_rank(self, layout: Layout, state: State, hyper: ShareHyper, key: int) -> Any:
+        return self._selected(layout, hyper)
 
     def low_rank_wanted(self) -> dict[Tensor, Any]:
         """All parameters: what trains in the next step is known, also before the first one."""
+        self._lent = True
         return {
-            param: self.wants_low_rank(self._layouts[param], {}, self.hyper_of(group), self._keys[param])
+            param: self._selected(self._layouts[param], self.hyper_of(group, self._keys[param]), param.device)
             for group in self.param_groups
             for param in group["params"]
         }
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        loss = self._closure_loss(closure)
+    def _update(self) -> None:
         if self._find_replicas():
             assert self._replicas is not None
             self._replicas.settle()
-        self._active()  # raises where a gradient or a tensor is not what it should be
-        had = {}
-        for group in self.param_groups:
-            hyper = self.hyper_of(group)
-            for param in group["params"]:
-                stepped = self._step_one(param, hyper)
-                if stepped or param.requires_grad or not isinstance(param, Parameter):
-                    had[self._named[self._keys[param]]] = stepped
-        self._note_reach(had)
-        self._compact.clear()
-        if not self.keep_mask:
+        super()._update()
+        self._images.clear()
+        if not (self.keep_mask or self._lent):
             self._cache.clear()
         switched = set()
         for group in self.param_groups:
             group["global_step"] += 1
             if group["global_step"] % group["switch_every"] == 0:
-                self._switch(group)
                 switched.add(group["global_step"])
+                for param in group["params"]:
+                    self.state.pop(param, None)
+                self._forget()
         if switched and self._replicas is not None:
             self._replicas.agree()
             self._average_shares()
         if self.verbose:
             for num_steps in sorted(switched):
                 announce(f"step {num_steps}: the next share of every tensor trains")
-        return loss
+
+    def _active(self) -> list[Member]:
+        members = super()._active()
+        self._note_reach({member.param for member in members})
+        shares = [
+            replace(member, hyper=self.hyper_of(self.param_groups[member.group], member.key)) for member in members
+        ]
+        for member in shares:
+            self._selected(member.layout, member.hyper, member.param.device)
+        return shares
+
+    def _grad(self, param: Tensor) -> Tensor | None:
+        """The gradient, or what has been kept of it; one of the two says that there is one."""
+        grad, kept = super()._grad(param), self._images.get(self._keys.get(param, -1))
+        if kept is None or self._bound:
+            return grad
+        if grad is not None:
+            raise ValueError(
+                f"{self._named[self._keys[param]]}: something wrote the gradient after backward had made it, expected "
+                "nobody to. Pass dense_gradients=True."
+            )
+        return kept
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._compact.clear()
+        self._images.clear()
         if self._replicas is not None:
             self._replicas.clear()
         super().zero_grad(set_to_none)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip the gradients that were cut down to the entries that train, by their norm; to be called before `step`.
+        """Clip what has been kept of the gradients, by its norm; to be called before `step`.
 
         Args:
             max_norm: largest Euclidean norm.
@@ -253,11 +336,11 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         Raises:
             ValueError: gradients are elsewhere: `dense_gradients`, or a plugin has them, which clips by its own norm.
         """
-        grads = list(self._compact.values())
+        grads = list(self._images.values())
         if not grads:
             raise ValueError(
-                "clip_grad_norm_: there are no gradients of entries, expected some from backward. With dense_gradients "
-                "clip with torch.nn.utils, under a plugin give it max_norm=... instead."
+                "clip_grad_norm_: nothing has been kept of gradients, expected something from backward. With "
+                "dense_gradients clip with torch.nn.utils, under a plugin give it max_norm=... instead."
             )
         norm = torch.stack([square_sum(grad) for grad in grads]).sum().sqrt()
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -275,28 +358,24 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     def fingerprint(self) -> list[int]:
         """Two 62-bit ints: of what trains, and of the progress in it.  Equal on ranks that agree."""
-        hypers = [{**dataclasses.asdict(self.hyper_of(group)), "lr": None} for group in self.param_groups]
-        progress = [hyper.pop("global_step") for hyper in hypers]
+        hypers = [{**vars(self.hyper_of(group)), "lr": None} for group in self.param_groups]
+        progress = [group["global_step"] for group in self.param_groups]
         digests = (hashlib.sha256(repr(value).encode()).digest() for value in ((hypers, self._ratios), progress))
         return [int.from_bytes(digest[:8], "big") >> 2 for digest in digests]
 
     def take_averages(self, averages: Mapping[Parameter, Tensor]) -> None:
         """See `ReplicaClient`."""
         for param, values in averages.items():
-            key = self._keys[param]
             if self.dense_gradients:
                 param.grad = values.view(param.shape)
-            elif key in self._compact:
-                self._compact[key].add_(values)
             else:
-                self._compact[key] = values
+                self._add_up(self._keys[param], values)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no hooks on its parameters, and so takes whole gradients.
-        names = ("_named", "_ratios", "_group_of", "_devices", "verbose", "keep_mask", "dense_gradients", "_bound")
-        fresh: dict[str, Any] = {"_cache": {}, "_compact": {}, "_images_wanted": {}, "_names": {}, "_handles": []}
-        fresh["_reach"] = Reach("layer")
-        fresh.update(_replicas=None, _data_group=None if self._data_group is None else "auto")
+        names = ("_named", "_ratios", "_group_of", "verbose", "keep_mask", "dense_gradients", "_bound")
+        fresh: dict[str, Any] = {"_cache": {}, "_lent": False, "_names": {}, "_handles": [], "_replicas": None}
+        fresh.update(_reach=Reach("layer"), _data_group=None if self._data_group is None else "auto")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, **fresh}
 
     def _params(self) -> Iterator[Parameter]:
@@ -309,10 +388,10 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         self._replicas = averages_for(self, self._data_group)
         if self._replicas is None:
             return False
-        if self._handles and self._compact:
+        if self._handles and self._images:
             raise ValueError(
-                "BlockOptimizerRatio: got a process group of several processes after gradients had been cut down on "
-                "this process alone, expected it before the optimizer. Call torch.distributed.init_process_group first."
+                "BlockOptimizerRatio: got a process group of several processes after gradients had been made on this "
+                "process alone, expected it before the optimizer. Call torch.distributed.init_process_group first."
             )
         for handle in self._handles:
             handle.remove()
@@ -323,103 +402,53 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
     def _average_shares(self) -> None:
         """From now on average what trains until the next switch, or whole gradients."""
         assert self._replicas is not None
-        self._devices = {key: param.device for param, key in self._keys.items()}
         trained = [param for param in self._params() if param.requires_grad]
         wanted = {} if self.dense_gradients else self.low_rank_wanted()
         self._replicas.activate(trained, images={param: wanted[param] for param in trained if param in wanted})
 
     def _forget(self) -> None:
-        """Masks are made again when they are needed."""
+        """Find what trains anew when it is needed."""
         self._cache.clear()
-        self._images_wanted.clear()
-        self._compact.clear()
+        self._images.clear()
 
-    def _switch(self, group: dict[str, Any]) -> None:
-        for param in group["params"]:
-            self.state.pop(param, None)
-        self._forget()
-
-    def _note_reach(self, had: Mapping[str, bool]) -> None:
-        """Look at a step: which of the parameters that train had a gradient, by name."""
+    def _note_reach(self, stepped: Collection[Tensor]) -> None:
+        """Look at a step: which of the parameters that train have a gradient, by name."""
         layers: dict[str, dict[str, bool]] = {}
-        for name, present in had.items():
-            if (layer := role_of(name).layer) is not None:
+        others = False
+        for param in self._params():
+            present, name = param in stepped, self._named[self._keys[param]]
+            if (layer := role_of(name).layer) is None:
+                others |= present
+            elif present or param.requires_grad or not isinstance(param, Parameter):
                 layers.setdefault(layer, {})[name] = present
-        others = any(present for name, present in had.items() if role_of(name).layer is None)
         first = self.param_groups[0]
         self._reach.note(first["global_step"], layers, others)
         if layers and (first["global_step"] + 1) % first["switch_every"] == 0:
             self._reach.end(layers, list(layers))
 
-    def _step_one(self, param: Tensor, hyper: RatioHyper) -> bool:
-        """Adam on the entries of one parameter that train; whether it has a gradient."""
-        key, layout = self._keys[param], self._layouts[param]
-        grad = self.take_low_rank(key)
-        if grad is None:
-            grad = self._compact.pop(key, None)
-            if grad is not None and param.grad is not None:
-                raise ValueError(
-                    f"{self._named[key]}: something wrote the gradient after backward had made it, expected nobody "
-                    "to. Pass dense_gradients=True."
-                )
-        if grad is None and param.grad is None:
-            return False
-        entries = self._entries(key, layout, hyper, param.device)
-        local = param.detach().contiguous()
-        flat = local.view(-1)[: layout.num_local]
-        if grad is None:
-            assert param.grad is not None
-            grad = entries.take(param.grad.reshape(-1)[: layout.num_local])
-        state = self.state[param]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
-        state["step"] += 1
-        entries.put(flat, adam_on(entries.take(flat), grad, state, hyper))
-        if not param.is_contiguous():
-            param.copy_(local)
-        return True
-
     @torch.no_grad()
-    def _keep_entries(self, param: Tensor) -> None:
-        """Of a gradient that backward has just made: the entries that train, added to those of other micro-batches."""
+    def _keep_selected(self, param: Tensor) -> None:
+        """Add the values of a gradient that train to what other micro-batches have left, as soon as it is made."""
         if param.grad is None or param.grad.layout != torch.strided:
             return
         key = self._keys[param]
-        hyper = self.hyper_of(self.param_groups[self._group_of[key]])
-        entries = self._entries(key, self._layouts[param], hyper, param.device)
-        grad = entries.take(param.grad.reshape(-1))
+        hyper = self.hyper_of(self.param_groups[self._group_of[key]], key)
+        values = self._selected(self._layouts[param], hyper, param.device).take(param.grad.reshape(-1))
         param.grad = None
-        if key in self._compact:
-            self._compact[key].add_(grad)
+        self._add_up(key, values)
+
+    def _add_up(self, key: int, values: Tensor) -> None:
+        if key in self._images:
+            self._images[key].add_(values)
         else:
-            self._compact[key] = grad
+            self._images[key] = values
 
-    def _entries(self, key: int, layout: Layout, hyper: RatioHyper, device: torch.device) -> Selected:
-        wanted = self._images_wanted.get(key)
-        if wanted is not None and layout.slice is None:
-            return wanted.shard
-        if key not in self._cache:
-            self._cache[key] = Selected(layout, self._selection(layout, hyper), device)
-        return self._cache[key]
-
-    def _selection(self, layout: Layout, hyper: RatioHyper) -> Selection:
-        """What of the parameter trains after `hyper.global_step` steps."""
-        assert isinstance(layout, KeyedLayout)
-        name, numel = self._named[layout.key], layout.numel
-        ratio = self._ratio(name, hyper.update_ratio)
-        count = numel if numel < hyper.preserve_threshold or ratio == 1 else int(numel * ratio)
-        offset = 0 if count == numel else hyper.global_step // hyper.switch_every * count % max(numel, 1)
-        return Selection(numel, count, offset, hyper.mask_mode, f"{hyper.seed} {name}")
-
-    def _require_entries(self, param: Tensor, hyper: RatioHyper) -> None:
-        name = self._named[self._keys[param]]
-        selection = self._selection(self._layouts[param], hyper)
-        if selection.count == 0 < selection.numel and self._ratio(name, hyper.update_ratio) > 0:
-            raise ValueError(
-                f"update_ratio={self._ratio(name, hyper.update_ratio)} of the {selection.numel} values of {name!r} is "
-                "less than one, so that none would ever train. Raise preserve_threshold above its size, or the ratio."
-            )
-
-    def _ratio(self, name: str, default: float) -> float:
-        return self._ratios.get(name, default)
+    def _selected(self, layout: Layout, hyper: ShareHyper, device: torch.device | None = None) -> Selected:
+        """Which values of a parameter train; kept where they are looked for on a `device`, to be used."""
+        selection = hyper.selection(layout.numel)
+        selected = self._cache.get((layout, selection))
+        if selected is None:
+            selected = Selected(layout, selection, device or torch.device("cpu"))
+            if device is not None:
+                self._cache[layout, selection] = selected
+        return selected

@@ -54,6 +54,7 @@ def filed_tensors(
     group: Mapping[str, Any],
     state: Mapping[str, Any] | None = None,
     constant: Collection[str] = (),
+    key: int | None = None,
 ) -> list[FiledTensor]:
     """What a file has of one parameter's state.
 
@@ -64,9 +65,10 @@ def filed_tensors(
         group: its param group.
         state: its state, where the optimizer declares none; None: it has none.
         constant: names of undeclared state that does not depend on the parameter; see `constant_names`.
+        key: number of the parameter (see `ShardedOptimizer.hyper_of`).
     """
     if isinstance(optimizer, ShardedOptimizer):
-        return _declared(optimizer, param, layout, group)
+        return _declared(param, layout, optimizer.state_spec(layout, optimizer.hyper_of(group, key)))
     return [
         _observed(optimizer, name, tensor, layout, constant)
         for name, tensor in (state or {}).items()
@@ -128,10 +130,12 @@ def write(entry: FiledTensor, state: Mapping[str, Any], values: Tensor) -> None:
     restore_into(codes, absmax, whole.view(-1)[: len(values)], entry.spec.signed)
 
 
-def allocate(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]) -> None:
+def allocate(
+    optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any], key: int | None = None
+) -> None:
     """Give a parameter the state that its first step would, unless it has state of these shapes."""
     state = optimizer.state[param]
-    specs = optimizer.state_spec(layout, optimizer.hyper_of(group))
+    specs = optimizer.state_spec(layout, optimizer.hyper_of(group, key))
     stored = {part: kept for name, spec in specs.items() for part, kept in spec.stored(name).items()}
     if state and all(kept.kind == "scalar" or state[part].shape == kept.shape for part, kept in stored.items()):
         return
@@ -140,10 +144,7 @@ def allocate(optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: 
     state.update({part: kept.allocate(param) for part, kept in stored.items()})
 
 
-def _declared(
-    optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any]
-) -> list[FiledTensor]:
-    specs = optimizer.state_spec(layout, optimizer.hyper_of(group))
+def _declared(param: Tensor, layout: Layout, specs: Mapping[str, StateSpec]) -> list[FiledTensor]:
     entries = []
     for name, spec in specs.items():
         if spec.kind == "scalar":
