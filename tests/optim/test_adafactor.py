@@ -27,7 +27,7 @@ def test_adafactor_equals_transformers(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("sizes", factored_cases.MESHES, ids=str)
 def test_adafactor_and_came_equal_the_originals_on_meshes(sizes: Sizes) -> None:
     for rank, errors in enumerate(run_ranks(sizes.tp * sizes.zero, factored_cases.on_mesh, sizes)):
-        assert {what: error for what, error in errors.items() if error > TOLERANCE} == {}, f"rank {rank}"
+        assert {what: error for what, error in errors.items() if not error <= TOLERANCE} == {}, f"rank {rank}"
 
 
 def test_adafactor_equals_transformers_in_bf16_within_its_rounding() -> None:
