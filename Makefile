@@ -8,7 +8,7 @@ LATEST ?= .venv-latest
 RANKS ?= 2
 MASTER_PORT ?= 29500
 OUTPUT ?= demo
-# Flags of examples/finetune.py, and the launcher: torchrun does as well.
+# Flags of examples/finetune/main.py, and the launcher: torchrun does as well.
 DEMO ?=
 LAUNCH ?= colossalai run
 # Largest difference between the losses of the ranks and of one process.
@@ -43,11 +43,11 @@ demo: $(VENV)/.installed
 	@if [ -t 1 ]; then export FORCE_COLOR=1 COLUMNS="$$(tput cols)"; fi; \
 	export PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONIOENCODING=ascii:replace PYTHONUNBUFFERED=1; \
 	env -i $(foreach name,$(HANDED),$${$(name)+"$(name)=$$$(name)"}) \
-		$(LAUNCH) --nproc_per_node $(RANKS) --master_port $(MASTER_PORT) examples/finetune.py --output $(OUTPUT) $(DEMO)
+		$(LAUNCH) --nproc_per_node $(RANKS) --master_port $(MASTER_PORT) examples/finetune/main.py --output $(OUTPUT) $(DEMO)
 
 demo-check: $(VENV)/.installed
-	$(VENV)/bin/python examples/finetune.py --reference --ranks $(RANKS) --output $(OUTPUT)/reference --no-save $(DEMO)
-	$(VENV)/bin/python examples/compare_losses.py --bound $(BOUND) $(OUTPUT)/losses.csv $(OUTPUT)/reference/losses.csv
+	$(VENV)/bin/python examples/finetune/main.py --reference --ranks $(RANKS) --output $(OUTPUT)/reference --no-save $(DEMO)
+	$(VENV)/bin/python examples/finetune/compare_losses.py --bound $(BOUND) $(OUTPUT)/losses.csv $(OUTPUT)/reference/losses.csv
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 from compare_losses import read_losses
-from finetune import main, settings_of
+from main import main, settings_of
 
 from colossal_bcd.testing import run_ranks
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "finetune" / "main.py"
 FLAGS = [
     *["--hidden-size", "32", "--layers", "2", "--sequence-length", "16", "--batch-size", "8", "--no-save"],
     *["--steps", "48", "--eval-every", "24", "--switch-every", "5", "--checkpoint-every", "8"],
@@ -76,7 +76,7 @@ def losses(output: Path, *flags: str) -> dict[tuple[str, int], float]:
 def train(flags: list[str]) -> None:
     from training import run
 
-    run(settings_of(main.make_context("finetune.py", flags).params, world_size=2), started=0.0)
+    run(settings_of(main.make_context("main.py", flags).params, world_size=2), started=0.0)
 
 
 def test_a_run_that_is_interrupted_and_killed_goes_on_to_the_losses_of_one_that_is_not(tmp_path: Path) -> None:

@@ -1,13 +1,7 @@
 """The comparison of BREAD with BAdam trains every method and writes its table."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import bread_methods
 import bread_vs_badam
+import pytest
 from data import load_corpus
 
 
@@ -16,7 +10,7 @@ def corpus():
     return load_corpus(None, None, "byte", 257, bread_vs_badam.LENGTH, bread_vs_badam.HELD_OUT)
 
 
-@pytest.mark.parametrize("name", bread_methods.METHODS)
+@pytest.mark.parametrize("name", bread_vs_badam.METHODS)
 def test_bread_example_trains(name, corpus, tmp_path):
     run = bread_vs_badam.train(name, 3e-3, 0, 10, corpus)
     assert run.final < run.losses[0][1]

@@ -16,8 +16,8 @@ import pytest
 import torch
 from compare_losses import largest_difference, read_losses
 from data import load_corpus, read_paragraphs, split_paragraphs, train_tokenizer
-from finetune import main, settings_of
 from interrupt import stop_request
+from main import main, settings_of
 from measure import expected_bytes
 from report import Curve, Point, write_losses
 from settings import LOW_RANK, Settings, SettingsError
@@ -25,7 +25,7 @@ from training import run
 
 from colossal_bcd.testing import RankError, run_ranks
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "finetune" / "main.py"
 SHAPE = ["--hidden-size", "32", "--layers", "2", "--sequence-length", "16", "--batch-size", "8"]
 ONE_BLOCK = [*SHAPE, "--steps", "6", "--eval-every", "3"]
 PROJECTED = ["--precision", "fp32", "--rank", "8", "--gap", "2"]
@@ -33,7 +33,7 @@ SMALL = [*ONE_BLOCK, "--switch-every", "2"]
 
 
 def settings(*flags: str, world_size: int = 2) -> Settings:
-    return settings_of(main.make_context("finetune.py", list(flags)).params, world_size)
+    return settings_of(main.make_context("main.py", list(flags)).params, world_size)
 
 
 @pytest.mark.parametrize(

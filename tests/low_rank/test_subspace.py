@@ -6,11 +6,20 @@ import re
 
 import pytest
 import torch
-from benchmark_refresh import METHODS_HEADER, RANKS_HEADER, STAGGER_HEADER, main, rank_row, stagger_row
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from refresh_contest import Seconds, noisy_gradients, real_gradients
+from refreshes import (
+    METHODS_HEADER,
+    RANKS_HEADER,
+    STAGGER_HEADER,
+    Seconds,
+    main,
+    noisy_gradients,
+    rank_row,
+    real_gradients,
+    stagger_row,
+)
 
 from colossal_bcd.low_rank.projector import captured_energy, random_energy, singular_bases, subspace_bases
 

@@ -1,26 +1,23 @@
 """Time what a switch of blocks costs, against an optimizer step of the same run without one.
 
-    python examples/benchmark_switch.py
-    python examples/benchmark_switch.py --case zero2 --hidden 1024 --layers 4 --switches 20
+    python benchmarks/switches.py
+    python benchmarks/switches.py --case zero2 --hidden 1024 --layers 4 --switches 20
 
 It starts its own ranks; no GPU is needed.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from statistics import median
 from typing import Any
 
 import click
 import torch
-import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+from common import environment, heading, llama, row, seconds, slowest
+from torch import Tensor
 
 from colossal_bcd import AdamW, BlockOptimizer
 from colossal_bcd.testing import run_ranks
@@ -47,12 +44,12 @@ class Times:
     switching: list[float]
     """`optimizer.step()` that ends with a switch."""
 
-    def row(self, case: str, num_ranks: int) -> str:
+    def line(self, case: str, num_ranks: int) -> str:
         """One line of the table; a switch is what its step takes longer than the others."""
         step = median(self.steps)
         switch = median(self.switching) - step
-        cells = (case, str(num_ranks), f"**{switch / step:.2f}**", f"{switch:.1f}", f"{step:.1f}")
-        return f"| {' | '.join(cells)} | {median(self.passes):.1f} |"
+        times = (f"{value:.1f}" for value in (switch, step, median(self.passes)))
+        return row([case, num_ranks, f"**{switch / step:.2f}**", *times])
 
 
 def measure(case: str, hidden: int, layers: int, switches: int) -> Times:
@@ -61,18 +58,7 @@ def measure(case: str, hidden: int, layers: int, switches: int) -> Times:
 
     from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=1024,
-        use_cache=False,
-        attn_implementation="eager",
-    )
-    model: Any = LlamaForCausalLM(config).bfloat16()
+    model: Any = llama(hidden, layers).bfloat16()
     options = CASES[case][1]
     plugin = (LowLevelZeroPlugin if "stage" in options else HybridParallelPlugin)(**options)
     optimizer = BlockOptimizer(
@@ -84,29 +70,19 @@ def measure(case: str, hidden: int, layers: int, switches: int) -> Times:
     times = Times(passes=[], steps=[], switching=[])
     for step in range(PERIOD * (switches + 1)):
         tokens = torch.randint(0, 1024, (1, 32), generator=torch.Generator().manual_seed(step))
-        passes = _seconds(lambda tokens=tokens: booster.backward(model(tokens, labels=tokens).loss, engine))
-        stepped = _seconds(engine.step)
+        passes = seconds(partial(_backward, booster, model, engine, tokens))
+        stepped = seconds(engine.step)
         engine.zero_grad()
         if step < PERIOD:
             continue  # warm-up
         times.passes.append(passes)
         # The step after a switch also allocates the new block's state; it is one of the others.
         (times.switching if step % PERIOD == PERIOD - 1 else times.steps).append(stepped)
-    return Times(**{name: _slowest(values) for name, values in vars(times).items()})
+    return Times(**{name: [1000 * value for value in slowest(values)] for name, values in vars(times).items()})
 
 
-def _seconds(work: Any) -> float:
-    """Duration of something that all ranks begin together."""
-    dist.barrier()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _slowest(seconds: list[float]) -> list[float]:
-    values = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return (1000 * values).tolist()
+def _backward(booster: Any, model: Any, engine: Any, tokens: Tensor) -> None:
+    booster.backward(model(tokens, labels=tokens).loss, engine)
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0], context_settings={"show_default": True})
@@ -117,15 +93,12 @@ def _slowest(seconds: list[float]) -> list[float]:
 def main(cases: Sequence[str], hidden: int, layers: int, switches: int) -> None:
     """Print one markdown table."""
     torch.set_num_threads(1)
-    click.echo(
-        f"torch {version('torch')}, colossalai {version('colossalai')}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores. Llama of {layers} layers of width {hidden}, medians over {switches} switches."
-    )
-    click.echo(f"\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    model = f"Llama of {layers} layers of width {hidden}, medians over {switches} switches."
+    click.echo(f"{environment('colossalai')} {model}\n\n{heading(HEADER)}")
     for case in cases or ("zero2", "tp2"):
         ranks = CASES[case][0]
         times = run_ranks(ranks, measure, case, hidden, layers, switches, timeout=1200.0)[0]
-        click.echo(times.row(case, ranks))
+        click.echo(times.line(case, ranks))
 
 
 if __name__ == "__main__":

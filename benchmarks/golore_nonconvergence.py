@@ -1,7 +1,7 @@
 """GaLore stalls where GoLore converges: the counterexample of arXiv 2410.11289 on the optimizers of this package.
 
-    python examples/golore_nonconvergence.py                                   # the paper's lengths
-    python examples/golore_nonconvergence.py --optimizer adamw --steps 5000    # the same picture in seconds
+    python benchmarks/golore_nonconvergence.py                                   # the paper's lengths
+    python benchmarks/golore_nonconvergence.py --optimizer adamw --steps 5000    # the same picture in seconds
 
 A quadratic over 10x10 matrices whose noise lives where the gradient vanishes.  Once the gradient's singular values fall
 below the noise, the singular vectors at a refresh are the noise's, and nothing that matters is updated any more.

@@ -1,28 +1,40 @@
-"""What the ranks of benchmark_optimizers.py run: the inner steps of several optimizers on the same shards, in turn."""
+"""Time the inner optimizer step against ColossalAI's, both in one process group.
+
+    python benchmarks/inner_step.py                                   # all of it: one markdown table
+    python benchmarks/inner_step.py --case zero2 --optimizer came --steps 50
+
+It starts its own ranks; no GPU is needed.
+"""
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
+import click
 import torch
-import torch.distributed as dist
 from colossalai.booster import Booster
 from colossalai.booster import plugin as stock
 from colossalai.nn.optimizer import DistributedAdaFactor, DistributedCAME, DistributedLamb
 from colossalai.zero.low_level import LowLevelZeroOptimizer
+from common import environment, heading, llama, row, seconds, slowest
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from colossal_bcd import CAME, Adafactor, AdamW, Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh
-from colossal_bcd.testing import CollectiveCounter
+from colossal_bcd.testing import CollectiveCounter, RankError, run_ranks
+
+HEADER = (
+    "optimizer", "mesh", "ranks", "theirs / ours", "ours / alone", "ours, ms", "theirs, ms", "alone, ms",
+    "torch AdamW, ms", "collectives, ours", "theirs",
+)  # fmt: skip
+
 
 HYBRID = {"tp_size": 2, "pp_size": 1, "max_norm": 0.0}
 
@@ -80,19 +92,7 @@ class Shape:
     layers: int = 8
 
     def build(self) -> nn.Module:
-        """The same weights on every rank and in every call."""
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.hidden * 11 // 4,
-            num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            vocab_size=1024,
-            use_cache=False,
-            attn_implementation="eager",
-        )
-        return LlamaForCausalLM(config)
+        return llama(self.hidden, self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,23 +149,13 @@ def _take_turns(
                     optimizer.step()
                 collectives[name] = counter.total
                 continue
-            seconds = _seconds(optimizer.step)
+            taken = seconds(optimizer.step)
             if step >= warm_up:
-                times[name].append(seconds)
-    slowest = torch.tensor(list(times.values()), dtype=torch.float64)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+                times[name].append(taken)
     return {
-        name: Result(milliseconds=tuple(1000 * seconds for seconds in row), collectives=collectives[name])
-        for name, row in zip(times, slowest.tolist(), strict=True)
+        name: Result(milliseconds=tuple(1000 * taken for taken in line), collectives=collectives[name])
+        for name, line in zip(times, slowest(list(times.values())), strict=True)
     }
-
-
-def _seconds(step: Callable[[], Any]) -> float:
-    """Duration of a step that all ranks begin together."""
-    dist.barrier()
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def _boost_ours(
@@ -199,3 +189,63 @@ def _gradients(layouts: list[Layout], number: int) -> list[Tensor]:
     """This rank's parts of one set of gradients that are the same for all contestants."""
     generator = torch.Generator().manual_seed(number)
     return [layout.shard(torch.randn(layout.shape, generator=generator)) for layout in layouts]
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, help="Mesh.  [default: all]")
+@click.option(
+    "--optimizer", "optimizers", type=click.Choice(list(OPTIMIZERS)), multiple=True, help="[default: all but adamw]"
+)
+@click.option("--steps", type=click.IntRange(1), default=30, help="Measured steps of each.")
+@click.option("--warm-up", type=click.IntRange(1), default=5, help="Steps before these.")
+@click.option("--hidden", type=click.IntRange(64), default=256, help="Hidden size of the Llama.")
+@click.option("--layers", type=click.IntRange(1), default=8)
+def main(cases: Sequence[str], optimizers: Sequence[str], steps: int, warm_up: int, hidden: int, layers: int) -> None:
+    """Print one markdown table of medians and ratios."""
+    shape = Shape(hidden=hidden, layers=layers)
+    params = list(shape.build().parameters())
+    click.echo(
+        f"{environment('colossalai', 'transformers')} Llama of {hidden} hidden, {layers} layers: {len(params)} "
+        f"tensors, {sum(param.numel() for param in params) / 1e6:.1f} M parameters. "
+        f"Medians of {steps} steps after {warm_up} of warm-up.\n"
+    )
+    click.echo(heading(HEADER))
+    for optimizer in optimizers or [name for name in OPTIMIZERS if name != "adamw"]:
+        for case in cases or CASES:
+            click.echo(measure(case, optimizer, steps, warm_up, shape))
+
+
+def measure(case: str, optimizer: str, steps: int, warm_up: int, shape: Shape) -> str:
+    """One line of the table; where theirs crashes, it says how."""
+    ranks = CASES[case].num_ranks
+    error = None
+    try:
+        results = run_ranks(ranks, contest, case, optimizer, steps, warm_up, shape, True, timeout=600.0)[0]
+    except RankError as raised:
+        error = str(raised).strip().splitlines()[-1]
+        results = run_ranks(ranks, contest, case, optimizer, steps, warm_up, shape, False, timeout=600.0)[0]
+    return line(case, optimizer, results, error)
+
+
+def line(case: str, optimizer: str, results: dict[str, Result], error: str | None = None) -> str:
+    """One line of the table.
+
+    Args:
+        case: name of the mesh.
+        optimizer: name of the optimizer.
+        results: by contestant.
+        error: why there are none of theirs.
+    """
+    ours, alone, adamw = (median(results[name].milliseconds) for name in ("ours", "alone", "AdamW"))
+    cells: list[Any] = [optimizer, case, CASES[case].num_ranks]
+    if error is None:
+        theirs = median(results["theirs"].milliseconds)
+        ratio, their_time, calls = f"**{theirs / ours:.1f}**", f"{theirs:.1f}", str(results["theirs"].collectives)
+    else:
+        ratio, their_time, calls = "-", f"crashes: {error}", "-"
+    cells += [ratio, f"{ours / alone:.2f}", f"{ours:.1f}", their_time, f"{alone:.1f}", f"{adamw:.1f}"]
+    return row([*cells, results["ours"].collectives, calls])
+
+
+if __name__ == "__main__":
+    main()

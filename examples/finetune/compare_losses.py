@@ -1,4 +1,4 @@
-"""Compare the losses of two runs: `python examples/compare_losses.py a.csv b.csv --bound 0.01`."""
+"""Compare the losses of two runs: `python examples/finetune/compare_losses.py a.csv b.csv --bound 0.01`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train a causal language model with block coordinate descent, or all of it at once, under a ColossalAI plugin.
 
-    colossalai run --nproc_per_node 2 examples/finetune.py            # or: torchrun --nproc_per_node 2 ...
-    python examples/finetune.py --reference --ranks 2 --no-save       # the same losses on one process
+    colossalai run --nproc_per_node 2 examples/finetune/main.py            # or: torchrun --nproc_per_node 2 ...
+    python examples/finetune/main.py --reference --ranks 2 --no-save       # the same losses on one process
 
 Without files it trains a small Llama from random weights on the text that ships with CPython; no GPU is needed.
 """
