@@ -12,6 +12,8 @@ from colossal_bcd.testing import start_server
 # On a machine that does much else a rank may be late; the tests that need the time limit set their own.
 os.environ.setdefault("COLOSSAL_BCD_TIMEOUT", "600")
 torch.set_num_threads(1)
+# At the end, where examples/badam.py does not stand before the original package.
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 # Nor is a slow machine an error of a test that draws its cases.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -7,15 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import badam
-import bread
-import galore
 import pytest
-import quickstart
-import resume
-import tensor_parallel
 
 from colossal_bcd.testing import run_ranks
+from examples import badam, bread, galore, quickstart, resume, tensor_parallel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
