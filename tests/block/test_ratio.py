@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import badam
@@ -15,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
+from colossal_bcd import BlockOptimizer, BlockOptimizerRatio, compat, estimate
 from colossal_bcd.block.ratio.selection import Selected, SelectedSpec, Selection
+from colossal_bcd.booster import explain
 from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.sharding import Layout, Mesh, resolve
 from colossal_bcd.sharding.regions import covers
@@ -330,6 +333,45 @@ def test_ratio_resumes_in_the_middle_of_a_period() -> None:
     other.load_state_dict(saved[1])
     train(again, other, range(PERIOD + 1, STEPS))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["adjacent", "scatter"])
+def test_ratio_is_estimated_and_explained_between_backward_and_step(mode: Any) -> None:
+    """Neither takes a gradient that waits for the step, and both know the parameter's own ratio."""
+    model, untouched = Net().double(), Net().double()
+    optimizer, other = (made(each, mask_mode=mode, param_update_ratios={"second": 0.5}) for each in (model, untouched))
+    for each in (model, untouched):
+        loss_of(each, 0).backward()
+    share = 16 * (int(77 * 0.3) + int(11 * 0.3) + int(55 * 0.5))
+    assert estimate(optimizer).state == share
+    assert f" {16 * int(55 * 0.5)} " in explain(optimizer)
+    optimizer.step()
+    other.step()
+    assert sum(storages(dict(optimizer.state)).values()) == share
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
+
+
+def test_ratio_code_of_the_page_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "ratio.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"model": nn.Linear(20, 20)}
+    exec(code, names)
+    before = names["model"].weight.detach().clone()
+    names["model"](torch.ones(1, 20)).sum().backward()
+    names["optimizer"].step()
+    assert (names["model"].weight != before).view(-1).nonzero().view(-1).tolist() == list(range(40))
+
+
+def test_ratio_arguments_in_the_original_order() -> None:
+    model = Net().double()
+    groups, named = [{"params": list(model.parameters())}], list(model.named_parameters())
+    values = (0.3, 0, 5, 0, {"second": 0.5}, "scatter", 1e-2, (0.8, 0.9), 1e-7, {"eps": 1e-6}, False, True, True)
+    ours = compat.BlockOptimizerRatio(groups, named, *values)
+    group = ours.param_groups[0]
+    assert (group["update_ratio"], group["switch_every"], group["betas"], group["eps"]) == (0.3, 5, (0.8, 0.9), 1e-6)
+    assert not ours.keep_mask
+    with pytest.raises(TypeError, match="'keep_masks'"):
+        made(model, keep_masks=False)
 
 
 def test_ratio_clips_by_the_norm_of_what_trains() -> None:

@@ -80,6 +80,31 @@ class ShareHyper(RatioHyper):
         return Selection(numel, count, offset, self.mask_mode, f"{self.seed} {self.name}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RatioOptions:
+    """Further options of a `BlockOptimizerRatio`."""
+
+    optimizer_defaults: Mapping[str, Any] | None = None
+    """Instead of `lr`, `betas`, `eps` and `weight_decay`, by name."""
+    keep_mask: bool = True
+    """Keep the positions of scattered values between steps: 4 bytes each.  Otherwise they are found anew in every step,
+    which waits for the device."""
+    include_embedding: bool = False
+    """Train the embeddings; they are frozen otherwise."""
+    include_lm_head: bool = False
+    """Train the head; it is frozen otherwise.  One tied to the embedding trains if either is asked for and both names
+    are in the list."""
+    weight_decay: float = 0.0
+    """See `RatioHyper`."""
+    seed: int = 0
+    """See `RatioHyper`."""
+    dense_gradients: bool = False
+    """Leave whole gradients in `param.grad`, for what needs them there (torch's gradient scaler, clipping by
+    `torch.nn.utils`).  On several processes whole ones are then averaged, not shares."""
+    data_group: Any = "auto"
+    """See `BlockOptimizer`."""
+
+
 def require_ratio(name: str, ratio: Any) -> None:
     """Refuse what is no share."""
     require(isinstance(ratio, (int, float)) and 0 <= ratio <= 1, name, ratio, "a number in [0, 1]")
@@ -96,20 +121,13 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
     Args:
         param_groups: as of any optimizer; dicts are kept.
         named_parameters_list: pairs as of `model.named_parameters()`, every parameter of the groups among them.
-        update_ratio, switch_every, mask_mode, preserve_threshold, lr, betas, eps, weight_decay, seed: see `RatioHyper`.
+        update_ratio, switch_every, preserve_threshold, mask_mode, lr, betas, eps: see `RatioHyper`.
         verbose: 0 logs nothing, 1 a line per switch.
         param_update_ratios: pattern of names ("lm_head", "layers.1"; see docs/names.md) -> share of the parameters that
             it matches, instead of `update_ratio`; the last of several that match counts, 0 freezes.
-        optimizer_defaults: instead of `lr`, `betas`, `eps` and `weight_decay`, by name.
-        keep_mask: keep the positions of scattered values between steps: 4 bytes each.  Otherwise they are found anew in
-            every step, which waits for the device.
-        include_embedding: train the embeddings; they are frozen otherwise.
-        include_lm_head: train the head; it is frozen otherwise.  One tied to the embedding trains if either is asked
-            for and both names are in the list.
-        dense_gradients: leave whole gradients in `param.grad`, for what needs them there (torch's gradient scaler,
-            clipping by `torch.nn.utils`).  On several processes whole ones are then averaged, not shares.
-        data_group: see `BlockOptimizer`.
+        flat: the fields of `RatioOptions`, by name.
     Raises:
+        TypeError: an argument is unknown.
         ValueError: an argument is out of range, a parameter of the groups has no name, a name in `param_update_ratios`
             matches none, or a tensor is so small that none of its values would ever train.
     """
@@ -130,26 +148,20 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         lr: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        optimizer_defaults: Mapping[str, Any] | None = None,
-        keep_mask: bool = True,
-        include_embedding: bool = False,
-        include_lm_head: bool = False,
-        *,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        dense_gradients: bool = False,
-        data_group: Any = "auto",
+        **flat: Any,
     ) -> None:
-        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        unknown = set(optimizer_defaults or {}) - adam.keys()
+        options = RatioOptions(**flat)
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": options.weight_decay}
+        defaults = options.optimizer_defaults or {}
+        unknown = set(defaults) - adam.keys()
         require(not unknown, "optimizer_defaults", sorted(unknown), f"some of {', '.join(adam)}")
         hyper = RatioHyper(
-            **{**adam, **(optimizer_defaults or {})},
+            **{**adam, **defaults},
             update_ratio=update_ratio,
             switch_every=switch_every,
             mask_mode=mask_mode,
             preserve_threshold=preserve_threshold,
-            seed=seed,
+            seed=options.seed,
         )
         roster = read_parameters(named_parameters_list)
         self._names = {param: name for name, param in roster.parameters.items()}
@@ -165,11 +177,11 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         self._lent = False
         self._handles: list[Any] = []
         self._reach = Reach("layer")
-        self._data_group, self._bound = data_group, False
+        self._data_group, self._bound = options.data_group, False
         self._replicas: Averages | None = None
-        self.verbose, self.keep_mask, self.dense_gradients = verbose, keep_mask, dense_gradients
+        self.verbose, self.keep_mask, self.dense_gradients = verbose, options.keep_mask, options.dense_gradients
         super().__init__(param_groups, hyper)
-        kinds = {"embedding": include_embedding, "head": include_lm_head}
+        kinds = {"embedding": options.include_embedding, "head": options.include_lm_head}
         aliases: dict[str, list[str]] = {}
         for alias, name in roster.aliases.items():
             aliases.setdefault(name, []).append(alias)
@@ -185,7 +197,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         self._names = {}
         keep_checkpoints_whole()
         CompiledGraphs().renew(list(roster.parameters.values()), 1)
-        if not self._find_replicas() and not dense_gradients:
+        if not self._find_replicas() and not self.dense_gradients:
             trained = [param for param in self._params() if param.requires_grad]
             self._handles = [param.register_post_accumulate_grad_hook(self._keep_selected) for param in trained]
 
