@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.block.plan import Plan
+from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.state.stack import STACK_BYTES
 from colossal_bcd.sharding import Layout, wide
@@ -82,13 +82,12 @@ class _Trained:
 
 
 def estimate(
-    optimizer: Optimizer,
+    optimizer: Optimizer | Trained,
     *,
     num_shards: int = 1,
     partition_grad: bool = False,
     master_weights: bool = True,
     layouts: Mapping[Any, Layout] | None = None,
-    members: Sequence[Sequence[Tensor]] | None = None,
 ) -> Estimate:
     """Bytes that an optimizer needs on one rank.
 
@@ -98,14 +97,11 @@ def estimate(
         partition_grad: whether gradients are, too (stage 2).
         master_weights: whether low-precision weights have float32 masters under the plugin.
         layouts: tensor-parallel layouts of the parameters on this rank; None: all are whole.
-        members: the model's parameters of each param group, where the groups hold other tensors.
     Raises:
         ValueError: the optimizer is of another package, and has state that is neither like the parameter nor one value.
     """
-    base = optimizer.base_optimizer if isinstance(optimizer, BlockOptimizer) else optimizer
-    if members is None:
-        grouped = [group["params"] for group in base.param_groups]
-        members = optimizer.members if isinstance(optimizer, BlockOptimizer) else grouped
+    trained = trained_of(optimizer)
+    base, members = trained.base_optimizer, trained.members
     of = {param: Layout.whole(tuple(param.shape)) for group in members for param in group}
     if layouts is not None:
         of = {param: layouts[param] for param in of if param in layouts}
@@ -117,33 +113,31 @@ def estimate(
         if param in of
     }
     counter = _Counter(base, num_shards, partition_grad, master_weights)
-    if not isinstance(optimizer, BlockOptimizer):
-        return counter.estimate(held.values())
-    plan = optimizer.plan
+    plan = trained.plan
     if plan.schedule.mode == "importance":
         # Which blocks it will draw is not known; any of them may come.
         plan = dataclasses.replace(plan, schedule=dataclasses.replace(plan.schedule, mode="ascending", drawn=()))
-    epoch = max(stop - start for start, stop in optimizer.schedule.ranges)
-    turns = [turn * optimizer.schedule.period for turn in range(epoch)]
-    estimates = [_of_block(optimizer, plan, counter, held, num_steps) for num_steps in turns]
+    epoch = max(stop - start for start, stop in trained.schedule.ranges)
+    turns = [turn * trained.schedule.period for turn in range(epoch)]
+    estimates = [_of_block(trained, plan, counter, held, num_steps) for num_steps in turns]
     state = 0
-    if optimizer.corrector is not None:
+    if trained.corrector is not None:
         ever = {name for num_steps in turns for name in plan.corrected_names(num_steps)}
-        params = [param for name, param in optimizer.named_parameters.items() if name in ever and param in held]
-        state = sum(optimizer.corrector.num_bytes(param, held[param].layout) for param in params)
+        params = [param for name, param in trained.named_parameters.items() if name in ever and param in held]
+        state = sum(trained.corrector.num_bytes(param, held[param].layout) for param in params)
     return dataclasses.replace(max(estimates, key=lambda each: each.peak), correction_state=state)
 
 
 def _of_block(
-    optimizer: BlockOptimizer, plan: Plan, counter: _Counter, held: Mapping[Tensor, _Trained], num_steps: int
+    trained: Trained, plan: Plan, counter: _Counter, held: Mapping[Any, _Trained], num_steps: int
 ) -> Estimate:
     def found(names: Iterable[str]) -> set[Any]:
-        return {param for param in map(optimizer.named_parameters.get, names) if param in held}
+        return {param for param in map(trained.named_parameters.get, names) if param in held}
 
-    corrector = optimizer.corrector
+    corrector = trained.corrector
     active = found(plan.active_names(num_steps))
-    kept = found(plan.trained()) & optimizer._kept - active
-    bits = 0 if optimizer.residual is None else optimizer.residual.bits
+    kept = found(plan.trained()) & trained.kept - active
+    bits = 0 if trained.residual is None else trained.residual.bits
     left = [held[param] for param in found(plan.trained()) - active - kept if counter.has_copy(held[param])]
     corrected = found(plan.corrected_names(num_steps))
     waits = corrector is not None and corrector.accumulation_steps > 1

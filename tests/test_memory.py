@@ -94,7 +94,7 @@ def test_estimate_counts_residuals(bits: int) -> None:
     model = Net(dtype=torch.bfloat16, width=64)
     optimizer = wrap(model, residual="keep", residual_bits=bits)
     train(model, optimizer, 8)
-    assert estimate(optimizer).residuals == sum(r.nbytes for r in optimizer.masters.residuals.of.values()) > 0
+    assert estimate(optimizer).residuals == sum(r.nbytes for r in optimizer.active_set.residuals.of.values()) > 0
 
 
 @pytest.mark.parametrize("case", memory_cases.CASES)

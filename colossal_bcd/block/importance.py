@@ -41,7 +41,7 @@ class ImportanceOptions:
             raise ValueError(f"importance_floor: got {self.floor!r}, expected a number from 0 to 1")
 
     @classmethod
-    def asked(cls, mode: Mode, by: Norm, floor: float) -> ImportanceOptions | None:
+    def asked(cls, mode: Mode, by: Norm, floor: float = 0.1) -> ImportanceOptions | None:
         """What `importance` and `importance_floor` of a BlockOptimizer ask for; None in other modes.
 
         Raises:

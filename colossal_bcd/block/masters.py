@@ -1,106 +1,72 @@
-"""The weights that the base optimizer updates, apart from the weights that the model computes with."""
+"""Masters of whole parameters on one process."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Set
-from typing import Protocol
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
-from colossal_bcd.block.importance import squared_norms
-from colossal_bcd.block.residual import ResidualOptions, Residuals
-from colossal_bcd.block.written import WriteMarks, follow
+from colossal_bcd.block.active_set import ActiveSet, follow
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights
+from colossal_bcd.optim.state.rounding import LOW_PRECISION
+from colossal_bcd.sharding import Layout, Mesh
 
 logger = logging.getLogger(__name__)
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-class Masters(Protocol):
-    """Who holds the masters of the active parameters."""
-
-    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
-        """Take over the parameters that are active from now on.
-
-        Args:
-            groups: active parameters of each param group, which may have none.
-            keep: parameters whose masters survive if they have one; all others are freed and made anew.
-        Returns:
-            What the base optimizer must hold: one tensor for each parameter, in the same order.
-        """
-
-    def bind(self) -> None:
-        """Note that the base optimizer's groups hold what `activate` returned; for engines."""
-
-    def load_gradients(self) -> None:
-        """Give every master the gradient of its parameter, None where that has none."""
-
-    def write_back(self) -> None:
-        """Bring the updated masters into the model, and drop the gradients."""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of active parameters and of their masters, or make them zero."""
-
-    def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
-        """[number of blocks] float64 squared norms of the weights in the model, over all ranks; for "importance"."""
 
 
 class LocalMasters:
-    """Masters of whole parameters on one process.
+    """Makes masters of whole parameters, and moves gradients to them and weights back.
 
     bfloat16 and float16 parameters get a float32 clone; every other one is its own master, without a copy.  Gradients
     are consumed by a step: both kinds have none after it.
 
     Args:
         names: name of each parameter, for errors.
-        residual: how to remember what rounding cuts off a master that goes, for the next one; None: forget it.
-
-    Attributes:
-        aside: masters of kept parameters that are not active.
-        residuals: of parameters that are not active.
     """
 
-    def __init__(self, names: Mapping[Parameter, str], *, residual: ResidualOptions | None = None) -> None:
+    def __init__(self, names: Mapping[Parameter, str]) -> None:
         self._names = names
-        self.tensors: dict[Parameter, Tensor] = {}
-        """Master of every active parameter; the parameter itself where it is its own."""
-        self._marks = WriteMarks()
         self._used_up = self._said_used_up = False
-        self.aside: dict[Parameter, Tensor] = {}
-        self.residuals = Residuals(residual)
 
-    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Set[Parameter]) -> list[list[Tensor]]:
-        active = {param for group in groups for param in group}
-        for param in [param for param in self.tensors if param not in keep]:
-            self.residuals.keep(param, self.tensors.pop(param), param)
-        held = {**self.aside, **self.tensors}
-        self.tensors = {param: master for param, master in held.items() if param in keep}
-        self.aside = {param: master for param, master in self.tensors.items() if param not in active}
-        survivors = set(self.tensors)
-        del held
-        self.tensors = {param: self._master(param) for group in groups for param in group}
-        self._marks.renew(self.tensors, survivors)
-        return [[self.tensors[param] for param in group] for group in groups]
+    def make_master(self, param: Parameter) -> Tensor:
+        """See `MasterMaker`."""
+        return param if param.dtype not in LOW_PRECISION else param.detach().to(torch.float32).requires_grad_()
 
-    def put_aside(self, masters: dict[Parameter, Tensor]) -> None:
-        """Hold masters, as of a saved run, for parameters that are not active."""
-        self.aside = masters
-        for param, master in masters.items():
-            self._marks.note(param, master, loaded=True)
+    def weight_of(self, param: Parameter) -> Tensor:
+        """See `MasterMaker`."""
+        return param
 
-    def bind(self) -> None:
-        """Nothing: whole parameters need no layout."""
+    def follow(self, param: Parameter, master: Tensor) -> None:
+        """See `MasterMaker`."""
+        follow(master, param)
+
+    def bind(self, base: Optimizer, active: ActiveSet, keys: Mapping[int, int]) -> None:
+        """Tell the base optimizer that its tensors are whole parameters.
+
+        Args:
+            base: has the masters.
+            active: the masters by parameter.
+            keys: number of each parameter, by id.
+        """
+        if isinstance(base, ShardedOptimizer):
+            whole = {master: Layout.whole(tuple(master.shape)) for master in active.masters.values()}
+            base.bind(whole, Mesh(), {master: keys[id(param)] for param, master in active.masters.items()})
+        else:
+            follow_weights(base, active.masters)
 
     @torch.no_grad()
-    def load_gradients(self) -> None:
-        """Give every master its gradient in its own dtype.
+    def load_gradients(self, active: ActiveSet) -> None:
+        """Give every master the gradient of its parameter in its own dtype, None where that has none.
 
         Raises:
             ValueError: a gradient is sparse, or the model was moved or converted since its parameters became active.
         """
-        for param, master in self.tensors.items():
+        for param, master in active.masters.items():
             self._check(param, master)
         if self._used_up and not self._said_used_up:
             self._said_used_up = True
@@ -108,50 +74,30 @@ class LocalMasters:
                 "a step follows another one without zero_grad() of the BlockOptimizer between them: a step uses "
                 "gradients up, they do not accumulate over steps"
             )
-        self.follow()
-        for param, master in self.tensors.items():
+        active.follow()
+        for param, master in active.masters.items():
             if master is not param and param.grad is not None:
                 master.grad = param.grad.to(master.dtype)
                 param.grad = None
 
     @torch.no_grad()
-    def write_back(self) -> None:
+    def write_back(self, active: ActiveSet) -> None:
+        """Bring the updated masters into the model, and drop the gradients."""
         self._used_up = True
-        for param, master in self.tensors.items():
+        for param, master in active.masters.items():
             if master is not param:
                 param.copy_(master)
-                self._marks.note(param, master)
+                active.note(param, master)
             master.grad = None
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, active: ActiveSet, set_to_none: bool) -> None:
+        """Drop the gradients of active parameters and of their masters, or make them zero."""
         self._used_up = False
-        for param, master in self.tensors.items():
+        for param, master in active.masters.items():
             if master is not param:
                 master.grad = None
-            if param.grad is not None and set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad = torch.zeros_like(param.grad)
-
-    @torch.no_grad()
-    def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
-        return squared_norms([[param.reshape(-1) for param in params] for params in blocks])
-
-    def _master(self, param: Parameter) -> Tensor:
-        if param in self.tensors:
-            return self.tensors[param]
-        if param.dtype not in LOW_PRECISION:
-            return param
-        master = param.detach().to(torch.float32)
-        self.residuals.give_back(param, master)
-        return master.requires_grad_()
-
-    def follow(self) -> None:
-        """Take over weights that were written into the model from outside, such as by `model.load_state_dict`."""
-        for param, master in [*self.tensors.items(), *self.aside.items()]:
-            if master is not param and not self._marks.master_goes_first(param, master):
-                follow(master, param)
-                self._marks.note(param, master)
+            if param.grad is not None:
+                param.grad = None if set_to_none else torch.zeros_like(param.grad)
 
     def _check(self, param: Parameter, master: Tensor) -> None:
         if param.device != master.device or (master is param) != (param.dtype not in LOW_PRECISION):

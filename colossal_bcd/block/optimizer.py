@@ -1,39 +1,68 @@
-"""Block coordinate descent around any optimizer: BAdam (arXiv 2404.02827, algorithm 1) when that is Adam."""
+"""Block coordinate descent around any optimizer: BAdam (arXiv 2404.02827, algorithm 1) when that is Adam.
+
+A step on one process, and who does what in it (under an engine, the engine does all but the lines marked *):
+
+    backward            gradients of active parameters; the corrections update what is not active and free its gradient
+    step    replicas    average the gradients over processes, if there are several
+            masters     get the gradients                                                       masters.py
+          * base        steps on its masters, its learning rates warmed up after a switch
+            weights     get the masters' values                                                 masters.py
+          * switch      if a period ends: the plan says what trains now, the active set         plan.py, active_set.py
+                        exchanges masters and state
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, Literal, NoReturn
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block.active_set import scaled_rates, warm_up
-from colossal_bcd.block.checks import require_choice, require_int
-from colossal_bcd.block.correction.by_optimizer import OptimizerCorrection
-from colossal_bcd.block.correction.correction import CorrectionMode, CorrectionOptions
-from colossal_bcd.block.correction.rules import Correction
-from colossal_bcd.block.guards import (
+from colossal_bcd.block.active_set import ActiveSet
+from colossal_bcd.block.checks import (
+    refuse_torch_checkpoint,
     require_base,
     require_counts_apart,
-    require_rates,
+    require_int,
     require_same_parameters,
 )
-from colossal_bcd.block.heads import warn_of_heads
-from colossal_bcd.block.importance import Importance, ImportanceOptions, Norm
+from colossal_bcd.block.compiled import CompiledGraphs
+from colossal_bcd.block.copying import NOT_ALONE, copy_base, require_copyable
+from colossal_bcd.block.correction.by_optimizer import OptimizerCorrection
+from colossal_bcd.block.correction.correction import GradientSource, LocalGradients
+from colossal_bcd.block.correction.rules import Correction
+from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole
+from colossal_bcd.block.importance import Importance, ImportanceOptions, Norm, squared_norms
+from colossal_bcd.block.log import active_line, announce
 from colossal_bcd.block.masters import LocalMasters
-from colossal_bcd.block.parameters import read_parameters
+from colossal_bcd.block.options import CorrectionOptions, LoraOptions, Options
+from colossal_bcd.block.parameters import NamedParameters, is_frozen_here, read_parameters, set_active
 from colossal_bcd.block.partition import PrefixList
-from colossal_bcd.block.plan import LoraMode, make_plan
-from colossal_bcd.block.residual import ResidualBits, ResidualOptions
+from colossal_bcd.block.plan import Plan, make_plan
+from colossal_bcd.block.rates import require_rates, scaled_rates, warm_up
+from colossal_bcd.block.replicas import Averages, averages_for
+from colossal_bcd.block.residual import ResidualOptions
 from colossal_bcd.block.schedule import Mode
-from colossal_bcd.block.state_dict import load_snapshot, take_snapshot
-from colossal_bcd.block.switching import Switching
-from colossal_bcd.optim.state.rounding import Rounding
+from colossal_bcd.block.state_dict import load_state, take_state
+from colossal_bcd.block.trained import NO_NEWCOMERS, Engine, Trained
+from colossal_bcd.block.untrained import Reach, warn_of_heads
+from colossal_bcd.optim.foreign.bitsandbytes_states import remember_weights
+from colossal_bcd.optim.foreign.contract import examine
+
+logger = logging.getLogger(__name__)
+
+_LEFT_TO_TORCH = ("step", "_corrections")
+"""Schedulers wrap the step of the one object that they were made for; corrections are hooks on its parameters."""
 
 
-class BlockOptimizer(Switching):
+class BlockOptimizer(Trained, Optimizer):
     """Trains one block of a model at a time with the base optimizer and freezes the rest.
 
     After exactly `switch_block_every` applied steps the next block becomes active: the base optimizer's state is
@@ -59,34 +88,16 @@ class BlockOptimizer(Switching):
         switch_block_every: applied steps per block, K in the paper.
         switch_mode: "random" (a new permutation every epoch of blocks), "ascending", "descending", "fixed" (one block),
             or "importance" (as many draws an epoch as there are blocks, by their norms; the first is a permutation).
-        start_block: index of the first block; None: the first by the order, 0 for "fixed".
         active_modules: prefixes of parameters that always train, adapters or not; their masters and state survive
             switches.
-        include_embedding: also make a first block of the embeddings.
-        include_lm_head: also make a last block of the head.
-        verbose: 0 logs nothing, 1 a line per switch, 2 also the names of what trains; shown without logging set up.
-        lora_mode: BREAD's adapters, in a model of peft: blocks train the weights below, which peft has frozen, and
-            besides train "all" adapters, or, "partial", those from the active layer on; "adapter_only": blocks are the
-            adapters alone. None: the same, as BAdam does.
-        adapter_state: with a `lora_mode` adapters keep masters and state while they do not train, or start anew.
-        residual: "keep" what rounding cuts off a master at a switch, of bfloat16 and float16 weights that have trained.
-        residual_bits: 16 or 8 per value; see `ResidualOptions`.
-        residual_offload: keep residuals on the CPU.
-        sgd_mode: BREAD's correction of what is not active, within backward: "all" of it, embedding, head and norms
-            included; "partial" what comes after the first active parameter; "disabled". Clipping leaves it alone.
-        sgd_lr_scaling: its learning rate, as a multiple of that of the parameter's group.
-        sgd_use_sign: correct by the gradient's sign.
-        correction: another rule; None: the gradient, or its sign.
-        correction_rounding: of corrected bfloat16 and float16 weights; "nearest" loses updates below half their step.
-        accumulation_steps: micro-batches per step, so that corrections wait for the last one; see `LocalGradients`.
-        lr_warmup_step_afterswitch: steps in which the base optimizer's rate grows to its value after a switch.
-        n_layer_per_block: layers in a default block: neighbours, or in "random" mode drawn by `seed`.
-        importance: norms by which "importance" draws: of "gradient" or "weight"; see `ImportanceOptions`.
-        importance_floor: share of the probability that all blocks have in equal parts.
         seed: of the orders; the same on every process.
-        block_ranges: half-open ranges of blocks, each with its own order and active block; None: one over all.
-        data_group: on several processes without a booster, those whose gradients are averaged: "auto" (the group of
-            torch's DDP around the model, else all), a process group, or None, with which each trains on its own.
+        lora: BREAD's adapters, in a model of peft; None: fields of `LoraOptions` are taken from `flat`.
+        correction: BREAD's update of what is not active: a rule, or `CorrectionOptions`; None: see these.
+        residual: "keep" what rounding cuts off a master at a switch, of bfloat16 and float16 weights that have trained;
+            or `ResidualOptions`, which keeps it, too.
+        importance: norms by which "importance" draws: of "gradient" or "weight"; or `ImportanceOptions`.
+        flat: fields of `BlockOptions`, `LoraOptions` and `CorrectionOptions` by their names, and `residual_bits`,
+            `residual_offload`, `importance_floor`.
     Raises:
         TypeError, ValueError: an argument is wrong; the model and the base optimizer are then as before.
     """
@@ -99,107 +110,99 @@ class BlockOptimizer(Switching):
         *,
         switch_block_every: int = 50,
         switch_mode: Mode = "random",
-        start_block: int | None = None,
         active_modules: Sequence[str] = (),
-        include_embedding: bool = False,
-        include_lm_head: bool = False,
-        verbose: int = 1,
-        lora_mode: LoraMode | None = None,
-        sgd_mode: CorrectionMode = "disabled",
-        sgd_lr_scaling: float = 1.0,
-        sgd_use_sign: bool = False,
-        n_layer_per_block: int = 1,
-        lr_warmup_step_afterswitch: int = 0,
         seed: int = 0,
-        block_ranges: Sequence[tuple[int, int]] | None = None,
-        correction: Correction | OptimizerCorrection | None = None,
-        correction_rounding: Rounding = "nearest",
-        accumulation_steps: int = 1,
-        adapter_state: Literal["keep", "reset"] = "keep",
-        residual: Literal["drop", "keep"] = "drop",
-        residual_bits: ResidualBits = 16,
-        residual_offload: bool = False,
-        importance: Norm = "gradient",
-        importance_floor: float = 0.1,
-        data_group: Any = "auto",
+        lora: LoraOptions | None = None,
+        correction: CorrectionOptions | Correction | OptimizerCorrection | None = None,
+        residual: ResidualOptions | Literal["drop", "keep"] = "drop",
+        importance: ImportanceOptions | Norm = "gradient",
+        **flat: Any,
     ) -> None:
-        if isinstance(base_optimizer, BlockOptimizer):
+        if isinstance(base_optimizer, Trained):
             raise ValueError("base_optimizer: got a BlockOptimizer, expected the optimizer that it wraps. Wrap once.")
         contract = require_base(base_optimizer)
-        require_int("verbose", verbose, 0)
-        require_int("lr_warmup_step_afterswitch", lr_warmup_step_afterswitch, 0)
-        require_choice("lora_mode", lora_mode, (None, "all", "partial", "adapter_only"))
-        require_choice("adapter_state", adapter_state, ("keep", "reset"))
-        self.residual = ResidualOptions.asked(residual, residual_bits, residual_offload)
-        corrector = CorrectionOptions(
-            sgd_mode=sgd_mode,
-            sgd_lr_scaling=sgd_lr_scaling,
-            sgd_use_sign=sgd_use_sign,
-            correction=correction,
-            correction_rounding=correction_rounding,
-            accumulation_steps=accumulation_steps,
-            seed=seed,
-        ).corrector()
-        roster = read_parameters(named_parameters_list, lora_mode)
-        self.ranges_given = block_ranges is not None
-        """Whether the user chose the ranges; a pipeline then leaves them as they are."""
-        options: dict[str, Any] = {} if corrector is None else {"corrections": corrector.identity()}
-        if lr_warmup_step_afterswitch:
-            options["warm_up_steps"] = lr_warmup_step_afterswitch
-        if lora_mode is not None:
-            options["lora"] = [lora_mode, adapter_state]
-        if self.residual is not None:
-            options["residual"] = [residual, residual_bits]
-        drawing = ImportanceOptions.asked(switch_mode, importance, importance_floor)
-        if drawing is not None:
-            options["importance"] = [importance, importance_floor]
+        options = Options.read(
+            flat, lora=lora, correction=correction, residual=residual, importance=importance, switch_mode=switch_mode
+        )
+        self.residual, self.corrector = options.residual, options.correction.build(seed)
+        model = read_parameters(named_parameters_list, options.lora.lora_mode)
         plan = make_plan(
-            roster,
-            block_prefix_list=block_prefix_list,
-            include_embedding=include_embedding,
-            include_lm_head=include_lm_head,
-            n_layer_per_block=n_layer_per_block,
+            model,
+            block_prefix_list,
+            options.blocks,
+            options.lora,
             switch_block_every=switch_block_every,
             switch_mode=switch_mode,
-            start_block=start_block,
             seed=seed,
-            block_ranges=block_ranges,
             active_modules=active_modules,
-            lora_mode=lora_mode,
-            sgd_mode=sgd_mode,
-            options=options,
+            sgd_mode=options.correction.sgd_mode,
+            options=options.identity(self.corrector),
         )
-        trained = plan.trained()
-        require_same_parameters(base_optimizer, roster, trained if corrector is None else roster.trainable)
-        if lr_warmup_step_afterswitch or corrector is not None:
-            require_rates(base_optimizer, "lr_warmup_step_afterswitch" if corrector is None else "sgd_mode")
-        self.warm_up_steps = lr_warmup_step_afterswitch
-        names = {param: name for name, param in roster.parameters.items()}
-        kept = roster.adapters if lora_mode is not None and adapter_state == "keep" else frozenset[str]()
-        kept = frozenset(kept.union(plan.always_active))
+        trained, self.warm_up_steps = plan.trained(), options.blocks.lr_warmup_step_afterswitch
+        require_same_parameters(base_optimizer, model, trained if self.corrector is None else model.trainable)
+        if self.warm_up_steps or self.corrector is not None:
+            require_rates(base_optimizer, "lr_warmup_step_afterswitch" if self.corrector is None else "sgd_mode")
+        names = {param: name for name, param in model.parameters.items()}
+        kept = frozenset(plan.always_active).union(model.adapters if options.lora.keeps else ())
         groups = [[names[param] for param in group["params"]] for group in base_optimizer.param_groups]
-        always = frozenset(plan.always_active).union(plan.adapters if lora_mode == "all" else ())
-        require_counts_apart(contract, [[name for name in group if name in trained] for group in groups], kept, always)
-        super().__init__(
-            base_optimizer,
-            plan,
-            {name: roster.parameters[name] for name in plan.names},
-            names=names,
-            masters=LocalMasters(names, residual=self.residual),
-            kept=kept,
-            corrector=corrector,
-            importance=None if drawing is None else Importance(drawing, len(plan.blocks)),
-            verbose=verbose,
-            data_group=data_group,
-        )
-        if corrector is None and block_prefix_list is None:
-            warn_of_heads(roster.parameters, roster.trainable - trained)
-        if verbose:
-            untrained = sum(name not in trained for name in self.named_parameters)
-            fate = "stay frozen" if corrector is None else f"are only corrected ({corrector.mode})"
-            frozen = len(roster.parameters) - len(self.named_parameters)
-            before = f"; {frozen} were frozen before and are in none" if frozen else ""
-            self._report(f"{len(self.blocks)} blocks; {untrained} trainable parameters are in none and {fate}{before}")
+        require_counts_apart(contract, groups, trained, kept, plan.always())
+        # The empty group satisfies torch's constructor without a change to the base optimizer's groups.
+        Optimizer.__init__(self, [{"params": []}], base_optimizer.defaults)
+        self.plan = plan
+        self.named_parameters = {name: model.parameters[name] for name in plan.names}
+        self.kept = {self.named_parameters[name] for name in kept}
+        self.importance = None if options.importance is None else Importance(options.importance, len(plan.blocks))
+        self.contributors = {} if self.importance is None else {"importance": self.importance}
+        self.ranges_given = options.blocks.block_ranges is not None
+        self.verbose, self._data_group = options.blocks.verbose, options.blocks.data_group
+        self._begin(base_optimizer, names)
+        if self.corrector is None and block_prefix_list is None:
+            warn_of_heads(model.parameters, model.trainable - trained)
+        self._report_blocks(model, trained)
+
+    def _begin(self, base_optimizer: Optimizer, names: dict[Parameter, str]) -> None:
+        """Take over the base optimizer, and activate the first blocks."""
+        self.members = [list(group["params"]) for group in base_optimizer.param_groups]
+        self.active_set, self._local, self.stages = ActiveSet(self.residual), LocalMasters(names), ()
+        self.active_set.begin_anew(self._local)
+        self._adopt(base_optimizer)
+        self._names, self._reach, self._graphs = names, Reach(), CompiledGraphs()
+        self._replicas: Averages | None = averages_for(self, self._data_group, self.corrector)
+        """What averages gradients where there are several processes without an engine."""
+        self._corrections: GradientSource | None = None
+        if self.corrector is not None:
+            groups = zip(base_optimizer.param_groups, self.members, strict=True)
+            self.corrector.adopt(self.named_parameters, list(groups))
+            self._corrections = LocalGradients(self.corrector, names)
+        if self.active_set.has_stepped(base_optimizer):
+            logger.warning("the base optimizer has taken steps; its state is cleared, as at every switch")
+        keep_checkpoints_whole()
+        self._activate(keep=frozenset())
+        self._log_active()
+
+    def _report_blocks(self, model: NamedParameters, trained: Set[str]) -> None:
+        if not self.verbose:
+            return
+        untrained = sum(name not in trained for name in self.named_parameters)
+        fate = "stay frozen" if self.corrector is None else f"are only corrected ({self.corrector.mode})"
+        frozen = len(model.parameters) - len(self.named_parameters)
+        before = f"; {frozen} were frozen before and are in none" if frozen else ""
+        self._report(f"{len(self.blocks)} blocks; {untrained} trainable parameters are in none and {fate}{before}")
+
+    @property
+    def attached(self) -> bool:
+        """Whether an engine has taken over."""
+        return self.engine is not None
+
+    @property
+    def state(self) -> Any:
+        """State of the base optimizer, by what its groups hold."""
+        refuse_torch_checkpoint(type(self).__name__, "Use torch.save(optimizer.state_dict(), path).")
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the active blocks, then the switch if one is due.
@@ -219,13 +222,13 @@ class BlockOptimizer(Switching):
                 loss = closure()
         self.require_no_newcomers()
         self._average()
-        self.masters.load_gradients()
+        self._local.load_gradients(self.active_set)
         if self._corrections is not None:
             self._corrections.settle()
         if self.importance is not None and self.importance.by_gradient:
-            self.importance.note_local(self._tenants.tensors)
+            self.importance.note_local(self.active_set.masters)
         self._base_step()
-        self.masters.write_back()
+        self._local.write_back(self.active_set)
         self.switch_if_due(None if self._replicas is None else self._replicas.agree)
         return loss
 
@@ -245,7 +248,10 @@ class BlockOptimizer(Switching):
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.masters.zero_grad(set_to_none)
+        if self.engine is not None:
+            self.engine.zero_grad(set_to_none)
+        else:
+            self._local.zero_grad(self.active_set, set_to_none)
         for gradients in (self._corrections, self._replicas):
             if gradients is not None:
                 gradients.clear()
@@ -258,7 +264,7 @@ class BlockOptimizer(Switching):
         Raises:
             ValueError: an engine holds the masters.
         """
-        return take_snapshot(self)
+        return take_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where the state was taken; the model's weights are loaded apart, before or after.
@@ -267,11 +273,227 @@ class BlockOptimizer(Switching):
             ValueError: the state is of other blocks, another schedule or other param groups, or an engine holds the
                 masters; nothing is changed then.
         """
-        load_snapshot(self, state_dict)
+        load_state(self, state_dict)
+        self.state = self.base_optimizer.state
+
+    def switch_if_due(self, agree: Callable[[], None] | None = None) -> bool:
+        """Activate the next blocks if the last applied step ended a period; whether it did.
+
+        Must be called once after every applied step.
+
+        Args:
+            agree: called before anything is activated, when it is known what will be.
+        """
+        if not self.schedule.is_switch(self.num_steps):
+            return False
+        if self.importance is not None:
+            schedule = self.importance.end(self.schedule, self.num_steps, self._weights)
+            self.plan = dataclasses.replace(self.plan, schedule=schedule)
+        if agree is not None:
+            agree()
+        self._activate(keep=self.kept)
+        self._log_active()
+        return True
+
+    def attach(
+        self, engine: Engine, *, held: Iterable[Parameter] | None = None, corrections: GradientSource | None = None
+    ) -> None:
+        """See `Trained`.
+
+        Raises:
+            ValueError: steps were taken, whose state would be lost, or there is nobody for the corrections.
+        """
+        if self.num_steps or self.active_set.has_stepped(self.base_optimizer):
+            raise ValueError(
+                f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
+            )
+        if self._corrections is not None:
+            if corrections is None:
+                raise ValueError("attach: got an engine without corrections, expected some, as sgd_mode asks for them")
+            self._corrections.activate([])
+            self._corrections = corrections
+        if self._replicas is not None:
+            self._replicas.detach()
+            self._replicas = None
+        self._graphs = CompiledGraphs()  # sharding may have moved the parameters to other modules
+        here = None if held is None else set(held)
+        if here is not None:
+            for param in set(self.named_parameters.values()) - here:
+                set_active(param, False)
+            # Weights of other pipeline stages must not be kept alive.
+            self._names = {param: name for param, name in self._names.items() if param in here}
+            self._local = LocalMasters(self._names)
+        self._serve(engine, engine.masters, here)
+        self._activate(keep=frozenset())
+
+    def reschedule(self, block_ranges: Sequence[tuple[int, int]], stages: Sequence[Sequence[int]] = ()) -> None:
+        """See `Trained`.
+
+        Raises:
+            ValueError: steps were taken, or the ranges do not cover the blocks.
+        """
+        if self.num_steps:
+            raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
+        self.stages = tuple(stages)
+        schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
+        self.resume_at(0, dataclasses.replace(self.plan, schedule=schedule))
+
+    def resume_at(self, num_steps: int, plan: Plan | None = None) -> None:
+        """See `Trained`.
+
+        Raises:
+            ValueError: with "importance", the order of that epoch was not drawn here.
+        """
+        require_int("num_steps", num_steps, 0)
+        (plan or self.plan).schedule.active(num_steps)  # raises where that is not known
+        self.plan = plan or self.plan
+        self._count(num_steps)
+        self._activate(keep=frozenset())
+        self._log_active()
+
+    def replace_base(self, base_optimizer: Optimizer) -> None:
+        """Go on with another base optimizer over the same param-group dicts.
+
+        Raises:
+            ValueError: the present one has state, or the groups are others.
+        """
+        old = self.base_optimizer
+        same = len(old.param_groups) == len(base_optimizer.param_groups) and all(
+            ours is theirs for ours, theirs in zip(old.param_groups, base_optimizer.param_groups, strict=True)
+        )
+        if self.active_set.has_stepped(old) or not same:
+            raise ValueError(
+                f"replace_base: got a {type(base_optimizer).__name__} while the {type(old).__name__} has state of "
+                f"{len(old.state)} parameters and {'the same' if same else 'other'} param groups; expected no state "
+                "and the same group dicts. Replace it before the first step."
+            )
+        self._adopt(base_optimizer)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if param_group["params"]:
+            raise ValueError(NO_NEWCOMERS)
+        super().add_param_group(param_group)
+
+    def require_no_newcomers(self) -> None:
+        """Refuse parameters that were given to the base optimizer itself, which no block has.
+
+        Raises:
+            ValueError: there are some.
+        """
+        held = {id(tensor) for tensor in self.active_set.masters.values()}
+        if any(id(tensor) not in held for group in self.param_groups for tensor in group["params"]):
+            raise ValueError(NO_NEWCOMERS)
 
     def _base_step(self) -> None:
-        self.contract.require_exchangeable("base_optimizer")
-        self._note_reach()
+        self.active_set.contract.require_exchangeable("base_optimizer")
+        self._reach.look(self, by_stage=bool(self.stages))
         with scaled_rates(self.param_groups, warm_up(self.num_steps, self.schedule.period, self.warm_up_steps)):
             self.base_optimizer.step()
         self._count(self.num_steps + 1)
+
+    def _activate(self, keep: Set[Parameter]) -> None:
+        """Freeze and unfreeze, and hand the active masters to the base optimizer; old ones are freed first."""
+        names, corrected = set(self.active_names()), set(self.corrected_names())
+        active = {param for name, param in self.named_parameters.items() if name in names}
+        for name, param in self.named_parameters.items():
+            set_active(param, name in names or name in corrected)
+        num_sets = math.prod(max(stop - start, 1) for start, stop in self.schedule.ranges)
+        self._graphs.renew(self.named_parameters.values(), num_sets)
+        self._hand_over([[param for param in members if param in active] for members in self.members], keep)
+        if not self.attached:
+            self._local.bind(self.base_optimizer, self.active_set, self.keys())
+        following = [param for name, param in self.named_parameters.items() if name in corrected]
+        if self._replicas is not None:
+            self._replicas.activate([param for param in self.named_parameters.values() if param in active], following)
+        elif self._corrections is not None:
+            self._corrections.activate(following)
+        if self.importance is not None:
+            indices = self.schedule.active(self.num_steps)
+            self.importance.begin(indices, [self.members_of(index) for index in indices])
+
+    def replica_names(self) -> Mapping[Parameter, str]:
+        """See `ReplicaClient`."""
+        return self._names
+
+    def take_averages(self, averages: Mapping[Parameter, Tensor]) -> None:
+        """See `ReplicaClient`."""
+        for param, grad in averages.items():
+            param.grad = grad.view(param.shape)
+
+    def _average(self) -> None:
+        """Before a step: average what waits, and gradients of backward passes that nobody has seen."""
+        if self._replicas is None:
+            self._replicas = averages_for(self, self._data_group, self.corrector)
+            if self._replicas is None:
+                return
+            if self.corrector is not None:
+                raise ValueError(
+                    f"sgd_mode={self.corrector.mode!r}: got a process group of several processes after the optimizer "
+                    "was made, when gradients had been applied on this process alone; expected it before. Call "
+                    "torch.distributed.init_process_group first."
+                )
+            active = self.active_set.masters
+            self._replicas.activate([param for param in self.named_parameters.values() if param in active])
+        self._replicas.settle()
+
+    def _weights(self, blocks: Sequence[int]) -> Tensor:
+        members = [self.members_of(block) for block in blocks]
+        if self.engine is not None:
+            return self.engine.squared_weights(members)
+        return squared_norms([[param.detach().reshape(-1) for param in params] for params in members])
+
+    def _count(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        if self.corrector is not None:
+            self.corrector.num_steps = num_steps
+
+    def _log_active(self) -> None:
+        if not self.verbose:
+            return
+        active, names = self.schedule.active(self.num_steps), [block.name for block in self.blocks]
+        self._report(active_line(self.num_steps, active, names, self.stages))
+        if self.verbose >= 2:
+            self._report(f"trainable: {', '.join(self.active_names())}")
+
+    def _report(self, message: str) -> None:
+        announce(message)
+
+    def _adopt(self, base_optimizer: Optimizer) -> None:
+        self.active_set.contract = examine(base_optimizer)
+        self.base_optimizer, self.defaults = base_optimizer, base_optimizer.defaults
+        self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
+        remember_weights(base_optimizer, self.members)
+        self._get_lr = getattr(base_optimizer, "_get_lr", None)  # transformers' AdafactorSchedule calls it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockOptimizer:
+        """A copy over the parameters of the model's copy; hooks and schedulers' traces stay behind, as torch's do.
+
+        Raises:
+            ValueError: the model is not copied in the same call, or other processes take part.
+        """
+        alone = not self.attached and self._replicas is None
+        require_copyable(self.named_parameters.values(), memo, alone=alone)
+        new: Any = object.__new__(type(self))
+        memo[id(self)] = new
+        Optimizer.__init__(new, [{"params": []}], {})
+        copy_base(self.base_optimizer, memo)
+        for name, value in vars(self).items():
+            if name not in _LEFT_TO_TORCH and not name.startswith("_optimizer_"):
+                setattr(new, name, copy.deepcopy(value, memo))
+        for param in self.named_parameters.values():
+            if is_frozen_here(param):
+                set_active(memo[id(param)], False)
+        new._corrections = None
+        if new.corrector is not None:
+            names = set(new.corrected_names())
+            new._corrections = LocalGradients(new.corrector, {p: name for name, p in new.named_parameters.items()})
+            new._corrections.activate([param for name, param in new.named_parameters.items() if name in names])
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse `pickle` and `copy.copy`.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(NOT_ALONE)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction.state import CorrectionState
+from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.sharding import LowRankGradient, Mesh
 
 AVERAGES = "colossal_bcd.engine.replicas", "ReplicaAverages"

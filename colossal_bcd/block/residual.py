@@ -29,7 +29,7 @@ _NORMAL = 2.0**-14
 _BINADE = 2**23
 """Float32 numbers between two powers of two."""
 _ZERO = {torch.bfloat16: 0, torch.float16: (127 - 15) * _BINADE}
-"""Place of zero; see `_place`."""
+"""Ordinal of zero; see `_ordinal`."""
 _MAGNITUDE = 0x7FFFFFFF
 
 
@@ -51,7 +51,7 @@ class ResidualOptions:
         require_choice("residual_bits", self.bits, tuple(_STORED))
 
     @classmethod
-    def asked(cls, residual: str, bits: ResidualBits, offload: bool) -> ResidualOptions | None:
+    def asked(cls, residual: str, bits: ResidualBits = 16, offload: bool = False) -> ResidualOptions | None:
         """What `residual`, `residual_bits` and `residual_offload` of a BlockOptimizer ask for; None: nothing is kept.
 
         Raises:
@@ -140,7 +140,7 @@ class Residuals:
 def _cut_off(master: Tensor, weight: Tensor, bits: int) -> Tensor:
     """[n] residual; zero where the weight is not the rounded master, or no finite number."""
     rounded = (master.to(weight.dtype) == weight) & weight.isfinite()
-    distance = _place(master, weight.dtype) - _place(weight.float(), weight.dtype)
+    distance = _ordinal(master, weight.dtype) - _ordinal(weight.float(), weight.dtype)
     # At most 2^15, which float32 holds; half a unit goes to the even neighbour.
     units = distance.mul(_per_unit(weight.dtype, bits)).round_()
     # Half way to the next weight and beyond would round to that one.
@@ -153,8 +153,8 @@ def _put_back(weight: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
     """[n] float32 masters of weights of `dtype`, which are given in float32; the sign is the weight's."""
     distance = residual.to(torch.float32).div_(_per_unit(dtype, 8 * residual.itemsize)).mul_(_sign(weight))
     # A weight that became zero meanwhile has no neighbour nearer to zero.
-    place = _place(weight, dtype).add_(distance.to(torch.int32)).clamp_(min=_ZERO[dtype])
-    return torch.where(weight.isfinite(), _value(place, dtype).copysign_(weight), weight)
+    ordinal = _ordinal(weight, dtype).add_(distance.to(torch.int32)).clamp_(min=_ZERO[dtype])
+    return torch.where(weight.isfinite(), _value(ordinal, dtype).copysign_(weight), weight)
 
 
 def _sign(weight: Tensor) -> Tensor:
@@ -167,20 +167,20 @@ def _per_unit(dtype: torch.dtype, bits: int) -> float:
     return 2.0 ** min(bits - _NEIGHBOURS[dtype], 0)
 
 
-def _place(values: Tensor, dtype: torch.dtype) -> Tensor:
+def _ordinal(values: Tensor, dtype: torch.dtype) -> Tensor:
     """[n] int32 number of the absolute value in an order with equally many numbers in each step of `dtype`."""
-    place = values.view(torch.int32).bitwise_and(_MAGNITUDE)
+    ordinal = values.view(torch.int32).bitwise_and(_MAGNITUDE)
     if dtype == torch.bfloat16:
-        return place
+        return ordinal
     # Float32's own steps above 2^-14, moved down by one binade, go on to zero at the width that they have there.
     even = (values.abs() + _NORMAL).view(torch.int32).sub_(_BINADE)
-    return torch.where(values.abs() < _NORMAL, even, place)
+    return torch.where(values.abs() < _NORMAL, even, ordinal)
 
 
-def _value(place: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n] non-negative float32 numbers of these places."""
-    value = place.view(torch.float32)
+def _value(ordinal: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n] non-negative float32 numbers of these ordinals."""
+    value = ordinal.view(torch.float32)
     if dtype == torch.bfloat16:
         return value
-    even = place.add(_BINADE).view(torch.float32) - _NORMAL
+    even = ordinal.add(_BINADE).view(torch.float32) - _NORMAL
     return torch.where(value < _NORMAL, even, value)

@@ -3,206 +3,84 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
-from colossal_bcd.block.masters import LOW_PRECISION, LocalMasters
-from colossal_bcd.block.schedule import Drawn, Schedule
-from colossal_bcd.optim.state.filed import FiledTensor
-
-if TYPE_CHECKING:
-    from colossal_bcd.block.optimizer import BlockOptimizer
-
-
-class Contributor(Protocol):
-    """A part of a BlockOptimizer with state of its own, under a name in `optimizer.contributors`."""
-
-    def filed(self) -> Iterable[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
-        """State of parameters.
-
-        Returns:
-            Working parameter, its state by name, and a description of every tensor in that; the rest of it are plain
-            numbers.  Parameters and names are the same on every rank that holds the parameter.
-        """
-
-    def numbers(self) -> dict[str, Any]:
-        """Plain numbers, strings, and lists and dicts of them; the same on every rank."""
-
-    def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
-        """Take what `numbers` returned, and make room for state, which is then written into what `filed` gives.
-
-        Args:
-            numbers: see above.
-            saved: parameters of this rank and the tensors that the file has of them.
-        """
+from colossal_bcd.block.trained import Trained
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.foreign.twin import copied
+from colossal_bcd.optim.state.rounding import LOW_PRECISION
 
 
-def progress(optimizer: BlockOptimizer) -> dict[str, Any]:
-    """Where in which schedule the optimizer is; plain numbers, strings, lists."""
-    where: dict[str, Any] = {"num_steps": optimizer.num_steps, "identity": optimizer.identity()}
-    if optimizer.schedule.drawn:
-        where["drawn"] = [[epoch, list(order)] for epoch, order in optimizer.schedule.drawn]
-    return where
+def take_state(trained: Trained) -> dict[str, Any]:
+    """State and hyper-parameters of the base optimizer, progress, identity of the blocks, masters by name, and more.
 
-
-def schedule_of(optimizer: BlockOptimizer, saved: Mapping[str, Any]) -> Schedule:
-    """The schedule with which a saved run goes on: the optimizer's own, with the ranges and draws of the run.
-
-    Ranges that nobody chose follow from the mesh (one per pipeline stage); a run keeps those with which it began.
-
-    Args:
-        optimizer: that goes on.
-        saved: what `progress` returned.
     Raises:
-        ValueError: the run has other blocks or another schedule.
+        ValueError: an engine holds the masters.
     """
-    identity = saved["identity"]
-    # As it comes out of a file, which has lists only.
-    ours: dict[str, Any] = json.loads(json.dumps(optimizer.identity()))
-    if not optimizer.ranges_given and ours["blocks"] == identity.get("blocks"):
-        ours["ranges"] = identity.get("ranges")
-    require_identity(ours, identity)
-    ranges = tuple((start, stop) for start, stop in ours["ranges"])
-    return dataclasses.replace(optimizer.schedule, ranges=ranges, drawn=_drawn(saved))
-
-
-def _drawn(saved: Mapping[str, Any]) -> Drawn:
-    return tuple((epoch, tuple(order)) for epoch, order in saved.get("drawn", ()))
-
-
-def names_at(optimizer: BlockOptimizer, schedule: Schedule, num_steps: int) -> list[list[str]]:
-    """`optimizer.group_names(num_steps)` by another schedule."""
-    active = set(dataclasses.replace(optimizer.plan, schedule=schedule).active_names(num_steps))
-    names = {param: name for name, param in optimizer.named_parameters.items() if name in active}
-    return [[names[param] for param in members if param in names] for members in optimizer.members]
-
-
-def resume(optimizer: BlockOptimizer, schedule: Schedule, num_steps: int) -> None:
-    """Go on after `num_steps` applied steps of a schedule, with fresh masters and without state."""
-    optimizer.plan = dataclasses.replace(optimizer.plan, schedule=schedule)
-    optimizer.resume_at(num_steps)
-
-
-def take_snapshot(optimizer: BlockOptimizer) -> dict[str, Any]:
-    """State and hyper-parameters of the base optimizer, progress, identity of the blocks, float32 masters by name."""
-    local = _local(optimizer)
-    local.follow()
-    tensors = local.tensors
-    masters = {
-        name: tensors[param].detach()
-        for name, param in optimizer.named_parameters.items()
-        if param in tensors and tensors[param] is not param
-    }
+    _require_local(trained)
+    named = trained.named_parameters
     block = {
-        **progress(optimizer),
-        "groups": optimizer.group_names(optimizer.num_steps),
-        "masters": masters,
+        **trained.plan.progress(trained.num_steps),
+        "groups": trained.group_names(trained.num_steps),
+        **trained.active_set.state_dict(named),
     }
-    if optimizer.corrector is not None:
-        state = optimizer.corrector.state
-        block["corrections"] = {name: state[p] for name, p in optimizer.named_parameters.items() if p in state}
-    if optimizer.importance is not None:
-        block["importance"] = optimizer.importance.numbers()
-    block.update(_waiting(optimizer))
-    if attributes := optimizer.base_attributes():
-        block["attributes"] = attributes
-    return {**optimizer.base_optimizer.state_dict(), "block": block}
+    if trained.corrector is not None:
+        state = trained.corrector.state
+        block["corrections"] = {name: state[param] for name, param in named.items() if param in state}
+    if trained.importance is not None:
+        block["importance"] = trained.importance.numbers()
+    own = vars(trained.base_optimizer)
+    if written := {name: copied(own[name]) for name in trained.active_set.contract.attributes if name in own}:
+        block["attributes"] = written
+    return {**trained.base_optimizer.state_dict(), "block": block}
 
 
-def load_snapshot(optimizer: BlockOptimizer, snapshot: Mapping[str, Any]) -> None:
-    """Check everything, then activate the block and load masters and state."""
-    _local(optimizer)
-    if "block" not in snapshot:
+def load_state(trained: Trained, saved: Mapping[str, Any]) -> None:
+    """Check everything, then activate the block and load masters and state.
+
+    Raises:
+        ValueError: it does not fit, or an engine holds the masters.
+    """
+    _require_local(trained)
+    if "block" not in saved:
         raise ValueError(
-            f"load_state_dict: got a state with {', '.join(map(repr, snapshot))}, expected also 'block'. It is not one "
+            f"load_state_dict: got a state with {', '.join(map(repr, saved))}, expected also 'block'. It is not one "
             "of a BlockOptimizer; a plain optimizer's state cannot tell which block it belongs to."
         )
-    block = snapshot["block"]
-    require_identity(optimizer.identity(), block["identity"])
-    schedule = dataclasses.replace(optimizer.schedule, drawn=_drawn(block))
-    _check_groups(names_at(optimizer, schedule, block["num_steps"]), block["groups"])
-    _check_masters(optimizer, block)
-    resume(optimizer, schedule, block["num_steps"])
-    if optimizer.importance is not None:
-        optimizer.importance.load(block["importance"], {})
-    tensors = _local(optimizer).tensors
-    with torch.no_grad():
-        for name, master in block["masters"].items():
-            tensors[optimizer.named_parameters[name]].copy_(master)
-    if optimizer.corrector is not None:
-        optimizer.corrector.load({optimizer.named_parameters[name]: s for name, s in block["corrections"].items()})
-    _load_waiting(optimizer, block)
-    optimizer.load_base_state({key: value for key, value in snapshot.items() if key != "block"})
-    optimizer.set_base_attributes(block.get("attributes", {}))
+    block, named = saved["block"], trained.named_parameters
+    plan = trained.plan.resumed(block)
+    _require_groups(trained.group_names(block["num_steps"], plan), block["groups"])
+    _require_masters(block["masters"], {name: named[name] for group in block["groups"] for name in group})
+    trained.resume_at(block["num_steps"], plan)
+    if trained.importance is not None:
+        trained.importance.load(block["importance"], {})
+    trained.active_set.load_state_dict(block, named)
+    if trained.corrector is not None:
+        trained.corrector.load({named[name]: state for name, state in block["corrections"].items()})
+    base = trained.base_optimizer
+    _load_base(base, {key: value for key, value in saved.items() if key != "block"})
+    vars(base).update(copied(block.get("attributes", {})))
 
 
-def _waiting(optimizer: BlockOptimizer) -> dict[str, Any]:
-    """What waits for its parameter's turn: masters and state of kept ones, what rounding cut off others."""
-    masters, states = _local(optimizer), optimizer.states_aside()
-    named = optimizer.named_parameters.items()
-    entries = {
-        "aside_masters": {name: masters.aside[p].detach() for name, p in named if masters.aside.get(p, p) is not p},
-        "aside_states": {name: dict(states[p]) for name, p in named if p in states},
-        "residuals": {name: masters.residuals.of[p] for name, p in named if p in masters.residuals.of},
-    }
-    return {key: entry for key, entry in entries.items() if entry}
-
-
-def _load_waiting(optimizer: BlockOptimizer, block: Mapping[str, Any]) -> None:
-    masters, named = _local(optimizer), optimizer.named_parameters
-    residuals = masters.residuals
-    residuals.of = {
-        named[name]: residuals.empty(named[name], tuple(value.shape)).copy_(value)
-        for name, value in block.get("residuals", {}).items()
-    }
-    states = {named[name]: copy.deepcopy(state) for name, state in block.get("aside_states", {}).items()}
-    optimizer.put_aside(states)
-    saved = {named[name]: master.clone().requires_grad_() for name, master in block.get("aside_masters", {}).items()}
-    masters.put_aside({param: saved.get(param, param) for param in {**states, **saved}})
-
-
-def _local(optimizer: BlockOptimizer) -> LocalMasters:
-    if not isinstance(optimizer.masters, LocalMasters):
+def _require_local(trained: Trained) -> None:
+    if trained.engine is not None:
         raise ValueError(
             "state dict of a BlockOptimizer: an engine holds the masters, and only parts of them. Save "
             "the model; a run starts at its first block."
         )
-    return optimizer.masters
 
 
-def require_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Refuse a state of other blocks or of another schedule.
+def _require_groups(ours: list[list[str]], theirs: list[list[str]]) -> None:
+    """Refuse a state of other param groups; both are names of what is active in each.
 
-    Args:
-        ours: `BlockOptimizer.identity()` of the optimizer that loads.
-        theirs: that of the one that saved.
     Raises:
         ValueError: they differ.
     """
-    different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    if not different:
-        return
-    if "blocks" in different:
-        got, expected = [[name for name, _ in identity["blocks"]] for identity in (theirs, ours)]
-        detail = f"blocks {got}, expected {expected}" if got != expected else f"the blocks {got} with other parameters"
-    else:
-        names = {"period": "switch_block_every", "mode": "switch_mode", "ranges": "block_ranges"}
-        detail = "; ".join(
-            f"{names.get(key, key)} {theirs.get(key)!r}, expected {ours.get(key)!r}" for key in different
-        )
-    raise ValueError(
-        f"load_state_dict: got a state of {detail}. Make the BlockOptimizer with the arguments of the run that saved "
-        "it."
-    )
-
-
-def _check_groups(ours: list[list[str]], theirs: list[list[str]]) -> None:
     if len(ours) != len(theirs):
         raise ValueError(
             f"load_state_dict: got a state of {len(theirs)} param groups, expected {len(ours)}. Make the base "
@@ -216,9 +94,15 @@ def _check_groups(ours: list[list[str]], theirs: list[list[str]]) -> None:
             )
 
 
-def _check_masters(optimizer: BlockOptimizer, block: dict[str, Any]) -> None:
-    masters: dict[str, Tensor] = block["masters"]
-    active = {name: optimizer.named_parameters[name] for group in block["groups"] for name in group}
+def _require_masters(masters: Mapping[str, Tensor], active: Mapping[str, Parameter]) -> None:
+    """Refuse masters of other shapes, or of weights that need none.
+
+    Args:
+        masters: of a state dict, by name.
+        active: what will be active, by name.
+    Raises:
+        ValueError: they do not fit.
+    """
     ours = {name: tuple(param.shape) for name, param in active.items() if param.dtype in LOW_PRECISION}
     theirs = {name: tuple(master.shape) for name, master in masters.items()}
     if ours != theirs:
@@ -228,3 +112,49 @@ def _check_masters(optimizer: BlockOptimizer, block: dict[str, Any]) -> None:
             f"expected {ours.get(name)} (None: no master, as of a float32 parameter). Load into a model of the same "
             "shapes and dtype."
         )
+
+
+def _load_base(base: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a base optimizer's own state dict, keeping the group dicts that schedulers hold."""
+    groups, state = base.param_groups, base.state
+    base.load_state_dict(copy.deepcopy(state_dict))
+    for group, loaded in zip(groups, base.param_groups, strict=True):
+        group.update(loaded)
+    state.clear()
+    state.update(base.state)
+    base.param_groups, base.state = groups, state
+    if not isinstance(base, ShardedOptimizer):
+        _undo_casts(base, state_dict)
+
+
+def _undo_casts(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give loaded state the types with which it was saved.
+
+    `torch.optim.Optimizer.load_state_dict` casts every floating-point tensor to the parameter's dtype, and makes of a
+    string the text of a generator.
+
+    Args:
+        optimizer: that has loaded the state.
+        state_dict: what it has loaded, as it was saved.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for key, param in zip(keys, params, strict=True):
+        loaded = optimizer.state.get(param, {})
+        for name, value in state_dict["state"].get(key, {}).items():
+            if name in loaded:
+                loaded[name] = _as_saved(value, loaded[name])
+
+
+def _as_saved(saved: Any, loaded: Any) -> Any:
+    """The saved value on the device of the loaded one; the loaded one where its optimizer has made it another thing."""
+    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+        same = saved.dtype == loaded.dtype or saved.shape != loaded.shape
+        return loaded if same else saved.detach().to(loaded.device, copy=True)
+    if isinstance(saved, str) and isinstance(loaded, str):
+        return saved
+    if type(saved) in (list, tuple) and type(loaded) is type(saved) and len(saved) == len(loaded):
+        return type(saved)(_as_saved(*pair) for pair in zip(saved, loaded, strict=True))
+    if type(saved) is dict and type(loaded) is dict and saved.keys() == loaded.keys():
+        return {key: _as_saved(value, loaded[key]) for key, value in saved.items()}
+    return loaded

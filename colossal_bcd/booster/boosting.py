@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole, prefer_non_reentrant
+from colossal_bcd.block.trained import is_plain, trained_of
 from colossal_bcd.booster.casts.fitness import Given, require_fit
-from colossal_bcd.booster.casts.registry import cast, parameters_of
+from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.booster.lora import adopt_adapters
 from colossal_bcd.booster.same_options import require_same_options
 
@@ -25,7 +26,7 @@ def prepare(model: nn.Module, optimizer: Any, given: Given) -> Optimizer:
     require_same_options(model, optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"boost: got an optimizer of type {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    trained = {id(param) for param in parameters_of(optimizer)}
+    trained = {id(param) for param in trained_of(optimizer).parameters()}
     foreign = trained - {id(param) for param in model.parameters()}
     if foreign:
         raise ValueError(
@@ -46,7 +47,7 @@ def prepare(model: nn.Module, optimizer: Any, given: Given) -> Optimizer:
 @contextlib.contextmanager
 def thawed(optimizer: Any) -> Iterator[None]:
     """Everything that will ever be trained requires grad while ColossalAI wraps the model; attaching freezes again."""
-    params = parameters_of(optimizer) if isinstance(optimizer, BlockOptimizer) else []
+    params = [] if is_plain(optimizer) else trained_of(optimizer).parameters()
     before = [(param, param.requires_grad) for param in params]
     for param in params:
         param.requires_grad_(True)

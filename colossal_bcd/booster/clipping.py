@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,8 @@ from torch.nn import Parameter
 from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
 from colossal_bcd.sharding import Request, Sum, resolve, sum_of_squares
 
-if TYPE_CHECKING:
-    from colossal_bcd.booster.zero import ZeroOptimizer
 
-
-def clip_by_norm(engine: ZeroOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def clip_by_norm(engine: Any, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     """Scale the averaged gradients so that their Euclidean norm over all ranks is at most `max_norm`.
 
     See `ZeroOptimizer.clip_grad_by_norm`.
@@ -41,7 +38,7 @@ def clip_by_norm(engine: ZeroOptimizer, max_norm: float, norm_type: float, error
     return norm
 
 
-def clip_by_value(engine: ZeroOptimizer, clip_value: float) -> None:
+def clip_by_value(engine: Any, clip_value: float) -> None:
     """Clamp the averaged gradients to [-clip_value, clip_value].
 
     See `ZeroOptimizer.clip_grad_by_value`.
@@ -72,7 +69,7 @@ def require_foreach(caller: str, given: Mapping[str, object]) -> None:
         raise TypeError(f"{caller}: got an argument {other[0]!r}, expected none but foreach. Leave it out.")
 
 
-def _square_sums(engine: ZeroOptimizer, grads: Mapping[Parameter, Tensor]) -> list[Request]:
+def _square_sums(engine: Any, grads: Mapping[Parameter, Tensor]) -> list[Request]:
     """Requests for the squared norms, but for those that another pipeline stage counts; in the order of the masters."""
     masters, reducer, partition = engine.masters, engine._reducer, engine.config.partition_grad
     images = {param: reducer.images[param] for param in masters.of if param in grads and param in reducer.images}
@@ -86,7 +83,7 @@ def _square_sums(engine: ZeroOptimizer, grads: Mapping[Parameter, Tensor]) -> li
     return squares
 
 
-def _averages(engine: ZeroOptimizer, caller: str) -> dict[Parameter, Tensor]:
+def _averages(engine: Any, caller: str) -> dict[Parameter, Tensor]:
     """The averaged gradients of the coming step, complete, as much of them as this rank has; written in place."""
     if not engine.require_grad_sync:
         raise ValueError(f"{caller}: got it within no_sync, expected it after the last backward pass, outside of it")
@@ -103,6 +100,6 @@ def _averages(engine: ZeroOptimizer, caller: str) -> dict[Parameter, Tensor]:
     return reducer.grads
 
 
-def _give_back(engine: ZeroOptimizer) -> None:
+def _give_back(engine: Any) -> None:
     part_of_sum(engine.model, engine.tp_pg, engine.masters.of, engine._reducer.grads)
     engine.show_gradients()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction.state import CorrectionState
+from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.engine.correction import CorrectingReducer, CorrectionConfig
 
 

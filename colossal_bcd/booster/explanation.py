@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from colossal_bcd import memory
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.memory import Estimate
 from colossal_bcd.optim import ShardedOptimizer
@@ -32,9 +32,10 @@ def explain(optimizer: Any) -> str:
     inner = getattr(optimizer, "optim", optimizer)
     if not isinstance(inner, Optimizer):
         raise TypeError(f"explain: got a {type(optimizer).__name__}, expected an optimizer, boosted or not")
-    base = inner.base_optimizer if isinstance(inner, BlockOptimizer) else inner
+    trained = _trained(optimizer)
+    base = trained.base_optimizer
     held = [(param, group) for group in base.param_groups for param in group["params"]]
-    names, weights = _names(optimizer, inner, [param for param, _ in held])
+    names, weights = _names(optimizer, trained, [param for param, _ in held])
     rows, total = [("parameter", "rule", "layout", "rounds", "bytes", "lr")], 0
     for name, (param, group) in zip(names, held, strict=True):
         layout, rounds, state = _describe(optimizer, base, param, group)
@@ -43,9 +44,9 @@ def explain(optimizer: Any) -> str:
         rows.append((name, type(base).__name__, _text(layout), str(rounds), cost, f"{group['lr']:g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    if isinstance(inner, BlockOptimizer):
-        active = ", ".join(block.name for block in inner.active_blocks())
-        lines.append(f"step {inner.num_steps}: {active} of {len(inner.blocks)} blocks")
+    if not trained.plan.is_whole:
+        active = ", ".join(block.name for block in trained.active_blocks())
+        lines.append(f"step {trained.num_steps}: {active} of {len(trained.blocks)} blocks")
     return "\n".join([*lines, f"{len(held)} parameters, {total} bytes of states and masters on this rank"])
 
 
@@ -62,28 +63,32 @@ def estimate(optimizer: Any) -> Estimate:
             f"estimate: got a {type(optimizer).__name__}, expected what booster.boost returned under a plugin of "
             "colossal_bcd.booster. Of an optimizer that is not boosted ask colossal_bcd.estimate."
         )
-    is_block = isinstance(optimizer.optim, BlockOptimizer)
+    of = optimizer.layouts
+    if optimizer.trained.plan.is_whole:
+        of = {param: layout for param, layout in of.items() if param in optimizer.masters.of}
     return memory.estimate(
-        optimizer.optim,
+        optimizer.trained,
         num_shards=optimizer.masters.num_shards,
         partition_grad=optimizer.config.partition_grad,
         master_weights=optimizer.config.master_weights,
-        layouts=optimizer.layouts,
-        members=None if is_block else list(optimizer._working_param_groups.values()),
+        layouts=of,
     )
 
 
-def _names(optimizer: Any, inner: Optimizer, held: list[Tensor]) -> tuple[list[str], set[int]]:
+def _trained(optimizer: Any) -> Trained:
+    """What is trained by an optimizer, boosted or not."""
+    engine = isinstance(optimizer, ZeroOptimizer)
+    return optimizer.trained if engine else trained_of(getattr(optimizer, "optim", optimizer))
+
+
+def _names(optimizer: Any, trained: Trained, held: list[Tensor]) -> tuple[list[str], set[int]]:
     """Name of every tensor that the optimizer holds, and the addresses of the model's own weights."""
     if isinstance(optimizer, ZeroOptimizer):
         of, named = optimizer.masters.of, optimizer.model.unwrap(unwrap_peft=False).named_parameters()
         name_of = {of[param]: name for name, param in named if param in of}
         return [name_of[tensor] for tensor in held], {param.data_ptr() for param in of}
-    if isinstance(inner, BlockOptimizer):
-        addresses = {param.data_ptr() for param in inner.named_parameters.values()}
-        return list(chain(*inner.group_names(inner.num_steps))), addresses
-    weights = [tensor for tensor in held if isinstance(tensor, torch.nn.Parameter)]
-    return list(map(str, range(len(held)))), {tensor.data_ptr() for tensor in weights}
+    weights = [param for param in trained.parameters() if isinstance(param, torch.nn.Parameter)]
+    return list(chain(*trained.group_names(trained.num_steps))), {param.data_ptr() for param in weights}
 
 
 def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Layout, int, int | None]:

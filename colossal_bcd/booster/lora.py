@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.booster.casts.registry import parameters_of
+from colossal_bcd.block.trained import is_plain, trained_of
 from colossal_bcd.optim import ShardedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -53,12 +52,12 @@ def adopt_adapters(model: nn.Module, optimizer: Any) -> None:
     """
     if not isinstance(optimizer, Optimizer):
         return
-    known = {id(param) for param in parameters_of(optimizer)}
+    known = {id(param) for param in trained_of(optimizer).parameters()}
     names = {id(param): name for name, param in model.named_parameters()}
     missing = [(new, origin) for new, origin in _adapters(model) if new.requires_grad and id(new) not in known]
     if not missing:
         return
-    if isinstance(optimizer, BlockOptimizer):
+    if not is_plain(optimizer):
         # One that was made from the model with adapters has frozen those that it leaves out.
         raise ValueError(
             f"boost: got a BlockOptimizer without the model's {len(missing)} adapter weights, such as "

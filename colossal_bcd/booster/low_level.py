@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import is_plain, trained_of
 from colossal_bcd.booster.arguments import SCALER_ARGUMENTS, Arguments, arguments_of, refuse_fp8
 from colossal_bcd.booster.boosting import same_start, thawed
-from colossal_bcd.booster.casts.registry import cast, parameters_of
+from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.same_options import require_same_options
 from colossal_bcd.booster.setup_distributed import global_shape, is_divided, shard_layout
@@ -55,7 +55,7 @@ class LowLevelZeroOptimizer(ZeroOptimizer):
         optimizer = cast(optimizer)
         info = param_info_of(optimizer)
         layouts, tp_group = _layouts(params)
-        if isinstance(optimizer, BlockOptimizer):
+        if not is_plain(optimizer):
             with thawed(optimizer):
                 for group in groups:
                     same_start(nn.ParameterList(params), group)
@@ -88,7 +88,7 @@ def _weights(optimizer: Any, forced_dtype: torch.dtype | None) -> list[Parameter
             f"LowLevelZeroOptimizer: got an optimizer of type {type(optimizer).__name__}, expected a "
             "torch.optim.Optimizer"
         )
-    params = list(parameters_of(optimizer))
+    params = trained_of(optimizer).parameters()
     kinds = {type(param).__name__ for param in params if not isinstance(param, Parameter)}
     if kinds:
         raise TypeError(f"LowLevelZeroOptimizer: got {sorted(kinds)} in the param groups, expected torch.nn.Parameter")

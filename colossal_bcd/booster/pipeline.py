@@ -13,7 +13,7 @@ from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModul
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import Trained
 from colossal_bcd.engine.failures import says_where
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _differentiable(value: Any) -> Any:
     return value
 
 
-def plan_stages(optimizer: BlockOptimizer, held: set[nn.Parameter], pp_group: dist.ProcessGroup) -> None:
+def plan_stages(optimizer: Trained, held: set[nn.Parameter], pp_group: dist.ProcessGroup) -> None:
     """Give each pipeline stage blocks of its own, so that all stages train at all times, unless ranges were chosen.
 
     Where the blocks do not fall into stages (a block reaches over several stages, or the blocks are not in stage order)

@@ -17,7 +17,7 @@ from colossalai.utils import get_current_device
 from torch import nn
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import is_plain, trained_of
 from colossal_bcd.booster.arguments import (
     SCALER_ARGUMENTS,
     arguments_of,
@@ -27,7 +27,7 @@ from colossal_bcd.booster.arguments import (
     refuse_torch_reducer,
 )
 from colossal_bcd.booster.boosting import prepare, same_start, thawed
-from colossal_bcd.booster.casts.registry import names_of, parameters_of, shapes_of
+from colossal_bcd.booster.casts.registry import names_of, shapes_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.fixed_set import frozen_in, refuse_newcomers
@@ -82,7 +82,7 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
                 model, None, criterion, dataloader, lr_scheduler
             )
         if fresh:
-            if isinstance(optimizer, BlockOptimizer) or has_adapters(model):
+            if not is_plain(optimizer) or has_adapters(model):
                 same_start(model, dist.group.WORLD)
             layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1, _ids_of(optimizer))
             optimizer = ZeroOptimizer(optimizer, model, layouts, self._config(), parameter_names=names)
@@ -206,14 +206,14 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
         names: dict[int, str],
     ) -> ZeroOptimizer:
         module = model.unwrap(unwrap_peft=False)
-        if self.zero_stage == 0 or isinstance(optimizer, BlockOptimizer):
+        if self.zero_stage == 0 or not is_plain(optimizer):
             same_start(model, self.mixed_dp_group, buffers=self.ddp_config["broadcast_buffers"])
         layouts = shard_layouts(module, shapes, dist.get_rank(self.tp_group), self.tp_size, _ids_of(optimizer))
         if self.enable_pipeline_parallelism:
             if not self.stage_manager.is_last_stage(ignore_chunk=True):
                 keep_output_differentiable(module)
-            if isinstance(optimizer, BlockOptimizer):
-                plan_stages(optimizer, set(layouts), self.pp_group)
+            if not is_plain(optimizer):
+                plan_stages(trained_of(optimizer), set(layouts), self.pp_group)
         return ZeroOptimizer(
             optimizer,
             model,
@@ -307,9 +307,9 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
-            optimizer = prepare(model, optimizer, "wholes" if isinstance(optimizer, BlockOptimizer) else "parameters")
+            optimizer = prepare(model, optimizer, "parameters" if is_plain(optimizer) else "wholes")
         names = names_of(model)
-        if not isinstance(optimizer, BlockOptimizer):
+        if is_plain(optimizer):
             if self.low_rank is not None:
                 raise ValueError(
                     f"TorchDDPPlugin(low_rank={self.low_rank}) without a BlockOptimizer: torch's DDP reduces whole "
@@ -351,7 +351,7 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
 
 def _ids_of(optimizer: Optimizer) -> set[int]:
     """Ids of all parameters that the optimizer may train."""
-    return {id(param) for param in parameters_of(optimizer)}
+    return {id(param) for param in trained_of(optimizer).parameters()}
 
 
 def _shared_options(options: dict[str, Any]) -> dict[str, Any]:

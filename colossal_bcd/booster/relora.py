@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from colossal_bcd.low_rank.relora.layer import ReLoRaLinear
 from colossal_bcd.sharding import Layout, Mesh
-
-if TYPE_CHECKING:
-    from colossal_bcd.booster.zero import ZeroOptimizer
 
 
 class EngineAdapters:
@@ -22,7 +19,7 @@ class EngineAdapters:
     from them, averaged already, in place of those that backward has left.
     """
 
-    def __init__(self, engine: ZeroOptimizer, mesh: Mesh) -> None:
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._engine, self.mesh = engine, mesh
         engine._force_wait_all_gather()
         engine._reducer.take_back()

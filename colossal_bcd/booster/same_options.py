@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import trained_of
 
 Setup = dict[str, dict[str, Any]]
 """Subject -> name -> a short value; the same names and values on ranks that agree."""
@@ -54,9 +54,8 @@ def _setup(model: nn.Module, optimizer: Any) -> Setup:
     shapes = {name: f"{tuple(param.shape)} {param.dtype}" for name, param in model.named_parameters()}
     if not isinstance(optimizer, Optimizer):
         return {"model": shapes, "optimizer": kinds}
-    block = optimizer if isinstance(optimizer, BlockOptimizer) else None
-    base = optimizer if block is None else block.base_optimizer
-    members = [group["params"] for group in optimizer.param_groups] if block is None else block.members
+    trained = trained_of(optimizer)
+    base, members = trained.base_optimizer, trained.members
     setup: Setup = {
         "model": shapes,
         "optimizer": {**kinds, "base": f"{type(base).__module__}.{type(base).__qualname__}", "groups": len(members)},
@@ -67,8 +66,8 @@ def _setup(model: nn.Module, optimizer: Any) -> Setup:
             **{name: _plain(value) for name, value in group.items() if name != "params"},
             "parameters": f"{len(listed)} ({_digest(listed)})",
         }
-    if block is not None:
-        identity = block.identity()
+    if not trained.plan.is_whole:
+        identity = trained.plan.identity()
         blocks = identity.pop("blocks")
         setup["block schedule"] = {
             **identity,

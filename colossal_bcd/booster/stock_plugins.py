@@ -20,7 +20,7 @@ from colossalai.nn import optimizer as colossalai_optimizers
 from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import is_plain
 from colossal_bcd.booster.casts.registry import cast, names_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
@@ -118,7 +118,7 @@ def cast_for_stock_plugin(optimizer: Any) -> Any:
     """
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
         return optimizer
-    if isinstance(optimizer, BlockOptimizer):
+    if not is_plain(optimizer):
         raise ValueError(
             "BlockOptimizer under a plugin of colossalai.booster.plugin, expected one of colossal_bcd.booster: "
             "ColossalAI's own keep masters of everything. Change the plugin's import line."

@@ -21,8 +21,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.booster.casts.registry import parameters_of
+from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.booster.sequence import add_sequence_parallel
 from colossal_bcd.checkpoint.save import Pinned, pinned_state, state_shards
 from colossal_bcd.checkpoint.trained import EngineState
@@ -57,6 +56,7 @@ class StockSurface:
 
     config: EngineConfig
     masters: ShardedMasters
+    trained: Trained
     optim: Any
     model: Any
     layouts: Mapping[Parameter, Any]
@@ -317,7 +317,7 @@ class StockSurface:
     @property
     def _stepping(self) -> Optimizer:
         """The optimizer whose `step` updates the masters."""
-        optimizer: Optimizer = self.optim.base_optimizer if isinstance(self.optim, BlockOptimizer) else self.optim
+        optimizer: Optimizer = self.trained.base_optimizer
         return optimizer
 
     @property
@@ -375,21 +375,16 @@ class StockSurface:
 
 def param_info_of(optimizer: Any) -> dict[str, Any]:
     """What ColossalAI notes of an optimizer before it shards the model: numbers, ids and shapes of its parameters."""
-    block = optimizer if isinstance(optimizer, BlockOptimizer) else None
-    base = optimizer if block is None else block.base_optimizer
-    members = [group["params"] for group in base.param_groups] if block is None else block.members
-    numbers: dict[int, int] = {}
-    groups = []
-    for group, params in zip(base.param_groups, members, strict=True):
-        for param in params:
-            numbers[id(param)] = len(numbers)
+    trained = trained_of(optimizer)
+    numbers, groups = trained.keys(), []
+    for group, params in zip(trained.base_optimizer.param_groups, trained.members, strict=True):
         packed = {name: value for name, value in group.items() if name != "params"}
         groups.append({**packed, "params": [numbers[id(param)] for param in params]})
     return {
         "param_groups": groups,
         "param2id": numbers,
         "id2param": {number: key for key, number in numbers.items()},
-        "param2shape": {id(param): param.shape for param in parameters_of(optimizer)},
+        "param2shape": {id(param): param.shape for param in trained.parameters()},
     }
 
 

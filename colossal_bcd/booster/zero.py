@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Collection, Mapping, Sequence, Set
-from functools import partial
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
-from colossal_bcd.booster.casts.registry import keys_of
+from colossal_bcd.block.checks import refuse_torch_checkpoint
+from colossal_bcd.block.trained import trained_of
 from colossal_bcd.booster.clipping import clip_by_norm, clip_by_value, require_foreach
 from colossal_bcd.booster.correction import corrections_of
 from colossal_bcd.booster.loss_scaler import LossScaler
@@ -53,7 +51,6 @@ from colossal_bcd.engine.unused import Unused
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.accepted import require_real
 from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights, slice_chunk
-from colossal_bcd.optim.foreign.contract import examine
 from colossal_bcd.sharding import Layout, Request, sum_of_squares
 
 logger = logging.getLogger(__name__)
@@ -62,8 +59,9 @@ logger = logging.getLogger(__name__)
 class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     """Optimizer wrapper for what the optimizer trains now: all parameters, or the active block of a `BlockOptimizer`.
 
-    It is also a `torch.optim.Optimizer` by type, so that schedulers can be made on it.  It is the `Masters` of a
-    BlockOptimizer: masters, gradients, hooks and state exist for the active block only.
+    It is also a `torch.optim.Optimizer` by type, so that schedulers can be made on it.  It is the `Engine` of what is
+    trained: masters, gradients, hooks and state exist for what is active only, which is everything where the plan is
+    that of a plain optimizer.
 
     Args:
         optimizer: the user's, already cast.
@@ -92,7 +90,8 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self.stage_manager = getattr(model, "stage_manager", None)
         self.shared_params = getattr(model, "shared_params", [])
         self.require_grad_sync = True
-        self._keys = keys_of(optimizer)
+        self.trained = trained_of(optimizer, parameter_names)
+        self._keys = self.trained.keys()
         self.model_layouts, self._tied_elsewhere = layouts, tied_elsewhere
         self.layouts = {param: layout for param, layout in layouts.items() if id(param) in self._keys}
         self._backward_context = getattr(model, "_hook_context", contextlib.nullcontext)
@@ -101,19 +100,19 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._consumed = self._said_consumed = False
         self.late_check = LateCheck()
         self.masters = ShardedMasters(
+            self.trained.active_set,
             layouts,
             config.zero_groups,
             low_precision=not config.master_weights,
             offload=config.cpu_offload,
             whole_rows=prefers_whole_rows(self._base),
             chunk=slice_chunk(self._base),
-            residual=getattr(optimizer, "residual", None),
         )
         self._mesh = mesh_of(config, self._device)
         self._low_rank = LowRankGradients(
             self._base, config, self.shared_params, SeqParallelUtils.is_sp_partial_derived_param
         )
-        plain = not isinstance(optimizer, BlockOptimizer) and not self._low_rank.wanted
+        plain = self.trained.plan.is_whole and not self._low_rank.wanted
         self._kept = KeptGradients(wanted=plain and config.keep_gradients, max_norm=config.max_norm)
         self._reducer = GradientReducer([], self._reducer_config())
         self.mixed_precision_mixin = None
@@ -123,41 +122,25 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                 lambda: [] if (alive := engine()) is None else alive._reducer.checked, **config.fp16
             )
         self.param_to_pg = dict.fromkeys(layouts, self._zero_pg())
-        held = set(self.layouts)
         self._unused = Unused(parameter_names)
-        blocks = isinstance(optimizer, BlockOptimizer)
-        members = [[] if blocks else [p for p in g["params"] if p in held] for g in optimizer.param_groups]
-        self._newcomers = Newcomers(self, members)
+        self._newcomers = Newcomers(self)
         require_quantized_shares(self._base, self.masters, self.layouts, parameter_names)
-        if isinstance(optimizer, BlockOptimizer):
-            self._agree(optimizer)
-            optimizer.attach(self, held=held, corrections=corrections_of(self, optimizer.corrector))
-        else:
-            contract = examine(optimizer)
-            groups = [[p for p in params if p.requires_grad] for params in members]
-            for group, masters in zip(optimizer.param_groups, self.activate(groups, set()), strict=True):
-                group["params"] = masters
-            contract.begin(optimizer)
-            self.bind()
+        if not self.trained.plan.is_whole:
+            self._agree()
+        self.trained.attach(self, held=set(self.layouts), corrections=corrections_of(self, self.trained.corrector))
 
-    def activate(self, groups: Sequence[Sequence[Parameter]], keep: Collection[Parameter]) -> list[list[Tensor]]:
-        """Train exactly these parameters from now on.
-
-        Args:
-            groups: working parameters, by param group.
-            keep: those among them whose masters stay as they are.
-        Returns:
-            Masters, by param group: this rank's part of each parameter.
-        """
+    def release(self) -> None:
+        """See `Engine`."""
         self._force_wait_all_gather()
         self.zero_grad()
         self._reducer.detach()
-        active = [param for params in groups for param in params]
         self._publish([], {})
-        self.masters.activate(active, keep)
-        self._reducer = GradientReducer(active, self._reducer_config())
+
+    def adopt(self, groups: Sequence[Sequence[Parameter]]) -> None:
+        """See `Engine`."""
+        self._reducer = GradientReducer(list(self.masters.of), self._reducer_config())
         self._publish(groups, self.masters.of)
-        return [[self.masters.of[param] for param in params] for params in groups]
+        self.bind()
 
     def load_gradients(self) -> None:
         """Move the averaged gradients to the masters."""
@@ -177,7 +160,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 
     @says_where("switch of blocks")
     def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
-        """See `Masters`."""
+        """See `Engine`."""
         self._force_wait_all_gather()
         return squared_weights(blocks, self.masters, self._mesh, self._device, self._tied_elsewhere)
 
@@ -251,7 +234,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         scaler = self.mixed_precision_mixin
         with says_where("average of gradients"):
             self.settle()
-            if not isinstance(self.optim, BlockOptimizer):  # which watches its blocks itself
+            if self.trained.plan.is_whole:  # other plans watch their blocks themselves
                 self._unused.note(self.masters.of, self._reducer.grads)
             if scaler is not None and scaler.should_skip_step():
                 self._say_overflow()
@@ -266,8 +249,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._drop_gradients()
         self.write_back()
         self._newcomers.end_step()
-        if isinstance(self.optim, BlockOptimizer):
-            self.optim.switch_if_due(partial(self._agree, self.optim))
+        self.trained.switch_if_due(self._agree)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the boosted model, on every rank alike; see `Newcomers.add_group`."""
@@ -312,7 +294,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     def update_master_params(self, model: Any) -> None:
         """Take the masters from the working parameters again, after weights were loaded."""
         self._force_wait_all_gather()
-        self.masters.refresh()
+        self.masters.active_set.follow(self.masters.of)
 
     def wait_for_weights(self) -> None:
         """With `overlap_allgather`: wait until every weight holds what the last step made of it.
@@ -324,7 +306,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     def follow_weights(self) -> None:
         """Let masters follow weights that were written from outside since the last step; `step` does so itself."""
         self._force_wait_all_gather()
-        self.masters.follow()
+        self.masters.active_set.follow()
 
     def state_dict(self, pinned_state_dicts: Pinned | None = None, only_on_master: bool = False) -> dict[str, Any]:
         """All state, gathered: what `booster.save_optimizer` writes into a file.  All ranks must call.
@@ -370,7 +352,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 
     @property
     def _base(self) -> Any:
-        return self.optim.base_optimizer if isinstance(self.optim, BlockOptimizer) else self.optim
+        return self.trained.base_optimizer
 
     def bind(self) -> None:
         """Tell the optimizer which parts its tensors are, once its groups hold what `activate` returned."""
@@ -392,7 +374,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """
         self._low_rank.held.clear()
         self._kept.give_back(self._reducer, self.masters.of, self._current_grad_norm)
-        whole = not self.config.zero_groups and not isinstance(self.optim, BlockOptimizer) and not self._low_rank.wanted
+        whole = not self.config.zero_groups and self.trained.plan.is_whole and not self._low_rank.wanted
         for param, master in self.masters.of.items():
             if master.grad is None:
                 continue
@@ -415,8 +397,9 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                 )
 
     @says_where("switch of blocks")
-    def _agree(self, optimizer: BlockOptimizer) -> None:
-        require_agreement("block schedule", optimizer.fingerprint(), self._device)
+    def _agree(self) -> None:
+        fingerprint = self.trained.plan.fingerprint(self.trained.num_steps)
+        require_agreement("block schedule", fingerprint, self._device)
 
     def _zero_pg(self) -> dist.ProcessGroup | Groups | None:
         groups = self.config.zero_groups
@@ -430,7 +413,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             overlap=self.config.overlap_communication,
             communication_dtype=self.config.communication_dtype,
             whole_rows=self.masters.whole_rows,
-            votes=not isinstance(self.optim, BlockOptimizer),
+            votes=self.trained.plan.is_whole,
             device=self._device,
             chunk=self.masters.chunk,
         )
@@ -473,8 +456,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                 layout = self.masters.layout(param)
                 squares[param] = sum_of_squares(master.grad.view(-1)[: layout.num_local], layout.axes)
         settings = self._mesh, self._device, self.config.max_norm, loss_scale
-        importance = getattr(self.optim, "importance", None)
-        self._current_grad_norm = scale_gradients(grads, squares, *settings, importance)
+        self._current_grad_norm = scale_gradients(grads, squares, *settings, self.trained.importance)
         self.late_check.note(self._current_grad_norm)
 
     def _force_wait_all_gather(self) -> None:

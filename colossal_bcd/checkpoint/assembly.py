@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colossal_bcd.block import BlockOptimizerRatio
-from colossal_bcd.block.state_dict import Contributor
+from colossal_bcd.block.trained import Contributor
 from colossal_bcd.checkpoint.contributors import contributors_of
 from colossal_bcd.checkpoint.errors import gathered, num_ranks
 from colossal_bcd.checkpoint.trained import Boosted, TrainedTensor

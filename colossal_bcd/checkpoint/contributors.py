@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction.state import CorrectionState
-from colossal_bcd.block.state_dict import Contributor
+from colossal_bcd.block.correction.correction import CorrectionState
+from colossal_bcd.block.trained import Contributor
 from colossal_bcd.checkpoint.trained import Boosted
 from colossal_bcd.engine.masters import ShardedMasters
 from colossal_bcd.optim.state.filed import FiledTensor, filed_like
@@ -16,13 +16,11 @@ from colossal_bcd.optim.state.filed import FiledTensor, filed_like
 
 def contributors_of(boosted: Boosted) -> dict[str, Contributor]:
     """By name: those in `optimizer.contributors`, and the corrections of inactive blocks."""
-    if boosted.block is None:
-        return {}
-    parts: dict[str, Contributor] = dict(getattr(boosted.block, "contributors", {}))
-    corrector = boosted.block.corrector
-    if corrector is not None:
-        parts["correction"] = SavedCorrections(corrector)
-    if getattr(boosted.block, "residual", None) is not None:
+    trained = boosted.trained
+    parts = dict(trained.contributors)
+    if trained.corrector is not None:
+        parts["correction"] = SavedCorrections(trained.corrector)
+    if trained.residual is not None:
         parts["residual"] = ResidualState(boosted.wrapper.masters)
     return parts
 
@@ -64,7 +62,7 @@ class ResidualState:
 
     def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         """See `Contributor`."""
-        for param, tensor in self._masters.residuals.of.items():
+        for param, tensor in self._masters.active_set.residuals.of.items():
             yield param, {"value": tensor}, [filed_like("value", tensor, self._masters.layout(param))]
 
     def numbers(self) -> dict[str, Any]:
@@ -73,5 +71,5 @@ class ResidualState:
 
     def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
         """See `Contributor`."""
-        residuals = self._masters.residuals
+        residuals = self._masters.active_set.residuals
         residuals.of = {param: residuals.empty(param, self._masters.layout(param).local_shape) for param in saved}

@@ -107,7 +107,11 @@ def _names(
     names = {}
     for key in keys:
         found = shapes.get(key, [])
-        fits = [i for i, (*_, whole) in enumerate(left) if boosted.block is not None and (not found or whole in found)]
+        fits = [
+            i
+            for i, (*_, whole) in enumerate(left)
+            if not boosted.trained.plan.is_whole and (not found or whole in found)
+        ]
         place = fits[0] if fits else 0
         _, _, parameter, whole = left.pop(place)
         if found and whole not in found:
@@ -137,7 +141,7 @@ def _groups(name: str, groups: list[dict[str, Any]], boosted: Boosted, roster: P
     members = [[parameter for number, _, parameter, _ in roster if number == index] for index in range(len(ours))]
     if len(groups) != len(ours):
         # The original of block coordinate descent makes groups of its own, by decay.
-        if boosted.block is None:
+        if boosted.trained.plan.is_whole:
             raise CheckpointError(f"checkpoint {name}: got {len(groups)} param groups, expected {len(ours)}")
         return [{"hyper": {}, "parameters": names} for names in members]
     return [

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block.schedule import Schedule
-from colossal_bcd.block.state_dict import names_at, resume, schedule_of
+from colossal_bcd.block.plan import Plan
 from colossal_bcd.checkpoint.assembly import MASTER, WRITER
 from colossal_bcd.checkpoint.contributors import contributors_of
 from colossal_bcd.checkpoint.errors import CheckpointError, gathered, together
@@ -40,8 +39,9 @@ class Target:
     """What will train."""
     waiting: list[TrainedTensor] = field(default_factory=list)
     """What will keep masters and state until it trains again."""
-    schedule: Schedule | None = None
-    num_steps: int | None = None
+    plan: Plan | None = None
+    """By which a block optimizer goes on, after `num_steps`; None: it does not say."""
+    num_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class Loading:
     def apply(self) -> None:
         """Put it into the optimizer."""
         boosted, manifest, target = self.boosted, self.checkpoint.manifest, self.target
-        if boosted.block is not None and target.schedule is not None and target.num_steps is not None:
-            resume(boosted.block, target.schedule, target.num_steps)
-        elif boosted.block is not None and boosted.block.num_steps == 0:
+        if target.plan is not None:
+            boosted.trained.resume_at(target.num_steps, target.plan)
+        elif not boosted.trained.plan.is_whole and boosted.trained.num_steps == 0:
             _go_on_in_block(boosted, self.checkpoint)
         for group, saved in zip(boosted.groups(), manifest["groups"], strict=True):
             load_hyper(group, saved["hyper"])
@@ -105,24 +105,24 @@ def check_opened(boosted: Boosted, name: str, opened: Checkpoint | dict[str, Any
 
 
 def _target(boosted: Boosted, manifest: dict[str, Any]) -> Target:
-    saved, block = manifest["block"], boosted.block
-    if (saved is None) != (block is None):
+    saved, trained = manifest["block"], boosted.trained
+    if (saved is None) != trained.plan.is_whole:
         kinds = ["of a plain optimizer", "of a BlockOptimizer"]
         raise CheckpointError(
-            f"load_optimizer: got a checkpoint {kinds[saved is not None]}, expected one {kinds[block is not None]}. "
-            "Make the optimizer as in the run that saved it."
+            f"load_optimizer: got a checkpoint {kinds[saved is not None]}, expected one "
+            f"{kinds[not trained.plan.is_whole]}. Make the optimizer as in the run that saved it."
         )
     if manifest["rule"] != boosted.rule:
         raise CheckpointError(
             f"load_optimizer: got a checkpoint of {manifest['rule']}, expected one of {boosted.rule}. Make the "
             "optimizer as in the run that saved it."
         )
-    if block is None or saved is None:
+    if saved is None:
         return Target(held=boosted.held())
-    schedule = schedule_of(block, saved)
-    held = boosted.held(names_at(block, schedule, saved["num_steps"]))
+    plan = trained.plan.resumed(saved, ranges_given=trained.ranges_given)
+    held = boosted.held(trained.group_names(saved["num_steps"], plan))
     waiting = boosted.waiting(manifest.get("waiting", []))
-    return Target(held=held, waiting=waiting, schedule=schedule, num_steps=saved["num_steps"])
+    return Target(held=held, waiting=waiting, plan=plan, num_steps=saved["num_steps"])
 
 
 def _summary(opened: Checkpoint | dict[str, Any]) -> str:
@@ -207,12 +207,10 @@ def _check(
 
 def _go_on_in_block(boosted: Boosted, checkpoint: Checkpoint) -> None:
     """A fresh block optimizer has taken the steps that the foreign state of its block has."""
-    block = boosted.block
-    assert block is not None
     steps = [int(numbers["step"]) for numbers in checkpoint.manifest["numbers"].values() if "step" in numbers]
     steps += [int(checkpoint.tensor(name)) for name in checkpoint.entries if name.endswith(".step")]
     if steps:
-        block.num_steps = max(steps) % block.schedule.period
+        boosted.trained.num_steps = max(steps) % boosted.trained.schedule.period
 
 
 def _load(

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from colossal_bcd.block.state_dict import progress
 from colossal_bcd.checkpoint.assembly import Assembly, FullTensor
 from colossal_bcd.checkpoint.contributors import contributors_of
 from colossal_bcd.checkpoint.errors import CheckpointError
@@ -30,6 +29,7 @@ def manifest_of(boosted: Boosted, plan: Assembly) -> dict[str, Any]:
     Raises:
         CheckpointError: a param group holds what a file cannot.
     """
+    plan_of = boosted.trained.plan
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -45,7 +45,7 @@ def manifest_of(boosted: Boosted, plan: Assembly) -> dict[str, Any]:
         "shared": plan.shared,
         "part_numbers": plan.contributor_numbers,
         "entries": {tensor.name: _entry(tensor) for tensor in plan.tensors},
-        "block": None if boosted.block is None else progress(boosted.block),
+        "block": None if plan_of.is_whole else plan_of.progress(boosted.trained.num_steps),
         "parts": {name: part.numbers() for name, part in contributors_of(boosted).items()},
         "loss_scaler": _scaler(boosted.scaler),
     }

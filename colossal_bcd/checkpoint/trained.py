@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import trained_of
 from colossal_bcd.engine.masters import ShardedMasters
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout
@@ -46,8 +46,8 @@ class Boosted:
 
     def __init__(self, wrapper: Any, names: Mapping[int, str]) -> None:
         self.wrapper, self.names = wrapper, names
-        self.block: BlockOptimizer | None = wrapper.optim if isinstance(wrapper.optim, BlockOptimizer) else None
-        self.base: Optimizer = self.block.base_optimizer if self.block is not None else wrapper.optim
+        self.trained = getattr(wrapper, "trained", None) or trained_of(wrapper.optim, names)
+        self.base: Optimizer = self.trained.base_optimizer
 
     @property
     def rule(self) -> str:
@@ -110,44 +110,35 @@ class EngineState(Boosted):
     def held(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
         groups: list[list[Parameter]] = list(self.wrapper._working_param_groups.values())
         if names is not None:
-            assert self.block is not None
-            groups = [[self.block.named_parameters[name] for name in group] for group in names]
+            groups = [[self.trained.named_parameters[name] for name in group] for group in names]
         return [self._held(index, param) for index, params in enumerate(groups) for param in params]
 
     def waiting(self, names: Collection[str] | None = None) -> list[TrainedTensor]:
-        if self.block is None:
-            return []
-        aside = self.wrapper.masters.aside
+        aside: Collection[Parameter] = self.trained.active_set.aside
         if names is not None:
             chosen = set(names)
-            aside = {param for name, param in self.block.named_parameters.items() if name in chosen}
-        members = enumerate(self.block.members)
+            aside = {param for name, param in self.trained.named_parameters.items() if name in chosen}
+        members = enumerate(self.trained.members)
         return [self._held(index, param) for index, params in members for param in params if param in aside]
 
     def tensor(self, held: TrainedTensor) -> Tensor:
-        masters = self.wrapper.masters
-        tensor: Tensor = masters.of[held.param] if held.param in masters.of else masters.aside[held.param]
-        return tensor
+        active_set = self.trained.active_set
+        return active_set.masters[held.param] if held.param in active_set.masters else active_set.aside[held.param]
 
     def state(self, held: TrainedTensor) -> Mapping[str, Any]:
-        if self.block is not None and held.param in self.block.states_aside():
-            aside: Mapping[str, Any] = self.block.states_aside()[held.param]
-            return aside
-        return super().state(held)
+        aside: Mapping[str, Any] | None = self.trained.active_set.states_aside.get(held.param)
+        return super().state(held) if aside is None else aside
 
     @contextlib.contextmanager
     def taking(self, waiting: list[TrainedTensor]) -> Iterator[None]:
-        masters, params = self.wrapper.masters, [held.param for held in waiting]
-        active = list(masters.of)
-        masters.activate([*active, *params], active)
+        active_set = self.trained.active_set
+        active_set.states_aside = {}
+        active_set.wait(held.param for held in waiting)
         try:
             yield
         finally:
-            tensors = {held.param: self.tensor(held) for held in waiting}
-            masters.activate(active, {*active, *params})
-            if self.block is not None:
-                states = {param: self.base.state.pop(tensor, None) for param, tensor in tensors.items()}
-                self.block.put_aside({param: state for param, state in states.items() if state})
+            states = {param: self.base.state.pop(master, None) for param, master in active_set.aside.items()}
+            active_set.states_aside = {param: state for param, state in states.items() if state}
 
     def _held(self, group: int, param: Parameter) -> TrainedTensor:
         dtype = self.wrapper.masters.dtype(param)

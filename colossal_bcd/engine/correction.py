@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction.correction import require_open
-from colossal_bcd.block.correction.state import CorrectionState
+from colossal_bcd.block.correction.correction import CorrectionState, require_open
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig, _Bucket
 
 

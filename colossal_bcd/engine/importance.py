@@ -32,7 +32,7 @@ def squared_weights(
         tied_elsewhere: parameters that another pipeline stage counts.
     """
     parts = [
-        [masters.weight(param).reshape(-1)[: masters.layout(param).num_local] for param in params]
+        [masters.weight_of(param).reshape(-1)[: masters.layout(param).num_local] for param in params]
         for params in (
             [param for param in block if param not in tied_elsewhere and _counts(masters.layout(param), mesh)]
             for block in blocks

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.residual import ResidualOptions, Residuals
-from colossal_bcd.block.written import WriteMarks, follow
+from colossal_bcd.block.active_set import ActiveSet, follow
 from colossal_bcd.engine.gather import Defer, gather_weights
 from colossal_bcd.sharding import Layout, wide
 
@@ -20,20 +19,18 @@ class ShardedMasters:
     """This rank's part of every trained weight, in the precision in which it is updated.
 
     Args:
+        active_set: has the masters: flat parts [slice_length], or shards in their shape if there are no groups.
         layouts: tensor-parallel layout of every parameter that may ever be trained here.
         groups: the process groups whose product is the W ranks; empty for none.
         low_precision: masters have the weights' own dtype instead of float32.
         offload: masters live on the CPU.
         whole_rows: see `slice_length`.
         chunk: see `slice_length`.
-        residual: how to remember what rounding cuts off a master that goes, for the next one; None: forget it.
-
-    Attributes:
-        of: working parameter -> master; a flat part [slice_length], or the shard in its shape if there are no groups.
     """
 
     def __init__(
         self,
+        active_set: ActiveSet,
         layouts: Mapping[Parameter, Layout],
         groups: Sequence[dist.ProcessGroup],
         *,
@@ -41,21 +38,20 @@ class ShardedMasters:
         offload: bool = False,
         whole_rows: bool = False,
         chunk: int = 1,
-        residual: ResidualOptions | None = None,
     ) -> None:
+        self.active_set = active_set
         self._layouts, self.groups, self.whole_rows = layouts, tuple(groups), whole_rows
         self.chunk = chunk
         self._low_precision, self._offload = low_precision, offload
-        self.of: dict[Parameter, Tensor] = {}
-        self.aside: dict[Parameter, Tensor] = {}
-        """Masters of kept parameters that are not active."""
-        self.residuals = Residuals(residual)
-        """Of parameters that are not active."""
-        self._marks = WriteMarks()
         self.num_shards = math.prod(dist.get_world_size(group) for group in groups)
         self.shard = 0
         for group in groups:  # of several groups, the last one counts fastest
             self.shard = self.shard * dist.get_world_size(group) + dist.get_rank(group)
+
+    @property
+    def of(self) -> dict[Parameter, Tensor]:
+        """Master by working parameter."""
+        return self.active_set.masters
 
     def layout(self, param: Parameter) -> Layout:
         """Layout of the parameter's master."""
@@ -64,43 +60,17 @@ class ShardedMasters:
             return layout
         return layout.sliced("zero", self.shard, self.num_shards, whole_rows=self.whole_rows, chunk=self.chunk)
 
-    @torch.no_grad()
-    def activate(self, params: Sequence[Parameter], keep: Collection[Parameter]) -> None:
-        """Hold masters of exactly these parameters; the old ones are freed first, except those of `keep`."""
-        survivors, active = set(keep), set(params)
-        for param in [param for param in self.of if param not in survivors]:
-            self.residuals.keep(param, self.of.pop(param), self.weight(param))
-        held = {**self.aside, **self.of}
-        held = {param: master for param, master in held.items() if param in survivors}
-        self.aside = {param: master for param, master in held.items() if param not in active}
-        self.of = {param: held[param] for param in params if param in held}
-        remaining = {*self.of, *self.aside}
-        del held
-        self.of = {param: self.of[param] if param in self.of else self._restored(param) for param in params}
-        self._marks.renew(self.of, remaining)
-
     def dtype(self, param: Parameter) -> torch.dtype:
         """Dtype of the parameter's master."""
         return param.dtype if self._low_precision else wide(param.dtype)
 
     @torch.no_grad()
-    def refresh(self, params: Iterable[Parameter] | None = None) -> None:
-        """Take the values of these working parameters again, where they are not the rounded masters; None: of all."""
-        for param in self.of if params is None else params:
-            self._follow(param, self.of[param])
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Take over weights that were written from outside since the last step; every rank looks at its own part.
+    def follow(self, param: Parameter, master: Tensor) -> None:
+        """Let a master have the weight's values, where that is not the rounded master; every rank takes its own part.
 
         Raises:
-            ValueError: a weight has another shape now.
+            ValueError: the weight has another shape now.
         """
-        for param, master in [*self.of.items(), *self.aside.items()]:
-            if not self._marks.master_goes_first(param, master):
-                self._follow(param, master)
-
-    def _follow(self, param: Parameter, master: Tensor) -> None:
         if master.data_ptr() == param.data_ptr():
             return
         if tuple(param.shape) != self._layouts[param].local_shape:
@@ -108,14 +78,13 @@ class ShardedMasters:
                 f"a weight of shape {self._layouts[param].local_shape} now has shape {tuple(param.shape)}, expected "
                 "the same. Change a model's shapes before it is boosted."
             )
-        weight = self.weight(param)
+        weight = self.weight_of(param)
         alone = self.num_shards == 1 and not self._offload
         if alone and weight.dtype == master.dtype and weight.data_ptr() == param.data_ptr():
             # The weight is its own master; `param.data = other` has given it another memory.
             master.data = weight
         else:
             follow(master, weight.view(master.shape))
-        self._marks.note(param, master)
 
     def shard_layout(self, param: Parameter) -> Layout:
         """Layout of the working parameter."""
@@ -148,20 +117,15 @@ class ShardedMasters:
         for param, master in self.of.items():
             if self.num_shards == 1 and master.data_ptr() != param.data_ptr():
                 param.data.copy_(master.view(param.shape))
-            self._marks.note(param, master)
+            self.active_set.note(param, master)
 
-    def _restored(self, param: Parameter) -> Tensor:
-        master = self._new(param)
-        self.residuals.give_back(param, master)
-        return master
-
-    def _new(self, param: Parameter) -> Tensor:
-        """The weight itself where a master would be no different."""
+    def make_master(self, param: Parameter) -> Tensor:
+        """A master with the weight's values; the weight itself where a copy would be no different."""
         dtype = self.dtype(param)
         device = torch.device("cpu") if self._offload else param.device
-        return self.weight(param).to(device, dtype, copy=self.num_shards > 1)
+        return self.weight_of(param).to(device, dtype, copy=self.num_shards > 1)
 
-    def weight(self, param: Parameter) -> Tensor:
+    def weight_of(self, param: Parameter) -> Tensor:
         """What the master stands for: this rank's part of the weight, or the weight itself."""
         # `data` is a plain tensor where ColossalAI has changed the parameter's class (overlap_allgather); everything
         # else of such a parameter is of a class whose in-place operations are not in place.

@@ -17,9 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.block.compiled import CompiledGraphs
-from colossal_bcd.block.wrapper import NO_NEWCOMERS
+from colossal_bcd.block.trained import NO_NEWCOMERS
 from colossal_bcd.engine.agreement import all_agree
 from colossal_bcd.engine.late import LateFlag
 from colossal_bcd.engine.reducer import GradientReducer
@@ -35,14 +34,18 @@ class Newcomers:
 
     Args:
         engine: a `ZeroOptimizer`; under a BlockOptimizer, which says itself what trains, newcomers are refused.
-        members: this rank's parameters of each param group as the user gave them, frozen ones included.
     """
 
-    def __init__(self, engine: Any, members: Sequence[Sequence[Parameter]]) -> None:
+    def __init__(self, engine: Any) -> None:
         # Without a circle, so that an engine is freed, and its hooks with it, as soon as nobody holds it.
         self._engine = weakref.proxy(engine)
-        self.members = [list(params) for params in members]
         self._differ = LateFlag()
+
+    @property
+    def members(self) -> list[list[Parameter]]:
+        """This rank's parameters of each param group as the user gave them, frozen ones included."""
+        members: list[list[Parameter]] = self._engine.trained.members
+        return members
 
     def add_group(self, param_group: dict[str, Any]) -> None:
         """`torch.optim.Optimizer.add_param_group`, with parameters of the boosted model.
@@ -53,7 +56,7 @@ class Newcomers:
         params = param_group["params"]
         if isinstance(params, (list, tuple)) or not isinstance(params, (Tensor, set)):
             param_group["params"] = params = list(params)
-        if not isinstance(self._engine.optim, BlockOptimizer):
+        if self._engine.trained.plan.is_whole:
             self._check([params] if isinstance(params, Tensor) else list(params))
         self._engine.optim.add_param_group(param_group)
         self.look()
@@ -69,7 +72,7 @@ class Newcomers:
         foreign = [[tensor for tensor in group["params"] if id(tensor) not in known] for group in groups]
         if any(foreign) or len(groups) > len(self.members):
             self._take(foreign)
-        if not isinstance(engine.optim, BlockOptimizer):
+        if engine.trained.plan.is_whole:
             engine._reducer.joining = tuple(self._waiting())
 
     def join(self) -> None:
@@ -94,7 +97,7 @@ class Newcomers:
 
     def settle(self) -> None:
         """Take over what waits without a backward pass, as before a checkpoint; all ranks must call."""
-        if isinstance(self._engine.optim, BlockOptimizer):
+        if not self._engine.trained.plan.is_whole:
             return
         self.look()
         waiting = self._waiting()
@@ -139,10 +142,10 @@ class Newcomers:
     def _take(self, foreign: Sequence[Sequence[Any]]) -> None:
         """Note the members of groups that were added, or added to; their masters come later."""
         engine, groups = self._engine, self._engine.optim.param_groups
-        if isinstance(engine.optim, BlockOptimizer):
+        if not engine.trained.plan.is_whole:
             raise ValueError(NO_NEWCOMERS)
         self._check([tensor for tensors in foreign for tensor in tensors])
-        self.members += [[] for _ in groups[len(self.members) :]]
+        self.members.extend([] for _ in groups[len(self.members) :])
         for index, tensors in enumerate(foreign):
             for tensor in tensors:
                 engine._keys[id(tensor)] = self._new_key(tensor)
@@ -178,9 +181,8 @@ class Newcomers:
         # A graph that was compiled before computes no gradient of them.
         CompiledGraphs().renew(waiting, num_sets=1)
         names = self._described([param for params in self.members for param in params if param in waiting])
-        engine.masters.activate(
-            [param for params in self.members for param in params if param in of or param in waiting], list(of)
-        )
+        admitted = [param for params in self.members for param in params if param in of or param in waiting]
+        engine.trained.active_set.exchange(admitted, of.keys())
         self._fill_groups()
         contract = examine(engine.optim)
         if contract.constructs_state and contract.by_parameter:  # such as Adagrad, which makes none in its step

@@ -27,7 +27,7 @@ from torch.autograd import Variable
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from colossal_bcd.block.correction.state import CorrectionState
+from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.block.replicas import ReplicaClient
 from colossal_bcd.engine.agreement import fingerprints_of, require_agreement
 from colossal_bcd.engine.correction import CorrectingReducer, CorrectionConfig

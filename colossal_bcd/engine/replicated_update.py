@@ -50,7 +50,7 @@ def replicate(optimizer: ReducedGradientOptimizer, masters: ShardedMasters, buck
             bucket, _gather({p: replicated_updates[p] for p in bucket}, masters.groups), strict=True
         ):
             _update(param, masters.shard_layout(param), replicated_updates[param], step, streams.get(masters.of[param]))
-    masters.refresh(replicated_updates)
+    masters.active_set.follow(replicated_updates)
     return set(replicated_updates)
 
 

@@ -104,12 +104,16 @@ def test_block_log_names_the_stages_of_each_block():
 
 def test_block_log_of_a_pipeline_is_written_once():
     """What the launcher of a script that leaves logging alone shows: each stage's block, once for all ranks."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests.parent), str(tests / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*command, str(tests / "log_script.py")], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(tests / "support" / "log_script.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith(("--", "colossal_bcd: step"))]

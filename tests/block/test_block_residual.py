@@ -145,7 +145,7 @@ def test_block_optimizer_keeps_updates_below_the_step_of_16_bit_weights(residual
         if step == 20:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     want = 1.0 if residual == "drop" else 1 - 32 * TINY[bits]
-    held = [value.untyped_storage().nbytes() for value in optimizer.masters.residuals.of.values()]
+    held = [value.untyped_storage().nbytes() for value in optimizer.active_set.residuals.of.values()]
     assert sum(held) == (0 if residual == "drop" else 16 * bits // 8)
     for num_steps in (64, 65):
         optimizer.resume_at(num_steps)

@@ -6,7 +6,7 @@ from block_net import Net, adamw, held, layer, same, train, trainable, weights, 
 from torch.optim.lr_scheduler import LambdaLR
 
 import colossal_bcd
-from colossal_bcd.block import Masters
+from colossal_bcd.block.trained import Engine
 
 
 def test_block_optimizer_order_needs_no_global_generator():
@@ -78,32 +78,35 @@ class FakeEngine:
     """What a booster does: masters of its own, gradients from elsewhere, switches by call."""
 
     def __init__(self):
-        self.of, self.calls = {}, []
+        self.of, self.calls, self.masters = {}, [], self
 
-    def activate(self, groups, keep):
-        self.calls.append((len(groups), {param.numel() for param in keep}))
-        self.of = {
-            p: self.of[p] if p in keep and p in self.of else p.detach().clone() for group in groups for p in group
-        }
-        return [[self.of[param] for param in group] for group in groups]
+    def release(self):
+        self.calls.append("release")
 
-    def bind(self):
-        pass
+    def adopt(self, groups):
+        self.calls.append((len(groups), sum(map(len, groups))))
 
-    def load_gradients(self):
-        self.calls.append("load")
+    def make_master(self, param):
+        self.of[param] = param.detach().clone()
+        return self.of[param]
 
-    def write_back(self):
-        self.calls.append("write")
+    def weight_of(self, param):
+        return param
+
+    def follow(self, param, master):
+        raise AssertionError
 
     def zero_grad(self, set_to_none=True):
         self.calls.append("zero")
+
+    def squared_weights(self, blocks):
+        raise AssertionError
 
 
 def test_block_optimizer_attached_leaves_gradients_weights_and_switches_to_the_engine():
     model = Net(dtype=torch.bfloat16)
     optimizer = wrap(model, active_modules=["lm_head"])
-    engine: Masters = FakeEngine()
+    engine: Engine = FakeEngine()
     optimizer.attach(engine)
     before = weights(model)
     for _ in range(2):
@@ -111,12 +114,13 @@ def test_block_optimizer_attached_leaves_gradients_weights_and_switches_to_the_e
             tensor.grad = torch.ones_like(tensor)
         optimizer.step()
     optimizer.zero_grad()
-    assert engine.calls == [(1, set()), "zero"]
+    assert engine.calls == ["release", (1, 3), "zero"]
     assert same(weights(model), before)
     assert trainable(model) == [*layer(0), "lm_head.weight"]
     master = engine.of[model.lm_head.weight]
     assert optimizer.switch_if_due()
-    assert engine.calls[-1] == (1, {20})
+    assert engine.calls[-2:] == ["release", (1, 3)]
+    assert engine.of[model.lm_head.weight] is master
     assert trainable(model) == [*layer(1), "lm_head.weight"]
     assert list(optimizer.base_optimizer.state) == [master]
     with pytest.raises(ValueError, match="closure"):

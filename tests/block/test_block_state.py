@@ -2,6 +2,7 @@
 
 import copy
 import io
+import types
 
 import pytest
 import torch
@@ -155,10 +156,12 @@ def test_block_optimizer_refuses_the_state_of_a_plain_optimizer():
 
 def test_block_optimizer_state_is_the_boosters_under_an_engine():
     class Engine:
-        def activate(self, groups, keep):
-            return [[param.detach() for param in group] for group in groups]
+        masters = types.SimpleNamespace(make_master=lambda param: param.detach(), weight_of=lambda param: param)
 
-        def bind(self):
+        def release(self):
+            pass
+
+        def adopt(self, groups):
             pass
 
     optimizer = wrap(Net())

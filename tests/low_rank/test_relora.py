@@ -346,7 +346,7 @@ def test_relora_inside_blocks_refreshes_the_active_layer_alone(dtype: torch.dtyp
         model(input_ids=tokens, labels=tokens).loss.backward()
         if step == 1:
             factor = up_proj(model)
-            state = optimizer.state[optimizer.masters.tensors[factor.trained]]
+            state = optimizer.state[optimizer.active_set.masters[factor.trained]]
             moment, old = state["exp_avg"].clone(), factor.basis.weight.detach().clone()
         model.merge_and_reinit(optimizer)
         if step == 1:

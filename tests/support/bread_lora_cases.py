@@ -111,7 +111,7 @@ def boosted(mode: str, plugin: str, steps: int, by_booster: bool) -> dict[str, A
         booster.backward(models.loss(model, batches(2)(step)[dist.get_rank()]), engine)
         engine.step()
         engine.zero_grad()
-        aside.append(sum(master.numel() for master in engine.masters.aside.values()))
+        aside.append(sum(master.numel() for master in engine.masters.active_set.aside.values()))
     weights = {name: param.detach() for name, param in model.unwrap(unwrap_peft=False).named_parameters()}
     state = sum(master.numel() for master in engine.masters.of.values())
     return {"weights": weights, "aside": aside, "held": state}

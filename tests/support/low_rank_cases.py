@@ -314,7 +314,9 @@ def gathered(
         counts.append(counter.bytes["all_gather_into_tensor"])
         equal &= replicas(engine, booster)
         parts = [
-            (engine.masters.of[param], engine.masters._new(param)) for param in engine.layouts if param.requires_grad
+            (engine.masters.of[param], engine.masters.make_master(param))
+            for param in engine.layouts
+            if param.requires_grad
         ]
         equal &= all(torch.equal(master, part) for master, part in parts)
         found.append({name: param.detach().clone() for name, param in model.named_parameters()})

@@ -151,10 +151,10 @@ def written_weights(options: dict[str, Any]) -> dict[str, float]:
         for turn in range(2):
             if turn:
                 engine.wait_for_weights()
-                before = {param: masters.weight(param).clone() for param in books}
+                before = {param: masters.weight_of(param).clone() for param in books}
                 write_into(module, params)
                 for param, book in books.items():
-                    book.follow(before[param].view_as(book.values), masters.weight(param).view_as(book.values))
+                    book.follow(before[param].view_as(book.values), masters.weight_of(param).view_as(book.values))
             for param, book in books.items():
                 grad = gradient(engine.parameter_names[id(param)], engine.layouts[param].shape, step)
                 param.grad = engine.layouts[param].shard(grad).to(param.dtype)
@@ -171,7 +171,7 @@ def _error(engine: Any, param: Parameter, book: Textbook) -> float:
     """Of master and weight; inf for NaN."""
     data = engine.masters.layout(param).num_local
     master, want = engine.masters.of[param].reshape(-1)[:data], book.values.reshape(-1)[:data]
-    weight = engine.masters.weight(param).reshape(-1)[:data]
+    weight = engine.masters.weight_of(param).reshape(-1)[:data]
     off = (master.double() - want).abs()
     rounded = (master.to(param.dtype) - weight).abs().double()
     worst = torch.cat([off, rounded, torch.zeros(1)]).max().item()

@@ -49,7 +49,7 @@ def _check_held(engine: Any, options: dict[str, Any], *, divided: bool) -> None:
     """As many bytes as were asked for, of the layers that wait, over the ZeRO ranks."""
     values = sum(param.numel() for layer in range(1, LAYERS) for param in _layer(engine, layer))
     want = values * options.get("residual_bits", 16) // 8 // (dist.get_world_size() if divided else 1)
-    held = sum(value.untyped_storage().nbytes() for value in engine.masters.residuals.of.values())
+    held = sum(value.untyped_storage().nbytes() for value in engine.masters.active_set.residuals.of.values())
     assert held == want, (held, want)
 
 

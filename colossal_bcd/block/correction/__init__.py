@@ -2,6 +2,5 @@
 
 rules         SGD, sign, momentum and Lion updates of one parameter
 by_optimizer  a correction by an optimizer of this package
-state         what corrections keep for a parameter, and the update itself
-correction    the options of a correction, and the gradients of inactive parameters as they come
+correction    what corrections keep for a parameter, the update itself, and who brings the gradients
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction.state import CorrectionState
+from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.functional import plain_number
 from colossal_bcd.optim.state.filed import FiledTensor, allocate, filed_tensors

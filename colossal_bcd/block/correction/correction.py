@@ -1,108 +1,223 @@
 """BREAD's corrections: a cheap update of the weights outside of the active block ("landscape correction").
 
 Source: "Accelerating Block Coordinate Descent for LLM Finetuning via Landscape Correction", openreview zs6bRl05g8.  A
-gradient is used and freed as soon as backward has made it, so that no more than a few exist at any time.
+gradient is used and freed as soon as backward has made it, so that no more than a few exist at any time.  n: values of
+data on this rank.
+
+A `GradientSource` (hooks on one process, the reducer of an engine) brings gradients; a `CorrectionState` updates the
+weights by them.
 """
 
 from __future__ import annotations
 
-import warnings
+import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.checks import require_choice, require_int
-from colossal_bcd.block.correction.by_optimizer import OptimizerCorrection, OptimizerState
-from colossal_bcd.block.correction.rules import Correction, SgdCorrection, SignCorrection
-from colossal_bcd.block.correction.state import CorrectionState, ElementwiseState
-from colossal_bcd.optim.state.rounding import Rounding
+from colossal_bcd.block.correction.rules import Correction
+from colossal_bcd.optim.functional import plain_number
+from colossal_bcd.optim.state.filed import FiledTensor, filed_like
+from colossal_bcd.optim.state.rounding import (
+    CPU_CHUNK,
+    DEVICE_CHUNK,
+    LOW_PRECISION,
+    Rounding,
+    random_bits,
+    stochastic_round,
+    stream,
+)
+from colossal_bcd.sharding import Layout, Mesh, wide
 
 CorrectionMode: TypeAlias = Literal["all", "partial", "disabled"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class CorrectionOptions:
-    """Arguments of a BlockOptimizer that say how inactive blocks are corrected.
-
-    Raises:
-        TypeError, ValueError: one is wrong, or would be ignored.
-    """
-
-    sgd_mode: CorrectionMode = "disabled"
-    sgd_lr_scaling: float = 1.0
-    sgd_use_sign: bool = False
-    correction: Correction | OptimizerCorrection | None = None
-    correction_rounding: Rounding = "nearest"
-    accumulation_steps: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_choice("sgd_mode", self.sgd_mode, ("disabled", "all", "partial"))
-        require_choice("correction_rounding", self.correction_rounding, ("nearest", "stochastic"))
-        require_int("accumulation_steps", self.accumulation_steps, 1)
-        scaling = self.sgd_lr_scaling
-        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 <= scaling < float("inf"):
-            raise ValueError(f"sgd_lr_scaling: got {scaling!r}, expected a non-negative number")
-        elementwise = callable(getattr(self.correction, "direction", None))
-        if self.correction is not None and not elementwise and not isinstance(self.correction, OptimizerCorrection):
-            raise TypeError(
-                f"correction: got a {type(self.correction).__name__}, expected a Correction, such as LionCorrection(), "
-                "or an OptimizerCorrection"
-            )
-        if self.sgd_mode == "disabled":
-            given = {"sgd_use_sign": self.sgd_use_sign, "correction": self.correction is not None}
-            given["correction_rounding"] = self.correction_rounding != "nearest"
-            ignored = [name for name, is_given in given.items() if is_given]
-            if ignored:
-                raise ValueError(
-                    f"{ignored[0]}: got it with sgd_mode='disabled', which corrects nothing. Set sgd_mode to 'all' or "
-                    "'partial', or leave it out."
-                )
-            if scaling != 1:
-                warnings.warn(
-                    f"sgd_lr_scaling={scaling} has no effect with sgd_mode='disabled', which corrects nothing. Set "
-                    "sgd_mode to 'all' or 'partial'.",
-                    stacklevel=4,
-                )
-        if self.correction is not None and self.sgd_use_sign:
-            raise ValueError("sgd_use_sign: got True and a correction, expected one of the two")
-
-    def corrector(self) -> CorrectionState | None:
-        """What these arguments ask for; None for nothing."""
-        if self.sgd_mode == "disabled":
-            return None
-        said: dict[str, Any] = {
-            "mode": self.sgd_mode,
-            "lr_scaling": self.sgd_lr_scaling,
-            "rounding": self.correction_rounding,
-            "accumulation_steps": self.accumulation_steps,
-            "seed": self.seed,
-        }
-        if isinstance(self.correction, OptimizerCorrection):
-            return OptimizerState(self.correction, **said)
-        rule = self.correction or (SignCorrection() if self.sgd_use_sign else SgdCorrection())
-        return ElementwiseState(rule, **said)
+logger = logging.getLogger(__name__)
 
 
-def inactive(names: Sequence[str], active: Iterable[str], mode: CorrectionMode) -> list[str]:
-    """Names that are corrected while `active` train.
+class CorrectionState(ABC):
+    """A rule with its state, applied to whole local weights.
 
     Args:
-        names: trainable parameters in model order.
-        active: those that the base optimizer trains.
-        mode: "all" others; "partial": those after the first active one, whose gradient costs little more.
+        rule: what is subtracted; its `repr` says which it is.
+        mode: of `inactive`.
+        lr_scaling: learning rate, as a multiple of that of the parameter's group.
+        rounding: of bfloat16 and float16 weights.
+        accumulation_steps: micro-batches per step.
+        seed: of stochastic rounding.
+
+    Attributes:
+        num_steps: applied steps of the optimizer; counts the streams of stochastic rounding.
     """
-    held = set(active)
-    first = next((index for index, name in enumerate(names) if name in held), 0) if mode == "partial" else 0
-    return [name for name in names[first:] if name not in held]
+
+    by_bucket = False
+    """Whether the weights of a bucket of gradients are updated together, which saves collectives and time."""
+
+    def __init__(
+        self, rule: Any, *, mode: str, lr_scaling: float, rounding: Rounding, accumulation_steps: int, seed: int
+    ) -> None:
+        self.rule, self.mode, self.lr_scaling, self.rounding = rule, mode, lr_scaling, rounding
+        self.accumulation_steps, self.seed = accumulation_steps, seed
+        self.num_steps = 0
+        self._groups: dict[Parameter, dict[str, Any]] = {}
+        self._keys: dict[Parameter, int] = {}
+        self._layouts: Mapping[Parameter, Layout] = {}
+        self._announced = False
+
+    def adopt(
+        self, named: Mapping[str, Parameter], groups: Sequence[tuple[dict[str, Any], Sequence[Parameter]]]
+    ) -> None:
+        """Note each parameter's number, and the param group that has its learning rate; all of them are whole here."""
+        self._keys = {param: key for key, param in enumerate(named.values())}
+        self._layouts = {param: Layout.whole(tuple(param.shape)) for param in named.values()}
+        for group, params in groups:
+            self._groups.update(dict.fromkeys(params, group))
+
+    def bind(self, layouts: Mapping[Parameter, Layout], mesh: Mesh) -> None:
+        """Say which part of which parameter the weights of this rank are.
+
+        Args:
+            layouts: of the parameters on this rank; data-parallel ranks hold the same part.
+            mesh: a group for every axis that the layouts name.
+        """
+        self._layouts = layouts
+
+    def identity(self) -> dict[str, Any]:
+        """What says how inactive parameters are updated: plain numbers and strings."""
+        return {
+            "mode": self.mode,
+            "rule": repr(self.rule),
+            "lr_scaling": self.lr_scaling,
+            "rounding": self.rounding,
+            "accumulation_steps": self.accumulation_steps,
+        }
+
+    def wait(self, grad: Tensor, waiting: Tensor | None) -> Tensor:
+        """A gradient that waits for the next micro-batch's, in bfloat16, added to what waits already."""
+        if not self._announced:
+            self._announced = True
+            logger.info("corrections wait for the last micro-batch: 2 bytes more for every corrected parameter")
+        return grad.to(torch.bfloat16) if waiting is None else waiting.add_(grad)
+
+    @property
+    @abstractmethod
+    def state(self) -> Mapping[Parameter, dict[str, Any]]:
+        """Tensors and numbers of every parameter that was corrected; they stay while it is active."""
+
+    @abstractmethod
+    def filed(self, param: Parameter) -> list[FiledTensor]:
+        """Description of the tensors in a parameter's state on this rank."""
+
+    @abstractmethod
+    def num_bytes(self, param: Parameter, layout: Layout) -> int:
+        """Bytes of a parameter's state on a rank that holds the part that the layout says."""
+
+    @abstractmethod
+    def allocate(self, params: Iterable[Parameter]) -> None:
+        """Give exactly these parameters state as before their first update."""
+
+    @abstractmethod
+    def load(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        """Take over copies of saved entries: tensors as this rank holds them, numbers."""
+
+    @abstractmethod
+    def apply(
+        self, gradients: Mapping[Parameter, Tensor], *, loss_scale: float = 1.0, finite: Tensor | None = None
+    ) -> None:
+        """Update weights.
+
+        Args:
+            gradients: [numel] averages by parameter, padding included.
+            loss_scale: factor in them that is to be undone.
+            finite: scalar bool; where it is False nothing changes.
+        """
+
+
+class ElementwiseState(CorrectionState):
+    """A `Correction`, in chunks, so that temporaries do not grow with the weight."""
+
+    rule: Correction
+
+    def __init__(self, rule: Correction, **options: Any) -> None:
+        super().__init__(rule, **options)
+        self._state: dict[Parameter, dict[str, Tensor]] = {}
+
+    @property
+    def state(self) -> Mapping[Parameter, dict[str, Tensor]]:
+        return self._state
+
+    def filed(self, param: Parameter) -> list[FiledTensor]:
+        return [filed_like(name, tensor, self._layouts[param]) for name, tensor in self._state[param].items()]
+
+    def num_bytes(self, param: Parameter, layout: Layout) -> int:
+        return layout.num_local * sum(dtype.itemsize for dtype in self.rule.state.values())
+
+    def allocate(self, params: Iterable[Parameter]) -> None:
+        self._state = {param: self._new_state(param) for param in params}
+
+    def load(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        self._state = {
+            param: {name: entry.to(param.device, copy=True) for name, entry in entries.items()}
+            for param, entries in state.items()
+        }
+
+    @torch.no_grad()
+    def apply(
+        self, gradients: Mapping[Parameter, Tensor], *, loss_scale: float = 1.0, finite: Tensor | None = None
+    ) -> None:
+        for param, grad in gradients.items():
+            self._apply(param, grad, loss_scale, finite)
+
+    def _apply(self, param: Parameter, grad: Tensor, loss_scale: float, finite: Tensor | None) -> None:
+        # `data`: ColossalAI's own parameter classes have in-place operations that are not in place.
+        weight, layout = param.data.contiguous(), self._layouts[param]
+        values, n = weight.view(-1), layout.num_local
+        if param not in self._state:
+            self._state[param] = self._new_state(param)
+        stochastic = self.rounding == "stochastic" and param.dtype in LOW_PRECISION
+        numbers = stream(self.seed, self._keys[param], self.num_steps) if stochastic else None
+        lr = self._groups[param]["lr"]
+        # A rate on an accelerator is not waited for in the middle of backward.
+        lr = (plain_number(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr) * self.lr_scaling
+        size = CPU_CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            new = values[part].to(wide(param.dtype))
+            direction = self._direction(param, grad, part, loss_scale, finite)
+            new = new.sub(direction * lr) if isinstance(lr, Tensor) else new.add_(direction, alpha=-lr)
+            if numbers is not None:
+                bits = random_bits(layout.positions(part.start, part.stop, weight.device), numbers)
+                new = stochastic_round(new, bits, param.dtype)
+            values[part] = new
+        if not param.data.is_contiguous():
+            param.data.copy_(weight)
+
+    def _new_state(self, param: Parameter) -> dict[str, Tensor]:
+        n = self._layouts[param].num_local
+        return {name: torch.zeros(n, dtype=dtype, device=param.device) for name, dtype in self.rule.state.items()}
+
+    def _direction(
+        self, param: Parameter, grad: Tensor, part: slice, loss_scale: float, finite: Tensor | None
+    ) -> Tensor:
+        """[n of the part] the rule's direction, with its state updated."""
+        dtype = wide(param.dtype)
+        values = grad[part].to(dtype)
+        if loss_scale != 1:
+            values = values / loss_scale
+        stored = {name: entry[part] for name, entry in self._state[param].items()}
+        entries = {name: entry.to(dtype, copy=True) for name, entry in stored.items()}
+        direction = self.rule.direction(values, entries)
+        for name, entry in entries.items():
+            stored[name].copy_(entry if finite is None else torch.where(finite, entry, stored[name]))
+        # Not a product: what is not finite times zero is not zero.
+        return direction if finite is None else torch.where(finite, direction, 0)
 
 
 class GradientSource(Protocol):
-    """Who brings gradients to the corrector."""
+    """Who brings the gradients of inactive parameters to a `CorrectionState`."""
 
     def activate(self, params: Sequence[Parameter]) -> None:
         """Correct exactly these parameters from now on; gradients that wait are forgotten."""

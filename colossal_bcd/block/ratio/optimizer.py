@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from colossal_bcd.block.checks import refuse_torch_checkpoint
 from colossal_bcd.block.compiled import CompiledGraphs
 from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole
-from colossal_bcd.block.heads import warn_of_heads
 from colossal_bcd.block.log import announce
 from colossal_bcd.block.parameters import read_parameters
 from colossal_bcd.block.ratio.selection import MaskMode, Selected, SelectedSpec, Selection
-from colossal_bcd.block.reached import Reach
 from colossal_bcd.block.replicas import Averages, averages_for
-from colossal_bcd.block.torch_checkpoint import refuse_torch_checkpoint
+from colossal_bcd.block.untrained import Reach, warn_of_heads
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.names import Pattern, role_of
 from colossal_bcd.optim.base import State

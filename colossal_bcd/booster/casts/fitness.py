@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.booster.casts.registry import is_known_elementwise
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.contract import CLOSE, examine, update_apart
@@ -28,11 +28,11 @@ def require_fit(optimizer: Optimizer, given: Given) -> None:
     Raises:
         ValueError: it does not bear other tensors, keeps what no checkpoint would have, or needs whole tensors.
     """
-    block = optimizer if isinstance(optimizer, BlockOptimizer) else None
-    base = optimizer if block is None else block.base_optimizer
-    if isinstance(base, ShardedOptimizer) or (given == "parameters" and block is None):
+    trained = trained_of(optimizer)
+    base, plain = trained.base_optimizer, trained.plan.is_whole
+    if isinstance(base, ShardedOptimizer) or (given == "parameters" and plain):
         return
-    contract = examine(base) if block is None else block.contract
+    contract = examine(base) if plain else trained.active_set.contract
     contract.require_exchangeable("boost")
     if contract.attributes:
         raise ValueError(
@@ -40,7 +40,7 @@ def require_fit(optimizer: Optimizer, given: Given) -> None:
             f"{', '.join(map(repr, contract.attributes))}, expected an optimizer that keeps all it needs in its state "
             "and param groups, as only these are in a checkpoint. Take another one, such as torch.optim.AdamW."
         )
-    if block is None and base.state and not contract.is_new(base):
+    if plain and base.state and not contract.is_new(base):
         raise ValueError(
             f"boost: got {contract.name} with state of {len(base.state)} parameters, expected none: it would be lost. "
             "Boost before the first step, and load a saved state afterwards."
@@ -51,13 +51,13 @@ def require_fit(optimizer: Optimizer, given: Given) -> None:
             "every rank. Take another one, such as torch.optim.AdamW."
         )
     if given == "parts" and not is_known_elementwise(base):
-        _require_elementwise(contract.name, base, block)
+        _require_elementwise(contract.name, trained)
 
 
-def _require_elementwise(name: str, base: Optimizer, block: BlockOptimizer | None) -> None:
+def _require_elementwise(name: str, trained: Trained) -> None:
     try:
-        with _members(base, block):
-            apart = update_apart(base)
+        with _members(trained):
+            apart = update_apart(trained.base_optimizer)
     except TwinError as error:
         logger.warning(
             "%s could not be tried (%s): right only if its update of a value needs that value alone", name, error
@@ -74,13 +74,14 @@ def _require_elementwise(name: str, base: Optimizer, block: BlockOptimizer | Non
 
 
 @contextlib.contextmanager
-def _members(base: Optimizer, block: BlockOptimizer | None) -> Iterator[None]:
+def _members(trained: Trained) -> Iterator[None]:
     """All parameters in the groups, not those of the active block alone."""
-    active = [group["params"] for group in base.param_groups]
+    groups = trained.base_optimizer.param_groups
+    active = [group["params"] for group in groups]
     try:
-        for group, members in zip(base.param_groups, active if block is None else block.members, strict=True):
+        for group, members in zip(groups, trained.members, strict=True):
             group["params"] = members
         yield
     finally:
-        for group, params in zip(base.param_groups, active, strict=True):
+        for group, params in zip(groups, active, strict=True):
             group["params"] = params

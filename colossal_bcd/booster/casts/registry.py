@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
@@ -285,20 +285,3 @@ def names_of(model: Any) -> dict[int, str]:
     """One name by id of every parameter, to be taken before the model is sharded: the same on every mesh."""
     module = model.unwrap(unwrap_peft=False) if hasattr(model, "unwrap") else model
     return {id(param): plain_name(name) for name, param in module.named_parameters()}
-
-
-def keys_of(optimizer: Optimizer) -> dict[int, int]:
-    """Number of every parameter, by id: its place in the groups as the user gave them, the same on every mesh."""
-    groups: Iterable[Iterable[Any]] = (group["params"] for group in optimizer.param_groups)
-    if isinstance(optimizer, BlockOptimizer):
-        groups = optimizer.members
-    return {id(param): key for key, param in enumerate(param for group in groups for param in group)}
-
-
-def parameters_of(optimizer: Optimizer | None) -> Iterable[Any]:
-    """Every parameter that the optimizer may train, active or not."""
-    if optimizer is None:
-        return []
-    if isinstance(optimizer, BlockOptimizer):
-        return list(optimizer.named_parameters.values())
-    return [param for group in optimizer.param_groups for param in group["params"]]

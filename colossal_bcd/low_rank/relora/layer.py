@@ -8,6 +8,7 @@ masters nor optimizer states of it exist.
 from __future__ import annotations
 
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from colossal_bcd.low_rank.relora.merge import random_basis
+from colossal_bcd.low_rank.projector import random_bases
 from colossal_bcd.optim.functional import require
 from colossal_bcd.sharding import wide
 
@@ -138,7 +139,7 @@ class ReLoRaLinear(nn.Module):
         self.basis.requires_grad_(False)
         with torch.no_grad():
             self.trained.zero_()
-            self.basis.weight.copy_(random_basis(name, self, relora_config.seed, 0))
+            self.basis.weight.copy_(self.random_basis(name, relora_config.seed, 0))
         self._leaf: Tensor | None = None
         """Shares the weight's memory and takes its gradient, so that no optimizer can mistake W for trained."""
 
@@ -160,6 +161,24 @@ class ReLoRaLinear(nn.Module):
     def basis(self) -> nn.Linear:
         """The side of A B that has orthonormal rows (B) or columns (A)."""
         return self.lora_B if self.right else self.lora_A
+
+    @property
+    def side(self) -> str:
+        """Of the weight, on which the basis is."""
+        return "right" if self.right else "left"
+
+    def random_basis(self, name: str, seed: int, number: int) -> Tensor:
+        """A random basis in its layer's shape: a pure function of the seed, the layer's name and the refresh."""
+        draw = zlib.crc32(repr((seed, name, number)).encode()) * 4
+        like = self.weight.data.to(wide(self.weight.dtype))
+        return self.basis_of(random_bases(tuple(self.weight.shape), self.r, self.side, draw, like))
+
+    def basis_of(self, bases: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """The right basis [in, q] as B [q, in], or the left one [out, q] as A."""
+        left, right = bases
+        basis = right.T if self.right and right is not None else left
+        assert basis is not None
+        return basis
 
     @property
     def full_gradient(self) -> Tensor | None:

@@ -7,24 +7,21 @@ moments, which may be sharded, are put together; every rank then does the same.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.low_rank.projector import random_bases, singular_bases
+from colossal_bcd.low_rank.projector import singular_bases
+from colossal_bcd.low_rank.relora.layer import ReLoRaLinear
 from colossal_bcd.optim.state.quantized import dequantize, quantize_into
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, Sum, Task, resolve, run_rounds, wide
 from colossal_bcd.sharding.low_rank import cost_of_basis
 from colossal_bcd.sharding.packing import least_loaded
-
-if TYPE_CHECKING:
-    from colossal_bcd.low_rank.relora.layer import ReLoRaLinear
 
 DATA = "data"
 """Mesh axis of the ranks over which gradients are averaged."""
@@ -169,7 +166,7 @@ def _refresh_layer(name: str, layer: ReLoRaLinear, refresh: Refresh, owner: int)
     old = basis.to(dtype, copy=True)
     moments = {entry: _whole(site, factor, entry) for entry in _moments(site.state(factor))}
     draw = refresh.use_rand
-    new = random_basis(name, layer, refresh.seed, refresh.number) if draw else torch.zeros_like(old)
+    new = layer.random_basis(name, refresh.seed, refresh.number) if draw else torch.zeros_like(old)
     if not draw and site.mesh.rank(DATA) == owner:
         new = _singular_basis(grad, layer, old)
     asked = yield (Sum(new, () if draw else (DATA,)), *moments.values())
@@ -189,33 +186,14 @@ def _refresh_layer(name: str, layer: ReLoRaLinear, refresh: Refresh, owner: int)
     site.restart(factor, grad.mul_(-layer.scale))
 
 
-def random_basis(name: str, layer: ReLoRaLinear, seed: int, number: int) -> Tensor:
-    """A random basis in its layer's shape: a pure function of the seed, the layer's name and the refresh."""
-    draw = zlib.crc32(repr((seed, name, number)).encode()) * 4
-    like = layer.weight.data.to(wide(layer.weight.dtype))
-    return _as_weight(random_bases(tuple(layer.weight.shape), layer.r, _side(layer), draw, like), layer)
-
-
 def _singular_basis(grad: Tensor, layer: ReLoRaLinear, old: Tensor) -> Tensor:
     """Leading singular vectors; the old basis where the gradient is not finite or the decomposition fails."""
     if not bool(grad.isfinite().all()):
         return old
     try:
-        return _as_weight(singular_bases(grad, layer.r, _side(layer)), layer)
+        return layer.basis_of(singular_bases(grad, layer.r, layer.side))
     except torch.linalg.LinAlgError:
         return old
-
-
-def _side(layer: ReLoRaLinear) -> str:
-    return "right" if layer.right else "left"
-
-
-def _as_weight(bases: tuple[Tensor | None, Tensor | None], layer: ReLoRaLinear) -> Tensor:
-    """The right basis [in, q] as B [q, in], or the left one [out, q] as A."""
-    left, right = bases
-    basis = right.T if layer.right and right is not None else left
-    assert basis is not None
-    return basis
 
 
 def _moments(state: Mapping[str, Any]) -> list[str]:
