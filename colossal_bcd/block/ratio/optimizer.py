@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class ShareHyper(RatioHyper):
     """Of the parameter."""
     period: int
     """Number of the share, from 0."""
+    selected: Selected | None = field(default=None, compare=False, repr=False)
+    """In a step: the values that train, found once."""
+
+    def __post_init__(self) -> None:
+        """Nothing is left to check: the group's were, and the ratio by its name."""
 
     def selection(self, numel: int) -> Selection:
         """Which of the values of the global tensor train."""
@@ -237,11 +242,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     def hyper_of(self, group: Mapping[str, Any], key: int | None = None) -> Any:
         hyper = super().hyper_of(group)
-        if key is None:
-            return hyper
-        name = self._named[key]
-        share = {"update_ratio": self._ratios.get(name, hyper.update_ratio), "name": name}
-        return ShareHyper(**{**vars(hyper), **share}, period=group["global_step"] // hyper.switch_every)
+        return hyper if key is None else self._share(hyper, group["global_step"], key)
 
     @property
     def is_elementwise(self) -> bool:
@@ -312,11 +313,11 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
     def _active(self) -> list[Member]:
         members = super()._active()
         self._note_reach({member.param for member in members})
-        shares = [
-            replace(member, hyper=self.hyper_of(self.param_groups[member.group], member.key)) for member in members
-        ]
-        for member in shares:
-            self._selected(member.layout, member.hyper, member.param.device)
+        shares = []
+        for member in members:
+            share = self._share(member.hyper, self.param_groups[member.group]["global_step"], member.key)
+            selected = self._selected(member.layout, share, member.param.device)
+            shares.append(replace(member, hyper=replace(share, selected=selected)))
         return shares
 
     def _grad(self, param: Tensor) -> Tensor | None:
@@ -448,6 +449,12 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         param.grad = None
         self._add_up(key, values)
 
+    def _share(self, hyper: RatioHyper, num_steps: int, key: int) -> ShareHyper:
+        """Hyper-parameters of one parameter after so many steps."""
+        name = self._named[key]
+        values = {**vars(hyper), "update_ratio": self._ratios.get(name, hyper.update_ratio)}
+        return ShareHyper(**values, name=name, period=num_steps // hyper.switch_every)
+
     def _add_up(self, key: int, values: Tensor) -> None:
         if key in self._images:
             self._images[key].add_(values)
@@ -456,6 +463,8 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     def _selected(self, layout: Layout, hyper: ShareHyper, device: torch.device | None = None) -> Selected:
         """Which values of a parameter train; kept where they are looked for on a `device`, to be used."""
+        if hyper.selected is not None:
+            return hyper.selected
         selection = hyper.selection(layout.numel)
         selected = self._cache.get((layout, selection))
         if selected is None:
