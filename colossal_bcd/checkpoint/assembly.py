@@ -103,7 +103,7 @@ class LocalTensors:
         self.shared = shared_state(self._base)
         self.groups: list[list[tuple[int, str]]] = [[] for _ in boosted.groups()]
         self.waiting: list[tuple[int, str]] = []
-        active, waiting = boosted.held(), boosted.waiting()
+        active, waiting = boosted.active(), boosted.waiting()
         apart = [] if isinstance(self._base, ShardedOptimizer) else [*active, *waiting]
         self._constant = constant_names(
             (trained.layout.local_shape, taken_apart(boosted.state(trained))[0]) for trained in apart

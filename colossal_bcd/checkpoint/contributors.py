@@ -1,4 +1,4 @@
-"""Parts of a block optimizer that have state of their own."""
+"""What else has tensors to be saved: corrections of inactive blocks, residuals, what a block optimizer names."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from colossal_bcd.optim.state.filed import FiledTensor, filed_like
 
 
 def contributors_of(boosted: Boosted) -> dict[str, Contributor]:
-    """By name: those in `optimizer.contributors`, and the corrections of inactive blocks."""
+    """Find contributors by name: those in `optimizer.contributors`, corrections of inactive blocks, residuals."""
     trained = boosted.trained
-    parts = dict(trained.contributors)
+    found = dict(trained.contributors)
     if trained.corrector is not None:
-        parts["correction"] = SavedCorrections(trained.corrector)
+        found["correction"] = SavedCorrection(trained.corrector)
     if trained.residual is not None:
-        parts["residual"] = ResidualState(boosted.wrapper.masters)
-    return parts
+        found["residual"] = ResidualState(boosted.wrapper.masters)
+    return found
 
 
-class SavedCorrections:
-    """State of corrections: of whole local weights, the same on all data-parallel ranks.
+class SavedCorrection:
+    """State of corrections, which is the same on all data-parallel ranks: that of whole local weights.
 
     Args:
-        corrector: whose state it is.
+        correction: what has the state.
     """
 
-    def __init__(self, corrector: CorrectionState) -> None:
-        self._corrector = corrector
+    def __init__(self, correction: CorrectionState) -> None:
+        self._correction = correction
 
     def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         """See `Contributor`."""
-        for param, state in self._corrector.state.items():
-            yield param, state, self._corrector.filed(param)
+        for param, state in self._correction.state.items():
+            yield param, state, self._correction.filed(param)
 
     def numbers(self) -> dict[str, Any]:
         """See `Contributor`."""
-        return {"num_steps": self._corrector.num_steps}
+        return {"num_steps": self._correction.num_steps}
 
     def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
         """See `Contributor`."""
-        self._corrector.num_steps = numbers["num_steps"]
-        self._corrector.allocate(saved)
+        self._correction.num_steps = numbers["num_steps"]
+        self._correction.allocate(saved)
 
 
 class ResidualState:
-    """What rounding has cut off the masters of inactive parameters.
+    """What rounding has taken off the masters of inactive parameters.
 
     Args:
-        masters: the engine's.
+        masters: masters of the engine.
     """
 
     def __init__(self, masters: ShardedMasters) -> None:

@@ -1,4 +1,4 @@
-"""State dicts of torch's kind: of plain PyTorch optimizers, of badam's base optimizer, of ColossalAI's plugins."""
+"""State dicts like torch's: those of plain PyTorch optimizers, of badam's base optimizer, of ColossalAI's plugins."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HARMLESS = {"foreach", "fused", "capturable", "differentiable", "maximize", "ams
 """Options of torch's param groups that mean nothing here as long as they are off."""
 
 ParameterList = list[tuple[int, int, str, tuple[int, ...]]]
-"""Group, number, name and whole shape of every parameter that is trained now, on any rank, in order."""
+"""Group, number, name and full shape of every parameter that is trained now, on any rank, in order."""
 
 
-def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: ParameterList) -> Checkpoint:
-    """A state dict as a checkpoint without masters; numbers of parameters count as in the param groups.
+def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, params: ParameterList) -> Checkpoint:
+    """Turn a state dict into a checkpoint without masters; parameters are numbered as in the param groups.
 
     Under block coordinate descent it is the base optimizer's state of the block that is active now, whose parameters
     are recognised by shape, in the order of the model.
@@ -35,11 +35,11 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Param
     groups = state_dict["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     by_key, shared = _split(state_dict["state"], set(keys))
-    names = _names(name, by_key, keys, boosted, roster)
+    names = _names(name, by_key, keys, boosted, params)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    shapes = {parameter: whole for _, _, parameter, whole in roster}
+    index: dict[str, dict[str, Any]] = {}
+    shapes = {parameter: whole for _, _, parameter, whole in params}
     constant = constant_names((shapes[names[key]], values) for key, values in by_key.items())
     for key, values in by_key.items():
         parameter = names[key]
@@ -49,7 +49,7 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Param
                 full = f"{parameter}.{state}"
                 tensors[full] = value
                 kind = _kind(boosted, state, value, Layout.whole(shapes[parameter]), constant)
-                entries[full] = {
+                index[full] = {
                     "parameter": parameter,
                     "state": state,
                     "part": None,
@@ -66,10 +66,10 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Param
             "version": VERSION,
             "foreign": True,
             "rule": boosted.rule,
-            "groups": _groups(name, groups, boosted, roster),
+            "groups": _groups(name, groups, boosted, params),
             "waiting": [],
             "numbers": numbers,
-            "entries": entries,
+            "entries": index,
             "shared": shared,
             "block": None,
             "parts": {},
@@ -80,7 +80,7 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, roster: Param
 
 
 def _split(state: dict[Any, Any], keys: set[Any]) -> tuple[dict[Any, dict[str, Any]], list[list[Any]]]:
-    """State of parameters by number, and what belongs to none."""
+    """Split into state of parameters by number, and state that belongs to none."""
     # ColossalAI's files have the numbers as strings.
     numbers = {key: number for number in keys for key in (number, str(number))}
     of_params = {numbers[key]: unwrapped(values) for key, values in state.items() if key in numbers}
@@ -90,20 +90,20 @@ def _split(state: dict[Any, Any], keys: set[Any]) -> tuple[dict[Any, dict[str, A
 def _kind(boosted: Boosted, state: str, value: Tensor, layout: Layout, constant: set[str]) -> str:
     if isinstance(boosted.base, ShardedOptimizer):
         return "whole" if state == "step" else "elementwise"
-    (entry,) = filed_tensors(boosted.base, value, layout, {}, {state: value}, constant)
-    return entry.kind
+    (filed,) = filed_tensors(boosted.base, value, layout, {}, {state: value}, constant)
+    return filed.kind
 
 
 def _names(
-    name: str, state: dict[Any, dict[str, Any]], keys: list[Any], boosted: Boosted, roster: ParameterList
+    name: str, state: dict[Any, dict[str, Any]], keys: list[Any], boosted: Boosted, params: ParameterList
 ) -> dict[Any, str]:
-    if len(keys) != len(roster):
+    if len(keys) != len(params):
         raise CheckpointError(
-            f"checkpoint {name}: got the state of an optimizer over {len(keys)} parameters, expected {len(roster)}, "
+            f"checkpoint {name}: got the state of an optimizer over {len(keys)} parameters, expected {len(params)}, "
             "those that are trained now. It is of another model, other param groups or another block."
         )
     shapes = {key: _shapes(values) for key, values in state.items()}
-    left = list(roster)
+    left = list(params)
     names = {}
     for key in keys:
         found = shapes.get(key, [])
@@ -112,8 +112,7 @@ def _names(
             for i, (*_, whole) in enumerate(left)
             if not boosted.trained.plan.is_whole and (not found or whole in found)
         ]
-        place = fits[0] if fits else 0
-        _, _, parameter, whole = left.pop(place)
+        _, _, parameter, whole = left.pop(fits[0] if fits else 0)
         if found and whole not in found:
             shape = max(found, key=len)
             raise CheckpointError(
@@ -125,11 +124,11 @@ def _names(
 
 
 def _shapes(values: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Shapes of a parameter's state, among which should be its own."""
+    """List the shapes of a parameter's state, among which should be that of the parameter."""
     return [tuple(value.shape) for state, value in values.items() if isinstance(value, Tensor) and state != "step"]
 
 
-def _groups(name: str, groups: list[dict[str, Any]], boosted: Boosted, roster: ParameterList) -> list[dict[str, Any]]:
+def _groups(name: str, groups: list[dict[str, Any]], boosted: Boosted, params: ParameterList) -> list[dict[str, Any]]:
     ours = boosted.groups()
     for group in groups:
         asked = [key for key in group if key in HARMLESS and key not in ours[0] and group[key]]
@@ -138,13 +137,13 @@ def _groups(name: str, groups: list[dict[str, Any]], boosted: Boosted, roster: P
                 f"checkpoint {name}: got {asked[0]}={group[asked[0]]!r}, which {boosted.rule} of colossal_bcd cannot "
                 "honour. Go on with the optimizer that saved it."
             )
-    members = [[parameter for number, _, parameter, _ in roster if number == index] for index in range(len(ours))]
+    members = [[parameter for number, _, parameter, _ in params if number == index] for index in range(len(ours))]
     if len(groups) != len(ours):
         # The original of block coordinate descent makes groups of its own, by decay.
         if boosted.trained.plan.is_whole:
             raise CheckpointError(f"checkpoint {name}: got {len(groups)} param groups, expected {len(ours)}")
         return [{"hyper": {}, "parameters": names} for names in members]
     return [
-        {"hyper": {key: value for key, value in group.items() if key in own and key != "params"}, "parameters": names}
-        for group, own, names in zip(groups, ours, members, strict=True)
+        {"hyper": {key: value for key, value in group.items() if key in here and key != "params"}, "parameters": names}
+        for group, here, names in zip(groups, ours, members, strict=True)
     ]

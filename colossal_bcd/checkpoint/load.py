@@ -1,4 +1,4 @@
-"""Reading the state of a boosted optimizer: everything is checked, on all ranks, before anything is changed."""
+"""The state of a boosted optimizer on its way in: everything is checked, on all ranks, before anything is changed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from colossal_bcd.sharding.regions import StackedRegion, chunks, elements
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the optimizer will hold when the checkpoint is loaded."""
+    """What the optimizer will have when the checkpoint is loaded."""
 
-    held: list[TrainedTensor]
+    active: list[TrainedTensor]
     """What will train."""
     waiting: list[TrainedTensor] = field(default_factory=list)
     """What will keep masters and state until it trains again."""
@@ -51,8 +51,10 @@ class Loading:
     boosted: Boosted
     checkpoint: Checkpoint
     target: Target
-    entries: dict[str, list[FiledTensor]]
-    by_param: dict[str, dict[str, dict[str, Any]]]
+    filed: dict[str, list[FiledTensor]]
+    """Declared state that is to be read, by parameter."""
+    said: dict[str, dict[str, dict[str, Any]]]
+    """What the manifest says of masters and the base optimizer's state: parameter -> state -> shape and so on."""
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -66,11 +68,12 @@ class Loading:
             load_hyper(group, saved["hyper"])
         load_scaler(boosted.scaler, manifest["loss_scaler"])
         with boosted.taking(target.waiting):
-            for held in [*boosted.held(), *target.waiting]:
-                _load(boosted, self.checkpoint, held, self.entries[held.name], self.by_param.get(held.name, {}))
+            for trained in [*boosted.active(), *target.waiting]:
+                said = self.said.get(trained.name, {})
+                _load(boosted, self.checkpoint, trained, self.filed[trained.name], said)
         if not isinstance(boosted.base, ShardedOptimizer):
             load_shared(boosted.base, manifest.get("shared", []))
-        _load_parts(boosted, self.checkpoint)
+        _load_contributors(boosted, self.checkpoint)
         boosted.renew()
 
 
@@ -90,18 +93,23 @@ def check_path(boosted: Boosted, path: Path, index: str) -> Loading:
 def check_opened(boosted: Boosted, name: str, opened: Checkpoint | dict[str, Any]) -> Loading:
     """Check what `open_checkpoint` has returned, the same on every rank."""
     with together() as same:
-        target = _target(boosted, opened.manifest) if isinstance(opened, Checkpoint) else Target(held=boosted.held())
+        target = (
+            _target(boosted, opened.manifest) if isinstance(opened, Checkpoint) else Target(active=boosted.active())
+        )
         same("checkpoint", _summary(opened))
-    roster = _roster(target.held)
+    parameters = _parameters(target.active)
     with together():
-        checkpoint = opened if isinstance(opened, Checkpoint) else adopt(name, opened, boosted, roster)
-        by_param = _states(checkpoint)
-        _check_groups(boosted, checkpoint, roster)
-        entries = {
-            held.name: _check(boosted, checkpoint, held, by_param.get(held.name, {}))
-            for held in [*target.held, *target.waiting]
+        checkpoint = opened if isinstance(opened, Checkpoint) else adopt(name, opened, boosted, parameters)
+        said: dict[str, dict[str, dict[str, Any]]] = {}
+        for each in checkpoint.index.values():
+            if each["part"] is None:
+                said.setdefault(each["parameter"], {})[each["state"]] = each
+        _check_groups(boosted, checkpoint, parameters)
+        filed = {
+            trained.name: _check(boosted, checkpoint, trained, said.get(trained.name, {}))
+            for trained in [*target.active, *target.waiting]
         }
-    return Loading(boosted=boosted, checkpoint=checkpoint, target=target, entries=entries, by_param=by_param)
+    return Loading(boosted=boosted, checkpoint=checkpoint, target=target, filed=filed, said=said)
 
 
 def _target(boosted: Boosted, manifest: dict[str, Any]) -> Target:
@@ -118,11 +126,11 @@ def _target(boosted: Boosted, manifest: dict[str, Any]) -> Target:
             "optimizer as in the run that saved it."
         )
     if saved is None:
-        return Target(held=boosted.held())
+        return Target(active=boosted.active())
     plan = trained.plan.resumed(saved, ranges_given=trained.ranges_given)
-    held = boosted.held(trained.group_names(saved["num_steps"], plan))
+    active = boosted.active(trained.group_names(saved["num_steps"], plan))
     waiting = boosted.waiting(manifest.get("waiting", []))
-    return Target(held=held, waiting=waiting, plan=plan, num_steps=saved["num_steps"])
+    return Target(active=active, waiting=waiting, plan=plan, num_steps=saved["num_steps"])
 
 
 def _summary(opened: Checkpoint | dict[str, Any]) -> str:
@@ -134,81 +142,72 @@ def _summary(opened: Checkpoint | dict[str, Any]) -> str:
     return f"one{where} (manifest {hashlib.sha256(json.dumps(opened.manifest).encode()).hexdigest()[:16]})"
 
 
-def _roster(held: list[TrainedTensor]) -> ParameterList:
-    """All parameters that any rank will train."""
-    mine = [(one.group, one.key, one.name, one.layout.shape) for one in held]
+def _parameters(active: list[TrainedTensor]) -> ParameterList:
+    """List all parameters that any rank will train."""
+    mine = [(trained.group, trained.key, trained.name, trained.layout.shape) for trained in active]
     return sorted({row for rows in gathered(mine) for row in rows})
 
 
-def _states(checkpoint: Checkpoint) -> dict[str, dict[str, dict[str, Any]]]:
-    """Entries of the base optimizer's state and masters: parameter -> state -> what the manifest says."""
-    states: dict[str, dict[str, dict[str, Any]]] = {}
-    for entry in checkpoint.entries.values():
-        if entry["part"] is None:
-            states.setdefault(entry["parameter"], {})[entry["state"]] = entry
-    return states
-
-
-def _check_groups(boosted: Boosted, checkpoint: Checkpoint, roster: ParameterList) -> None:
+def _check_groups(boosted: Boosted, checkpoint: Checkpoint, parameters: ParameterList) -> None:
     saved = [sorted(group["parameters"]) for group in checkpoint.manifest["groups"]]
-    ours = [sorted(name for number, _, name, _ in roster if number == i) for i in range(len(boosted.groups()))]
+    ours = [sorted(name for number, _, name, _ in parameters if number == i) for i in range(len(boosted.groups()))]
     if len(saved) != len(ours):
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: got {len(saved)} param groups, expected {len(ours)}. Make the optimizer "
+        raise checkpoint.error(
+            f"got {len(saved)} param groups, expected {len(ours)}. Make the optimizer "
             "with the groups of the run that saved it."
         )
-    for index, (theirs, own) in enumerate(zip(saved, ours, strict=True)):
-        if theirs != own:
-            missing, more = sorted(set(own) - set(theirs))[:3], sorted(set(theirs) - set(own))[:3]
-            raise CheckpointError(
-                f"checkpoint {checkpoint.name}: param group {index} lacks {missing} and has {more} instead, expected "
-                f"the {len(own)} parameters that are trained here. It is of another model or other groups."
+    for index, (theirs, here) in enumerate(zip(saved, ours, strict=True)):
+        if theirs != here:
+            missing, more = sorted(set(here) - set(theirs))[:3], sorted(set(theirs) - set(here))[:3]
+            raise checkpoint.error(
+                f"param group {index} lacks {missing} and has {more} instead, expected "
+                f"the {len(here)} parameters that are trained here. It is of another model or other groups."
             )
 
 
 def _check(
-    boosted: Boosted, checkpoint: Checkpoint, held: TrainedTensor, saved: dict[str, dict[str, Any]]
+    boosted: Boosted, checkpoint: Checkpoint, trained: TrainedTensor, saved: dict[str, dict[str, Any]]
 ) -> list[FiledTensor]:
-    """The entries that are to be read for one parameter."""
+    """Find the declared state that is to be read for one parameter."""
     foreign = checkpoint.manifest.get("foreign", False)
-    if (MASTER in saved) != held.has_master and not foreign:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: got {'a' if MASTER in saved else 'no'} float32 master of {held.name!r}, "
-            f"expected {'one' if held.has_master else 'none'}, as its dtype here is {held.param.dtype}. Use the "
+    if (MASTER in saved) != trained.has_master and not foreign:
+        raise checkpoint.error(
+            f"got {'a' if MASTER in saved else 'no'} float32 master of {trained.name!r}, "
+            f"expected {'one' if trained.has_master else 'none'}, as its dtype here is {trained.param.dtype}. Use the "
             "precision of the run that saved it."
         )
     if MASTER in saved:
-        check_shape(checkpoint, held, MASTER, saved[MASTER], held.layout.shape)
-    states = {name: entry for name, entry in saved.items() if name != MASTER}
+        _check_shape(checkpoint, trained, MASTER, saved[MASTER], trained.layout.shape)
+    states = {name: said for name, said in saved.items() if name != MASTER}
     if not isinstance(boosted.base, ShardedOptimizer):
-        _require_regions(checkpoint, held, states)
+        _require_regions(checkpoint, trained, states)
         return []
-    if held.name not in checkpoint.manifest["numbers"]:
+    if trained.name not in checkpoint.manifest["numbers"]:
         return []
-    group = dict(boosted.groups()[held.group])
-    load_hyper(group, checkpoint.manifest["groups"][held.group]["hyper"])
-    expected = filed_tensors(boosted.base, torch.empty(0, dtype=held.dtype), held.layout, group, key=held.key)
-    for entry in expected:
-        if entry.name in states:
-            check_shape(checkpoint, held, entry.name, states[entry.name], entry.region.shape)
-        elif entry.kept and (entry.mean_of is None or entry.mean_of not in states):
-            raise CheckpointError(
-                f"checkpoint {checkpoint.name} has no {entry.name!r} of parameter {held.name!r}, expected one of shape "
-                f"{entry.region.shape}. It is of another optimizer."
+    group = dict(boosted.groups()[trained.group])
+    load_hyper(group, checkpoint.manifest["groups"][trained.group]["hyper"])
+    expected = filed_tensors(boosted.base, torch.empty(0, dtype=trained.dtype), trained.layout, group, key=trained.key)
+    for filed in expected:
+        if filed.name in states:
+            _check_shape(checkpoint, trained, filed.name, states[filed.name], filed.region.shape)
+        elif filed.kept and (filed.mean_of is None or filed.mean_of not in states):
+            raise checkpoint.error(
+                f"has no {filed.name!r} of parameter {trained.name!r}, expected one of shape "
+                f"{filed.region.shape}. It is of another optimizer."
             )
-    unknown = sorted(set(states) - {entry.name for entry in expected})
+    unknown = sorted(set(states) - {filed.name for filed in expected})
     if unknown:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: got state {unknown[0]!r} of parameter {held.name!r}, which {boosted.rule} "
+        raise checkpoint.error(
+            f"got state {unknown[0]!r} of parameter {trained.name!r}, which {boosted.rule} "
             "does not have. It is of another optimizer or other hyper-parameters."
         )
-    return [entry for entry in expected if entry.kept]
+    return [filed for filed in expected if filed.kept]
 
 
 def _go_on_in_block(boosted: Boosted, checkpoint: Checkpoint) -> None:
     """A fresh block optimizer has taken the steps that the foreign state of its block has."""
     steps = [int(numbers["step"]) for numbers in checkpoint.manifest["numbers"].values() if "step" in numbers]
-    steps += [int(checkpoint.tensor(name)) for name in checkpoint.entries if name.endswith(".step")]
+    steps += [int(checkpoint.tensor(name)) for name in checkpoint.index if name.endswith(".step")]
     if steps:
         boosted.trained.num_steps = max(steps) % boosted.trained.schedule.period
 
@@ -216,82 +215,84 @@ def _go_on_in_block(boosted: Boosted, checkpoint: Checkpoint) -> None:
 def _load(
     boosted: Boosted,
     checkpoint: Checkpoint,
-    held: TrainedTensor,
-    entries: list[FiledTensor],
+    trained: TrainedTensor,
+    files: list[FiledTensor],
     saved: dict[str, dict[str, Any]],
 ) -> None:
-    tensor, base = boosted.tensor(held), boosted.base
+    tensor, base = boosted.tensor(trained), boosted.base
     if MASTER in saved:
-        cut = elements(held.layout)
-        cut.write(tensor, cut.pick(checkpoint.tensor(f"{held.name}.{MASTER}")))
-    numbers = checkpoint.manifest["numbers"].get(held.name)
-    group = boosted.groups()[held.group]
+        region = elements(trained.layout)
+        region.write(tensor, region.pick(checkpoint.tensor(f"{trained.name}.{MASTER}")))
+    numbers = checkpoint.manifest["numbers"].get(trained.name)
+    group = boosted.groups()[trained.group]
     if not isinstance(base, ShardedOptimizer):
         base.state.pop(tensor, None)
         if numbers is not None:
-            base.state[tensor] = _read_undeclared(base, checkpoint, held, tensor, saved)
+            base.state[tensor] = _read_undeclared(base, checkpoint, trained, tensor, saved)
         return
     if numbers is None:
         base.state.pop(tensor, None)
         return
-    allocate(base, tensor, held.layout, group, held.key)
+    allocate(base, tensor, trained.layout, group, trained.key)
     state = base.state[tensor]
     state.update(numbers)
-    for entry in entries:
-        write(entry, state, entry.region.pick(_whole(checkpoint, held.name, entry)))
+    for filed in files:
+        write(filed, state, filed.region.pick(_full(checkpoint, trained.name, filed)))
 
 
-def _whole(checkpoint: Checkpoint, owner: str, entry: FiledTensor) -> Tensor:
-    name = f"{owner}.{entry.name}"
-    if name in checkpoint.entries:
+def _full(checkpoint: Checkpoint, owner: str, filed: FiledTensor) -> Tensor:
+    name = f"{owner}.{filed.name}"
+    if name in checkpoint.index:
         return checkpoint.tensor(name)
-    return checkpoint.tensor(f"{owner}.{entry.mean_of}").mean(-1)
+    return checkpoint.tensor(f"{owner}.{filed.mean_of}").mean(-1)
 
 
-def _load_parts(boosted: Boosted, checkpoint: Checkpoint) -> None:
+def _load_contributors(boosted: Boosted, checkpoint: Checkpoint) -> None:
     here = {boosted.names[id(param)]: param for param in getattr(boosted.wrapper, "layouts", {})}
-    for part, contributor in contributors_of(boosted).items():
-        if part not in checkpoint.manifest["parts"]:
+    for kind, contributor in contributors_of(boosted).items():
+        if kind not in checkpoint.manifest["parts"]:
             continue
-        numbers = checkpoint.manifest["part_numbers"].get(part, {})
+        numbers = checkpoint.manifest["part_numbers"].get(kind, {})
         saved: dict[Parameter, list[str]] = {here[name]: [] for name in numbers if name in here}
-        for said in checkpoint.entries.values():
-            if said["part"] == part and said["parameter"] in here:
-                saved[here[said["parameter"]]].append(said["state"].removeprefix(f"{part}."))
-        contributor.load(checkpoint.manifest["parts"][part], saved)
-        for param, state, entries in contributor.filed():
+        for said in checkpoint.index.values():
+            if said["part"] == kind and said["parameter"] in here:
+                saved[here[said["parameter"]]].append(said["state"].removeprefix(f"{kind}."))
+        contributor.load(checkpoint.manifest["parts"][kind], saved)
+        for param, state, files in contributor.filed():
             name = boosted.names[id(param)]
             state.update(numbers.get(name, {}))
-            for entry in entries:
-                if entry.kept and name in numbers:
-                    write(entry, state, entry.region.pick(_whole(checkpoint, f"{name}.{part}", entry)))
+            for filed in files:
+                if filed.kept and name in numbers:
+                    write(filed, state, filed.region.pick(_full(checkpoint, f"{name}.{kind}", filed)))
 
 
-def _require_regions(checkpoint: Checkpoint, held: TrainedTensor, states: Mapping[str, dict[str, Any]]) -> None:
-    """Check that the file has state for this rank's part of one parameter.
+def _require_regions(checkpoint: Checkpoint, trained: TrainedTensor, states: Mapping[str, dict[str, Any]]) -> None:
+    """Check that the file has state for this rank's region of one parameter.
 
     Args:
         checkpoint: the file.
-        held: the parameter.
+        trained: the parameter.
         states: what the manifest says of its state, without the master.
     Raises:
-        CheckpointError: shapes are others, or the state is of other parts of the parameter.
+        CheckpointError: shapes are others, or the state is of other regions of the parameter.
     """
-    region = words_of(held.layout)
+    here = words_of(trained.layout)
     for name, said in states.items():
-        shape, whole, kind = tuple(said["shape"]), held.layout.shape, said["kind"]
+        shape, whole, kind = tuple(said["shape"]), trained.layout.shape, said["kind"]
         if kind == "elementwise":
-            check_shape(checkpoint, held, name, said, whole)
+            _check_shape(checkpoint, trained, name, said, whole)
         elif kind == "stacked":
-            check_shape(checkpoint, held, name, said, shape[: max(len(shape) - len(whole), 0)] + whole)
+            _check_shape(checkpoint, trained, name, said, shape[: max(len(shape) - len(whole), 0)] + whole)
         elif kind == "chunks":
-            cut = chunks(held.layout, CHUNK)
-            if cut is None:
-                raise _other_parts(checkpoint, held, name, "the whole parameter", region)
-            check_shape(checkpoint, held, name, said, shape[: max(len(shape) - len(cut.shape), 0)] + cut.shape)
+            region = chunks(trained.layout, CHUNK)
+            if region is None:
+                raise _elsewhere(checkpoint, trained, name, "the whole parameter", here)
+            _check_shape(
+                checkpoint, trained, name, said, shape[: max(len(shape) - len(region.shape), 0)] + region.shape
+            )
         elif kind not in ("whole", "part"):
-            raise CheckpointError(
-                f"checkpoint {checkpoint.name}: state {name!r} of parameter {held.name!r} is not one value for each of "
+            raise checkpoint.error(
+                f"state {name!r} of parameter {trained.name!r} is not one value for each of "
                 "its values. It is of another optimizer."
             )
     regions: dict[str, list[str]] = {}
@@ -299,14 +300,14 @@ def _require_regions(checkpoint: Checkpoint, held: TrainedTensor, states: Mappin
         state, mark, of = name.partition(MARK)
         if mark:
             regions.setdefault(state, []).append(of)
-    regions.update({"": list(checkpoint.manifest.get("own_numbers", {}).get(held.name, {}))})
+    regions.update({"": list(checkpoint.manifest.get("own_numbers", {}).get(trained.name, {}))})
     for state, saved in regions.items():
-        if saved and region not in saved:
-            raise _other_parts(checkpoint, held, state or "numbers", " and ".join(sorted(saved)[:2]), region)
+        if saved and here not in saved:
+            raise _elsewhere(checkpoint, trained, state or "numbers", " and ".join(sorted(saved)[:2]), here)
 
 
-def check_shape(
-    checkpoint: Checkpoint, held: TrainedTensor, name: str, said: Mapping[str, Any], shape: tuple[int, ...]
+def _check_shape(
+    checkpoint: Checkpoint, trained: TrainedTensor, name: str, said: Mapping[str, Any], shape: tuple[int, ...]
 ) -> None:
     """Refuse a tensor of another shape.
 
@@ -314,8 +315,8 @@ def check_shape(
         CheckpointError: the manifest says that it has another one.
     """
     if tuple(said["shape"]) != shape:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: {name!r} of parameter {held.name!r} has shape {tuple(said['shape'])}, "
+        raise checkpoint.error(
+            f"{name!r} of parameter {trained.name!r} has shape {tuple(said['shape'])}, "
             f"expected {shape}. It is of another model or other hyper-parameters."
         )
 
@@ -323,53 +324,48 @@ def check_shape(
 def _read_undeclared(
     optimizer: Optimizer,
     checkpoint: Checkpoint,
-    held: TrainedTensor,
+    trained: TrainedTensor,
     tensor: Tensor,
     saved: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """The state of one parameter, with the types with which it was saved.
+    """Read the state of one parameter, with the types with which it was saved.
 
     Args:
-        optimizer: whose it will be.
+        optimizer: gets the state.
         checkpoint: the file.
-        held: the parameter.
-        tensor: what the optimizer holds of it.
+        trained: the parameter.
+        tensor: the optimizer's tensor of it.
         saved: what the manifest says of its state.
     """
-    region, group = words_of(held.layout), _group_of(optimizer, held)
-    numbers = checkpoint.manifest["numbers"][held.name]
-    numbers = checkpoint.manifest.get("own_numbers", {}).get(held.name, {}).get(region, numbers)
+    here, group = words_of(trained.layout), optimizer.param_groups[trained.group]
+    numbers = checkpoint.manifest["numbers"][trained.name]
+    numbers = checkpoint.manifest.get("own_numbers", {}).get(trained.name, {}).get(here, numbers)
     tensors: dict[str, Tensor] = {}
     for full, said in saved.items():
         name, mark, of = full.partition(MARK)
-        if full == MASTER or (mark and of != region):
+        if full == MASTER or (mark and of != here):
             continue
-        read = checkpoint.tensor(f"{held.name}.{full}")
+        read = checkpoint.tensor(f"{trained.name}.{full}")
         if said["kind"] in ("whole", "part"):
             # torch's optimizers keep the step on the host unless a captured graph counts it.
             on_device = name != "step" or group.get("capturable") or group.get("fused")
             tensors[name] = read.to(tensor.device if on_device else "cpu", copy=True)
             continue
-        cut, shape = elements(held.layout), tuple(tensor.shape)
+        region, shape = elements(trained.layout), tuple(tensor.shape)
         if said["kind"] == "chunks":
-            of_chunks = chunks(held.layout, CHUNK)
+            of_chunks = chunks(trained.layout, CHUNK)
             assert of_chunks is not None
-            cut, shape = of_chunks, (num_chunks(held.layout),)
-        lead = tuple(said["shape"])[: len(said["shape"]) - len(cut.shape)]
-        cut = StackedRegion.of(cut, lead)
+            region, shape = of_chunks, (num_chunks(trained.layout),)
+        lead = tuple(said["shape"])[: len(said["shape"]) - len(region.shape)]
+        region = StackedRegion.of(region, lead)
         tensors[name] = torch.zeros(lead + shape, dtype=read.dtype, device=tensor.device)
-        cut.write(tensors[name], cut.pick(read))
-    return completed(optimizer, put_together(tensors, numbers), held.layout)
+        region.write(tensors[name], region.pick(read))
+    return completed(optimizer, put_together(tensors, numbers), trained.layout)
 
 
-def _group_of(optimizer: Optimizer, held: TrainedTensor) -> Mapping[str, Any]:
-    group: Mapping[str, Any] = optimizer.param_groups[held.group]
-    return group
-
-
-def _other_parts(checkpoint: Checkpoint, held: TrainedTensor, state: str, saved: str, region: str) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {checkpoint.name}: {state!r} of parameter {held.name!r} is that of {saved}, and nothing says what "
-        f"it is for another part, expected one of {region}. Load it under the plugin and on the number of ranks that "
+def _elsewhere(checkpoint: Checkpoint, trained: TrainedTensor, state: str, saved: str, here: str) -> CheckpointError:
+    return checkpoint.error(
+        f"{state!r} of parameter {trained.name!r} is that of {saved}, and nothing says what "
+        f"it is for another part, expected one of {here}. Load it under the plugin and on the number of ranks that "
         "saved it."
     )

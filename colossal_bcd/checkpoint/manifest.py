@@ -1,4 +1,4 @@
-"""What a checkpoint of an optimizer says in plain numbers and strings."""
+"""The index of a checkpoint: what it says of an optimizer in plain numbers and strings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SCALER = ("_growth_step", "_hysteresis_step")
 """Counters of ColossalAI's dynamic loss scaler, beside the scale."""
 
 
-def manifest_of(boosted: Boosted, plan: Assembly) -> dict[str, Any]:
-    """Everything but the tensors; `json` can hold it.
+def manifest_of(boosted: Boosted, assembly: Assembly) -> dict[str, Any]:
+    """Collect everything but the tensors, as JSON can hold it.
 
     Raises:
         CheckpointError: a param group holds what a file cannot.
@@ -36,17 +36,17 @@ def manifest_of(boosted: Boosted, plan: Assembly) -> dict[str, Any]:
         "rule": boosted.rule,
         "groups": [
             {"hyper": hyper_of(boosted.rule, group), "parameters": names}
-            for group, names in zip(boosted.groups(), plan.groups, strict=True)
+            for group, names in zip(boosted.groups(), assembly.groups, strict=True)
         ],
-        "keys": plan.keys,
-        "waiting": plan.waiting,
-        "numbers": plan.numbers,
-        "own_numbers": plan.numbers_by_region,
-        "shared": plan.shared,
-        "part_numbers": plan.contributor_numbers,
-        "entries": {tensor.name: _entry(tensor) for tensor in plan.tensors},
+        "keys": assembly.keys,
+        "waiting": assembly.waiting,
+        "numbers": assembly.numbers,
+        "own_numbers": assembly.numbers_by_region,
+        "shared": assembly.shared,
+        "part_numbers": assembly.contributor_numbers,
+        "entries": {tensor.name: _said_of(tensor) for tensor in assembly.tensors},
         "block": None if plan_of.is_whole else plan_of.progress(boosted.trained.num_steps),
-        "parts": {name: part.numbers() for name, part in contributors_of(boosted).items()},
+        "parts": {name: each.numbers() for name, each in contributors_of(boosted).items()},
         "loss_scaler": _scaler(boosted.scaler),
     }
     try:
@@ -60,7 +60,7 @@ def manifest_of(boosted: Boosted, plan: Assembly) -> dict[str, Any]:
 
 
 def hyper_of(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group without its parameters, as JSON can hold it with the types of its values.
+    """Turn a param group without its parameters into what JSON can hold, with the types of its values.
 
     Raises:
         CheckpointError: a value is of another type.
@@ -72,7 +72,7 @@ def hyper_of(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_hyper(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What `hyper_of` was given, for a state dict; see `plainly`."""
+    """Undo `hyper_of`, for a state dict; see `plainly`."""
     return {name: plainly(decode(value)) for name, value in saved.items()}
 
 
@@ -92,7 +92,7 @@ def load_hyper(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of an old version as one of this."""
+    """Turn a manifest of an old version into one of this version."""
     if manifest["version"] == VERSION:
         return manifest
     groups = [
@@ -119,7 +119,7 @@ def load_scaler(scaler: Any, saved: Mapping[str, Any] | None) -> None:
             setattr(scaler, name, saved[name])
 
 
-def _entry(tensor: FullTensor) -> dict[str, Any]:
+def _said_of(tensor: FullTensor) -> dict[str, Any]:
     return {
         "parameter": tensor.parameter,
         "state": tensor.state,

@@ -1,4 +1,4 @@
-"""Reading: what a checkpoint holds, checked before anything of it is used."""
+"""What a checkpoint has, checked before anything of it is used."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Checkpoint:
     """A manifest, and tensors that are read when they are asked for.
 
     Args:
-        name: of the file or folder, for errors.
-        manifest: see `manifest_of`.
-        tensors: those that are in memory already, by name.
-        folder: of the files of the others.
+        name: name of the file or folder, for errors.
+        manifest: what `manifest_of` has made.
+        tensors: tensors that are in memory already, by name.
+        folder: folder of the files with the other tensors.
     """
 
     def __init__(
@@ -38,17 +38,21 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
 
     @property
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of each tensor."""
-        entries: dict[str, dict[str, Any]] = self.manifest["entries"]
-        return entries
+    def index(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of each tensor, by name."""
+        index: dict[str, dict[str, Any]] = self.manifest["entries"]
+        return index
+
+    def error(self, text: str) -> CheckpointError:
+        """Make an error about this checkpoint."""
+        return CheckpointError(f"checkpoint {self.name}: {text}")
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Read a full tensor."""
         if name in self._tensors:
             return self._tensors[name]
         assert self.folder is not None
-        file = self.entries[name]["file"]
+        file = self.index[name]["file"]
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
         tensor: Tensor = self._open[file].get_tensor(name)
@@ -82,7 +86,7 @@ def open_checkpoint(path: Path, index: str, *, contents: bool) -> Checkpoint | d
         return _torch_shards(path)
     if path.suffix == ".json":
         return _from_index(path)
-    return _from_file(path, contents=contents)
+    return opened_state(read_torch(path, contents=contents), str(path))
 
 
 def require_manifest(name: str, manifest: Mapping[str, Any]) -> None:
@@ -102,15 +106,11 @@ def _from_index(index: Path) -> Checkpoint:
     return Checkpoint(str(index), upgraded(manifest), {}, index.parent)
 
 
-def _from_file(path: Path, *, contents: bool) -> Checkpoint | dict[str, Any]:
-    return opened_state(read_torch(path, contents=contents), str(path))
-
-
 def opened_state(state: dict[str, Any], name: str = "state dict") -> Checkpoint | dict[str, Any]:
-    """A state dict as `open_checkpoint` returns it.
+    """Turn a state dict into what `open_checkpoint` returns.
 
     Raises:
-        CheckpointError: it is none of an optimizer.
+        CheckpointError: it is not the state of an optimizer.
     """
     if "manifest" not in state:
         if not {"state", "param_groups"} <= set(state):
@@ -123,17 +123,17 @@ def opened_state(state: dict[str, Any], name: str = "state dict") -> Checkpoint 
     require_manifest(name, manifest)
     names = {key: name for name, key in manifest["keys"].items()}
     tensors = {
-        f"{names[key]}.{entry}": value
-        for key, entries in state["state"].items()
+        f"{names[key]}.{name_in_state}": value
+        for key, values in state["state"].items()
         if key in names
-        for entry, value in entries.items()
+        for name_in_state, value in values.items()
         if isinstance(value, Tensor)
     }
     return Checkpoint(name, upgraded(manifest), {**tensors, **state["others"]})
 
 
 def read_torch(path: Path, *, contents: bool) -> dict[str, Any]:
-    """A file of `torch.save`.
+    """Read a file of `torch.save`.
 
     Raises:
         CheckpointError: it is damaged, or holds more than tensors and plain values.
@@ -160,7 +160,7 @@ def read_torch(path: Path, *, contents: bool) -> dict[str, Any]:
 
 
 def _torch_shards(index: Path) -> dict[str, Any]:
-    """ColossalAI's sharded format: states by number of the parameter, param groups in a file of their own."""
+    """Read ColossalAI's sharded format: states by number of the parameter, param groups in another file."""
     said = read_json(index)
     try:
         groups_file, weight_map = said["metadata"]["param_groups"], said["weight_map"]

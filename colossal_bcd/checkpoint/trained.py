@@ -1,4 +1,4 @@
-"""What a boosted optimizer holds on this rank, by names that every mesh shares."""
+"""What a boosted optimizer trains on this rank, by names that every mesh shares."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class TrainedTensor:
     name: str
     """In the model before it was sharded; one name of a tied weight."""
     key: int
-    """Number of the parameter: its place in the param groups as the user gave them."""
+    """Number of the parameter in the param groups as the user gave them."""
     group: int
     param: Parameter
     layout: Layout
-    """Of the tensor in the param groups, or of the one that waits."""
+    """Layout of the tensor in the param groups, or of the one that waits."""
     dtype: torch.dtype
-    """Of that tensor."""
+    """Dtype of that tensor."""
     has_master: bool
     """Whether that tensor is a master in a wider dtype than the parameter."""
 
@@ -51,7 +51,7 @@ class Boosted:
 
     @property
     def rule(self) -> str:
-        """Name of the algorithm: that of the class, or of the class from which its update is."""
+        """Name of the algorithm: the class that has its update."""
         if isinstance(self.base, ShardedOptimizer):
             rule = getattr(type(self.base), "inner", type(self.base).update)
             return str(rule.__qualname__.partition(".")[0])
@@ -67,29 +67,29 @@ class Boosted:
         """The param groups."""
         return self.base.param_groups
 
-    def held(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
-        """What is trained now, or what would be.
+    def active(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
+        """List what is trained now, or what would be.
 
         Args:
-            names: of each param group, the blocks' names of what trains; None: as it is now.
+            names: the blocks' names of what trains, for each param group; None: as it is now.
         """
         raise NotImplementedError
 
     def waiting(self, names: Collection[str] | None = None) -> list[TrainedTensor]:
-        """What does not train now, but keeps its master and its state until it does again.
+        """List what does not train now, but keeps its master and its state until it does again.
 
         Args:
-            names: what would wait, as far as it is on this rank; None: as it is now.
+            names: names of what would wait, as far as it is on this rank; None: as it is now.
         """
         return []
 
-    def tensor(self, held: TrainedTensor) -> Tensor:
-        """The tensor in the param groups, or the one that waits."""
+    def tensor(self, trained: TrainedTensor) -> Tensor:
+        """Find the tensor in the param groups, or the one that waits."""
         raise NotImplementedError
 
-    def state(self, held: TrainedTensor) -> Mapping[str, Any]:
-        """State of the base optimizer; empty: none."""
-        state: Mapping[str, Any] = self.base.state.get(self.tensor(held), {})
+    def state(self, trained: TrainedTensor) -> Mapping[str, Any]:
+        """Find the base optimizer's state of it; empty if there is none."""
+        state: Mapping[str, Any] = self.base.state.get(self.tensor(trained), {})
         return state
 
     @contextlib.contextmanager
@@ -107,11 +107,11 @@ class Boosted:
 class EngineState(Boosted):
     """Under the plugins of this package."""
 
-    def held(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
+    def active(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
         groups: list[list[Parameter]] = list(self.wrapper._working_param_groups.values())
         if names is not None:
             groups = [[self.trained.named_parameters[name] for name in group] for group in names]
-        return [self._held(index, param) for index, params in enumerate(groups) for param in params]
+        return [self._describe(index, param) for index, params in enumerate(groups) for param in params]
 
     def waiting(self, names: Collection[str] | None = None) -> list[TrainedTensor]:
         aside: Collection[Parameter] = self.trained.active_set.aside
@@ -119,28 +119,32 @@ class EngineState(Boosted):
             chosen = set(names)
             aside = {param for name, param in self.trained.named_parameters.items() if name in chosen}
         members = enumerate(self.trained.members)
-        return [self._held(index, param) for index, params in members for param in params if param in aside]
+        return [self._describe(index, param) for index, params in members for param in params if param in aside]
 
-    def tensor(self, held: TrainedTensor) -> Tensor:
+    def tensor(self, trained: TrainedTensor) -> Tensor:
         active_set = self.trained.active_set
-        return active_set.masters[held.param] if held.param in active_set.masters else active_set.aside[held.param]
+        return (
+            active_set.masters[trained.param]
+            if trained.param in active_set.masters
+            else active_set.aside[trained.param]
+        )
 
-    def state(self, held: TrainedTensor) -> Mapping[str, Any]:
-        aside: Mapping[str, Any] | None = self.trained.active_set.states_aside.get(held.param)
-        return super().state(held) if aside is None else aside
+    def state(self, trained: TrainedTensor) -> Mapping[str, Any]:
+        aside: Mapping[str, Any] | None = self.trained.active_set.states_aside.get(trained.param)
+        return super().state(trained) if aside is None else aside
 
     @contextlib.contextmanager
     def taking(self, waiting: list[TrainedTensor]) -> Iterator[None]:
         active_set = self.trained.active_set
         active_set.states_aside = {}
-        active_set.wait(held.param for held in waiting)
+        active_set.wait(trained.param for trained in waiting)
         try:
             yield
         finally:
             states = {param: self.base.state.pop(master, None) for param, master in active_set.aside.items()}
             active_set.states_aside = {param: state for param, state in states.items() if state}
 
-    def _held(self, group: int, param: Parameter) -> TrainedTensor:
+    def _describe(self, group: int, param: Parameter) -> TrainedTensor:
         dtype = self.wrapper.masters.dtype(param)
         return TrainedTensor(
             name=self.names[id(param)],
@@ -162,12 +166,12 @@ class EngineState(Boosted):
 class OtherState(Boosted):
     """Under ColossalAI's own plugins and torch's DDP."""
 
-    def held(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
+    def active(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
         assert names is None
-        return [held for held, _ in self._pairs()]
+        return [trained for trained, _ in self._pairs()]
 
-    def tensor(self, held: TrainedTensor) -> Tensor:
-        return next(tensor for other, tensor in self._pairs() if other.param is held.param)
+    def tensor(self, trained: TrainedTensor) -> Tensor:
+        return next(tensor for other, tensor in self._pairs() if other.param is trained.param)
 
     def _pairs(self) -> list[tuple[TrainedTensor, Tensor]]:
         of_master = self.wrapper.get_master_to_working_map() if hasattr(self.wrapper, "param_info") else None
@@ -181,7 +185,7 @@ class OtherState(Boosted):
                 layout = Layout.whole(tuple(tensor.shape))
                 if isinstance(self.base, ShardedOptimizer):
                     layout = self.base.layout_of(tensor)
-                held = TrainedTensor(
+                trained = TrainedTensor(
                     name=self.names[id(param)],
                     key=numbers.get(id(param), len(pairs)),
                     group=index,
@@ -190,12 +194,12 @@ class OtherState(Boosted):
                     dtype=tensor.dtype,
                     has_master=tensor.dtype != param.dtype,
                 )
-                pairs.append((held, tensor))
+                pairs.append((trained, tensor))
         return pairs
 
 
 def boosted_of(wrapper: Any) -> Boosted | None:
-    """What this package can save completely; None: ColossalAI's format is what there is.  All ranks must call."""
+    """Find what this package can save completely, or None, where ColossalAI's format is used.  All ranks must call."""
     names = getattr(wrapper, "parameter_names", None)
     if names is None:
         return None
