@@ -71,7 +71,7 @@ CASES = {
     ),
 }
 
-OPTIMIZERS: Mapping[str, tuple[type[ShardedOptimizer], type[Optimizer], Mapping[str, Any]]] = {
+OPTIMIZERS: Mapping[str, tuple[type[ShardedOptimizer[Any]], type[Optimizer], Mapping[str, Any]]] = {
     "adafactor": (Adafactor, DistributedAdaFactor, {}),
     "came": (CAME, DistributedCAME, {"lr": 1e-3}),
     "lamb": (Lamb, DistributedLamb, {"lr": 1e-3}),

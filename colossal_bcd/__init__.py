@@ -29,10 +29,11 @@ if TYPE_CHECKING:
         GoLoreAdamW,
         GoLoreAdamW8bit,
         GoLoreSGD,
+        Projection,
     )
     from colossal_bcd.low_rank.param_groups import param_groups
     from colossal_bcd.memory import estimate
-    from colossal_bcd.optim import CAME, Adafactor, AdamW, Lamb
+    from colossal_bcd.optim import CAME, SGD, Adafactor, AdamW, Lamb, Storage
 
 _HOMES = {
     "Adafactor": "colossal_bcd.optim",
@@ -47,6 +48,9 @@ _HOMES = {
     "GoLoreAdamW8bit": "colossal_bcd.low_rank",
     "GoLoreSGD": "colossal_bcd.low_rank",
     "Lamb": "colossal_bcd.optim",
+    "Projection": "colossal_bcd.low_rank",
+    "SGD": "colossal_bcd.optim",
+    "Storage": "colossal_bcd.optim",
     "BlockOptimizer": "colossal_bcd.block",
     "param_groups": "colossal_bcd.low_rank.param_groups",
     "BlockOptimizerRatio": "colossal_bcd.block",
@@ -66,6 +70,9 @@ __all__ = [
     "GoLoreAdamW8bit",
     "GoLoreSGD",
     "Lamb",
+    "Projection",
+    "SGD",
+    "Storage",
     "BlockOptimizer",
     "param_groups",
     "BlockOptimizerRatio",

@@ -8,7 +8,7 @@ import torch
 
 from colossal_bcd.optim import ShardedOptimizer, StateSpec
 from colossal_bcd.optim.base import Params, State
-from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.options import require
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
 
 

@@ -16,7 +16,7 @@ from colossal_bcd.block.correction.rules import Correction, SgdCorrection, SignC
 from colossal_bcd.block.importance import ImportanceOptions
 from colossal_bcd.block.residual import ResidualOptions
 from colossal_bcd.block.schedule import Mode
-from colossal_bcd.optim.state.rounding import Rounding
+from colossal_bcd.optim.options import Rounding
 
 LoraMode: TypeAlias = Literal["all", "partial", "adapter_only"]
 

@@ -14,7 +14,8 @@ from colossal_bcd import memory
 from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.memory import Estimate
-from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim import ShardedOptimizer, State
+from colossal_bcd.optim.state.storage import as_seen
 from colossal_bcd.sharding import Collect, Layout, Mesh, ShardView, resolve
 
 
@@ -96,7 +97,8 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
     if isinstance(base, ShardedOptimizer):
         layout, hyper = base.layout_of(param), base.hyper_of(group, base.key_of(param))
         specs = base.state_spec(layout, hyper).values()
-        return layout, _rounds(base, layout, hyper), sum(spec.num_bytes(param.dtype) for spec in specs)
+        num_bytes = sum(spec.num_bytes(param.dtype) for spec in specs)
+        return layout, _rounds(base, layout, hyper), num_bytes
     of = optimizer if isinstance(optimizer, ZeroOptimizer) else None
     layout = of.masters.layout(of.master_to_working_param[id(param)]) if of else Layout.whole(tuple(param.shape))
     state = [value.nbytes for value in base.state.get(param, {}).values() if isinstance(value, Tensor)]
@@ -104,14 +106,16 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
 
 
 @torch.no_grad()
-def _rounds(base: ShardedOptimizer, layout: Layout, hyper: Any) -> int:
+def _rounds(base: ShardedOptimizer[Any], layout: Layout, hyper: Any) -> int:
     """Run the rule itself on tensors without data and count the rounds that need another rank, between refreshes."""
     param = torch.empty(layout.local_shape, device="meta")
-    view = ShardView(layout, param, torch.empty_like(param), key=-1)
-    state: dict[str, Any] = {"step": 2}
-    for name, spec in base.state_spec(layout, hyper).items():
-        entry: Any = spec.allocate(param)
-        state[name] = view.flat(entry) if spec.kind == "elementwise" else entry
+    view = ShardView(layout, param, torch.empty_like(param), keys=(-1,))
+    specs = base.state_spec(layout, hyper)
+    state = State(2, {name: 0 for name, spec in specs.items() if spec.kind == "scalar"})
+    for name, spec in specs.items():
+        stored = spec.allocate(param)
+        if isinstance(stored, Tensor):
+            state[name] = as_seen(spec, view, stored)
     rule, mesh, rounds, sent = base.update(view, state, hyper), Mesh(), 0, [""]
     mesh.communicates = base.mesh.communicates  # type: ignore[method-assign]
     mesh.all_reduce = lambda _, axis: sent.append(axis)  # type: ignore[method-assign, assignment]

@@ -106,14 +106,14 @@ def global_shape(weight: Any, known: tuple[int, ...], index: int) -> tuple[int, 
     return known
 
 
-def _is_bound(optimizer: ShardedOptimizer, working: Mapping[int, Tensor]) -> bool:
+def _is_bound(optimizer: ShardedOptimizer[Any], working: Mapping[int, Tensor]) -> bool:
     """Whether an engine of this package has made the masters, and said what they are."""
     masters = [param for group in optimizer.param_groups for param in group["params"]]
     known = optimizer.layouts
     return bool(working) and all(param in known and working.get(id(param), param) not in known for param in masters)
 
 
-def _weights(optimizer: ShardedOptimizer, working: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
+def _weights(optimizer: ShardedOptimizer[Any], working: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
     """Weight of the model behind every tensor that ColossalAI has put into the param groups."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     known = optimizer.layouts

@@ -141,7 +141,7 @@ class StockInterface(SetupDistributed, DistributedOptim):
 
 
 @functools.cache
-def distributed_class(cls: Any) -> type[ShardedOptimizer]:
+def distributed_class(cls: Any) -> type[ShardedOptimizer[Any]]:
     """`cls` with ColossalAI's interface for distributed optimizers."""
     return type(cls.__name__, (StockInterface, cls), {"__doc__": cls.__doc__, "__module__": cls.__module__})
 

@@ -49,8 +49,8 @@ from colossal_bcd.engine.quantized import require_quantized_shares
 from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
 from colossal_bcd.engine.unused import Unused
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.accepted import require_real
 from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights, slice_chunk
+from colossal_bcd.optim.options import require_real
 from colossal_bcd.sharding import Layout, Request, sum_of_squares
 
 logger = logging.getLogger(__name__)

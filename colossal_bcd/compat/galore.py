@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from colossal_bcd.low_rank.galore import Projection
+from colossal_bcd.low_rank.projection import ProjectionType
 from colossal_bcd.names import Pattern, plain_name
 
 _NO_DECAY = (Pattern("bias"), Pattern("LayerNorm.weight"))
@@ -18,7 +18,7 @@ def get_galore_param_groups(
     rank: int = 256,
     update_proj_gap: int = 200,
     scale: float = 0.25,
-    proj_type: Projection = "std",
+    proj_type: ProjectionType = "std",
     *,
     decay: float | None = None,
 ) -> list[dict[str, Any]]:
@@ -32,10 +32,10 @@ def get_galore_param_groups(
     Args:
         model: all its parameters are in the groups, under their names in `param_names`.
         weight_decay: of everything but biases and LayerNorm weights.
-        rank: see `GaLoreHyper`, as of the next three.
-        update_proj_gap: see `rank`.
-        scale: see `rank`.
-        proj_type: see `rank`.
+        rank: of the projection (see `Projection`).
+        update_proj_gap: steps between refreshes of the projector.
+        scale: factor of the projected update.
+        proj_type: which dim is projected (see `Projection`).
         decay: the name that ColossalAI's tutorial has for `weight_decay`.
     Raises:
         TypeError: not exactly one of `weight_decay` and `decay` is given.

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import Parameter
 
 from colossal_bcd.low_rank import GaLoreAdamW
-from colossal_bcd.low_rank.galore import Projection
+from colossal_bcd.low_rank.projection import ProjectionType
 from colossal_bcd.names import Pattern, plain_name, role_of
+from colossal_bcd.optim import StateSpec
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def param_groups(
     rank: int,
     update_proj_gap: int = 200,
     scale: float = 0.25,
-    proj_type: Projection = "std",
+    proj_type: ProjectionType = "std",
     include_embedding: bool = False,
     include_lm_head: bool = False,
     clamp: bool = False,
@@ -44,13 +45,13 @@ def param_groups(
         model: its trainable parameters are in the groups, under their names in `param_names`.
         target_modules: patterns of what is projected; None: every tensor of two or more dims except embeddings and
             heads.  Embeddings and heads that a pattern matches are projected.
-        rank: see `GaLoreHyper`; the next three and `clamp`, too.
-        update_proj_gap: see `rank`.
-        scale: see `rank`.
-        proj_type: see `rank`.
+        rank: of the projection (see `Projection`).
+        update_proj_gap: steps between refreshes of the projector.
+        scale: factor of the projected update.
+        proj_type: which dim is projected (see `Projection`).
         include_embedding: project embeddings, too; only without `target_modules`.
         include_lm_head: project the head, too; only without `target_modules`.
-        clamp: see `rank`.
+        clamp: project a matrix with a shorter side with that side as its rank.
     Returns:
         One or two groups, without empty ones.
     Raises:
@@ -134,11 +135,7 @@ def _summarise(groups: list[dict[str, Any]], rank: int) -> None:
         for group, param in held
         for spec in counter.state_spec(counter.layout_of(param), counter.hyper_of(group)).values()
     )
-    plain = sum(
-        2 * spec.num_bytes(param.dtype)
-        for _, param in held
-        for spec in [counter.plain_spec(counter.layout_of(param), counter.hyper_of(counter.defaults))["exp_avg"]]
-    )
+    plain = sum(2 * StateSpec.like(counter.layout_of(param)).num_bytes(param.dtype) for _, param in held)
     matrices, rest = groups[0]["params"], groups[1]["params"] if len(groups) > 1 else []
     logger.info(
         "param_groups: %d matrices with %d of %d parameters are projected to rank %d; %d tensors, %d of them of fewer "

@@ -1,21 +1,22 @@
-"""Optimizers that take a low-rank image instead of a gradient.
+"""Optimizers that take a low-rank gradient instead of a whole one.
 
-An engine asks for `low_rank_wanted` before backward, reduces what it is told, and hands the images over with
-`give_low_rank` before the step; the parameter's `grad` then only says that there is one.
+An engine asks for `low_rank_wanted` before backward, reduces what it is told, and hands that over with `give_low_rank`
+before the step; the parameter's `grad` then only says that there is one.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from colossal_bcd.optim.base import Hyper, Params, ShardedOptimizer, State
+from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.state.rounding import is_stochastic, stream
-from colossal_bcd.sharding import WAVE_BYTES, Layout, LowRank, LowRankGradient, Request, ShardView, Sum
+from colossal_bcd.sharding import Layout, LowRankGradient
+from colossal_bcd.sharding.view import decayed
 
 
 @dataclass(frozen=True)
@@ -23,36 +24,42 @@ class ReplicatedUpdate:
     """An update that an engine applies to whole shards, on every replica (see `replicated_updates`)."""
 
     image: LowRankGradient
-    """Whose bases project the step back."""
+    """Its bases project the step back."""
     step: Tensor
-    """What this rank holds of the step's image (see `LowRank.shape`)."""
-    write: Callable[[Tensor, LowRank, Tensor], None]
-    """Updates flat values, given the projection of their layout and the step's image as far as it concerns them."""
+    """[a, b] this rank's part of the low-rank step."""
+    scale: float
+    """Factor of the step that is projected back."""
+    decay: float | Tensor
+    """Part of the weight that vanishes."""
+    decay_first: bool
+    """Whether it vanishes before the step is subtracted."""
 
     def apply(self, weight: Tensor, step: Tensor) -> None:
         """Update a shard in place.
 
         Args:
             weight: [n] data of the whole shard, in the dtype of its arithmetic.
-            step: whole image of the shard's step, of `image.shape`.
+            step: the whole low-rank step of the shard, of `image.shape`.
         """
-        self.write(weight, self.image.of_shard, step)
+        bases = self.image.left, self.image.right
+        subtract = self.image.of_shard.subtract_
+        decayed(weight, self.decay, self.decay_first, lambda: subtract(weight, step, *bases, self.scale))
 
 
-class ReducedGradientOptimizer(ShardedOptimizer):
-    """Base of optimizers whose rule needs an image of the gradient at most steps."""
+class ReducedGradientOptimizer(ShardedOptimizer[Any]):
+    """Base of optimizers whose rule needs a low-rank gradient only at most steps."""
 
     replicated_updates: dict[int, ReplicatedUpdate] | None = None
     """Where an engine wants to apply low-rank updates itself it puts a dict here, which a step fills by the parameters'
     numbers instead of changing their weights; None: a step updates all weights."""
 
-    def __init__(self, params: Params, hyper: Hyper, wave_bytes: int = WAVE_BYTES) -> None:
-        self._images: dict[int, Tensor] = {}
-        super().__init__(params, hyper, wave_bytes)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._given: dict[int, Tensor] = {}
+        super().__init__(*args, **options)
 
     @abstractmethod
-    def wants_low_rank(self, layout: Layout, state: State, hyper: Hyper, key: int) -> LowRankGradient | None:
-        """What an update wants of a parameter's gradient: an image of it, or None for all of it.
+    def wants_low_rank(self, layout: Layout, state: Mapping[str, Any], hyper: Any, key: int) -> LowRankGradient | None:
+        """What an update wants of a parameter's gradient: its projection, or None for all of it.
 
         Args:
             layout: of the parameter.
@@ -62,9 +69,9 @@ class ReducedGradientOptimizer(ShardedOptimizer):
         """
 
     def low_rank_wanted(self) -> dict[Tensor, LowRankGradient]:
-        """The parameters of whose gradient the next step wants an image only.
+        """The parameters of whose gradient the next step wants the projection only.
 
-        The same on every rank, and until the next step: it follows from numbers and bases that all ranks hold alike.
+        The same on every rank, and until the next step: it follows from numbers and bases that are alike on all ranks.
         """
         wanted = {}
         for group in self.param_groups:
@@ -73,18 +80,18 @@ class ReducedGradientOptimizer(ShardedOptimizer):
                 state = self.state.get(param)
                 if state:
                     upcoming = {**state, "step": state["step"] + 1}
-                    image = self.wants_low_rank(self._layouts[param], upcoming, hyper, self._keys[param])
-                    if image is not None:
-                        wanted[param] = image
+                    gradient = self.wants_low_rank(self._layouts[param], upcoming, hyper, self._keys[param])
+                    if gradient is not None:
+                        wanted[param] = gradient
         return wanted
 
-    def give_low_rank(self, images: Mapping[Tensor, Tensor]) -> None:
+    def give_low_rank(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """Hand over what `low_rank_wanted` asked for; the next step takes it.
 
         Args:
-            images: parameter -> complete image, as much of it as this rank holds (see `LowRank.shape`).
+            gradients: parameter -> [a, b] this rank's part of the complete low-rank gradient (see `LowRank`).
         """
-        self._images = {self._keys[param]: image for param, image in images.items()}
+        self._given = {self._keys[param]: gradient for param, gradient in gradients.items()}
 
     def streams(self) -> dict[Tensor, int]:
         """Streams of the parameters whose last update is to be rounded stochastically."""
@@ -98,19 +105,12 @@ class ReducedGradientOptimizer(ShardedOptimizer):
         return found
 
     def has_low_rank(self, key: int) -> bool:
-        return key in self._images
+        return key in self._given
 
     def take_low_rank(self, key: int) -> Tensor | None:
-        """The image that was handed over for the parameter of this number, once; None: its gradient is whole."""
-        return self._images.pop(key, None)
+        """The low-rank gradient that was handed over for the parameter of this number, once; None: it is whole."""
+        return self._given.pop(key, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_images", {})
-
-
-def low_rank_gradient_of(
-    view: ShardView, image: Tensor | None, low_rank: LowRank, left: Tensor | None, right: Tensor | None
-) -> Request:
-    """Request the image of a parameter's gradient, which resolves at once where an engine has reduced it already."""
-    return low_rank.project(view.grad, left, right) if image is None else Sum(image, ())
+        self.__dict__.setdefault("_given", {})

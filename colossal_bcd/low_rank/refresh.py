@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from colossal_bcd.low_rank.projection import Projection
 from colossal_bcd.low_rank.projector import (
     Bases,
     captured_energy,
@@ -18,42 +18,51 @@ from colossal_bcd.low_rank.projector import (
     singular_bases,
     subspace_bases,
 )
-from colossal_bcd.low_rank.refresh_schedule import RefreshHyper, RefreshTurn, is_due, is_random, number_of
-from colossal_bcd.sharding import Collect, Layout, Rounds, ShardView, Sum, wide
+from colossal_bcd.low_rank.refresh_schedule import RefreshTurn, is_random, number_of
+from colossal_bcd.optim.state.spec import State
+from colossal_bcd.sharding import Collect, LowRank, Rounds, ShardView, Sum, wide
 from colossal_bcd.sharding.low_rank import Side
-
-if TYPE_CHECKING:
-    from colossal_bcd.optim.base import State
 
 BASES = ("left", "right")
 
 
-def refresh_if_due(
-    view: ShardView, state: State, hyper: RefreshHyper, side: Side, place: RefreshTurn, momentum: str = "exp_avg"
+def refresh(
+    view: ShardView,
+    state: State,
+    hyper: Projection,
+    low_rank: LowRank,
+    turn: RefreshTurn,
+    momentum: str,
+    seed: int,
 ) -> Rounds:
-    """New bases, in place, and the first moment carried over to them if asked for.
+    """Give one matrix new bases, in place, and carry its first moment over to them if asked for.
 
     Random bases are drawn by every rank.  Singular vectors are computed by the owner from the whole gradient; where
     that is not finite, or the decomposition fails, the bases stay as they are (random ones at the first refresh).  The
     owner's report travels with the bases, so that decisions about later refreshes are the same on every rank.
-    The entry `momentum` of the state is the first moment, if the inner rule has one.
+
+    Args:
+        view: of the parameter; a stack of one.
+        state: of the parameter.
+        hyper: of its group.
+        low_rank: layout of its low-rank gradient.
+        turn: who computes the bases.
+        momentum: entry of the state that is the first moment, if the inner rule has one.
+        seed: of the group.
     """
-    step = state["step"] - 1
-    if not is_due(step, state, hyper, place.offset):
-        return
-    layout, rank = view.layout.as_matrix(), rank_of(view.layout, hyper)
-    number = number_of(step, hyper, place.offset)
-    seed = zlib.crc32(repr((hyper.seed, view.key, number)).encode()) * 4
-    old: dict[str, Tensor] = {name: state[name].clone() for name in BASES if name in state}
+    step, layout, side, rank = state.step - 1, low_rank.layout, low_rank.side, low_rank.rank
+    number = number_of(step, hyper, turn.offset)
+    seed = zlib.crc32(repr((seed, view.keys[0], number)).encode()) * 4
+    old: dict[str, Tensor] = {name: state[name].view(state[name].shape[-2:]).clone() for name in BASES if name in state}
     if is_random(step, hyper):
         # In the dtype of the arithmetic: bases that are rounded to bfloat16 are not orthonormal.
         like = view.param.new_empty(0, dtype=wide(view.param.dtype))
-        new = _named(random_bases(layout.shape, rank, side, seed, like))
+        new = _by_name(random_bases(layout.shape, rank, side, seed, like))
         sample = next(iter(new.values()))
         expected = random_energy(layout.shape, rank, side)
         report = torch.stack([sample.new_full((), value) for value in (expected, float("nan"))])
     else:
-        (whole,) = yield (Collect(view.grad, layout, place.owner),)
+        (whole,) = yield (Collect(view.grad.reshape(-1), layout, turn.owner),)
         new = {name: torch.zeros_like(basis) for name, basis in old.items()}
         report = next(iter(new.values())).new_zeros(2)
         if whole is not None:
@@ -61,11 +70,11 @@ def refresh_if_due(
             del whole
         totals = yield tuple(Sum(value, layout.axes) for value in (*(new[name] for name in old), report))
         new, report = dict(zip(old, totals[:-1], strict=True)), totals[-1]
-    place.reports[view.key] = report
+    turn.reports[view.keys[0]] = report
     for name, basis in new.items():
         state[name].copy_(basis)
     if hyper.reproject_momentum and step and momentum in state:
-        moment = state[momentum]
+        moment = low_rank.matrix(state[momentum])
         if "left" in new:
             moment.copy_(new["left"].T @ old["left"] @ moment)
         if "right" in new:
@@ -75,12 +84,12 @@ def refresh_if_due(
 def bases_of(
     matrix: Tensor, rank: int, side: Side, method: str, old: Mapping[str, Tensor] | None, seed: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Bases from a whole gradient [R, C], with the fallback that `refresh_if_due` states.
+    """Bases from a whole gradient [R, C], with the fallback that `refresh` states.
 
     Args:
         matrix: [R, C].
         rank: q.
-        side: see `LowRank`.
+        side: which sides are projected.
         method: "exact" or "subspace".
         old: bases by name; None at the first refresh.
         seed: of random starts and bases.
@@ -101,24 +110,8 @@ def bases_of(
     alike = matrix.new_full((), float("nan")) if bases is None or old is None else similarity(last, bases)
     if bases is None:
         bases = random_bases((matrix.shape[0], matrix.shape[1]), rank, side, seed, matrix) if old is None else last
-    return _named(bases), torch.stack([captured_energy(matrix, bases), alike])
+    return _by_name(bases), torch.stack([captured_energy(matrix, bases), alike])
 
 
-def rank_of(layout: Layout, hyper: RefreshHyper, name: str = "") -> int:
-    """The rank of a projected parameter.
-
-    Raises:
-        ValueError: a side of its matrix is shorter, and `clamp` is off.
-    """
-    assert hyper.rank is not None
-    shape = layout.as_matrix().shape
-    if hyper.rank > min(shape) and not hyper.clamp:
-        raise ValueError(
-            f"rank={hyper.rank} for parameter {name}{' ' * bool(name)}of shape {layout.shape}, expected at most "
-            f"{min(shape)}. Give it a group with a smaller rank or none, or pass clamp=True."
-        )
-    return min(hyper.rank, *shape)
-
-
-def _named(bases: Bases) -> dict[str, Tensor]:
+def _by_name(bases: Bases) -> dict[str, Tensor]:
     return {name: basis for name, basis in zip(BASES, bases, strict=True) if basis is not None}

@@ -9,80 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from colossal_bcd.low_rank.projector import Method
-from colossal_bcd.optim.functional import require
-from colossal_bcd.optim.state.rounding import RoundingHyper
+from colossal_bcd.low_rank.projection import Projection
 from colossal_bcd.optim.state.spec import StateSpec
+from colossal_bcd.sharding import Layout
 from colossal_bcd.sharding.low_rank import cost_of_basis
 from colossal_bcd.sharding.packing import least_loaded
-
-if TYPE_CHECKING:
-    from colossal_bcd.optim.base import State
-    from colossal_bcd.sharding import Layout
 
 REFRESH_AT, REFRESH_WAIT, REFRESH_STABLE = "refresh_at", "refresh_wait", "refresh_stable"
 """Integers of the state where refreshes are lazy: number of the next refresh, gaps from the last one to it, and
 successive refreshes that found the subspace stable."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RefreshHyper(RoundingHyper):
-    """Hyper-parameters of the bases of one param group, whatever the inner rule."""
-
-    rank: int | None = None
-    """Rank of the projection of tensors of two or more dims (the first dim by the rest); None projects nothing."""
-    update_proj_gap: int = 200
-    """Steps between refreshes of the bases; the first step is one."""
-    svd_method: Method = "exact"
-    """"exact" singular vectors, "subspace" iteration from the last bases, or "random" bases."""
-    random_from_step: int | None = None
-    """Refreshes from this step on (counted from 0) draw random bases (GoLore); None: never."""
-    reproject_momentum: bool = False
-    """Carry the first moment over to the new bases at a refresh (GoLore) instead of leaving it as it is (GaLore)."""
-    stagger: int = 1
-    """Steps of every gap over which the group's refreshes are spread, by their cost; 1: all in the same step.  The
-    first step refreshes everything in any case."""
-    lazy_threshold: float | None = None
-    """Similarity (see `similarity`) of successive subspaces from which a refresh counts as stable, in (0, 1]; stable
-    layers are refreshed less often, as in Q-GaLore (arXiv 2407.08296; 0.4 there).  None: no layer is."""
-    lazy_patience: int = 5
-    """Successive stable refreshes that double a layer's gap; a refresh that is not stable restores it."""
-    clamp: bool = False
-    """Project a matrix with a side below `rank` with that side as its rank, instead of refusing it."""
-    seed: int = 0
-    """Of random bases, with the parameter's number and the number of the refresh; and of stochastic rounding."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        require(self.rank is None or (whole and self.rank >= 1), "rank", self.rank, "None or a positive integer")
-        gap = self.update_proj_gap
-        require(gap >= 1, "update_proj_gap", gap, "a positive number of steps")
-        methods = ("exact", "subspace", "random")
-        require(self.svd_method in methods, "svd_method", self.svd_method, f"one of {', '.join(methods)}")
-        start = self.random_from_step
-        require(start is None or start >= 0, "random_from_step", start, "None or a step, 0 or more")
-        is_number = isinstance(self.stagger, int) and not isinstance(self.stagger, bool)
-        expected = f"a number of steps from 1 to update_proj_gap={gap}"
-        require(is_number and 1 <= self.stagger <= gap, "stagger", self.stagger, expected)
-        threshold = self.lazy_threshold
-        require(threshold is None or 0 < threshold <= 1, "lazy_threshold", threshold, "None or a number in (0, 1]")
-        require(
-            threshold is None or self.svd_method != "random",
-            "lazy_threshold",
-            threshold,
-            'None with svd_method="random", whose bases have nothing in common with the last ones',
-        )
-        require(self.lazy_patience >= 1, "lazy_patience", self.lazy_patience, "a positive number of refreshes")
-
-
 @dataclass(frozen=True)
 class Matrix:
-    """What the plan knows of one projected parameter, on this rank or not."""
+    """What the schedule knows of one projected parameter, on this rank or not."""
 
     key: int
     cost: int
@@ -91,15 +35,15 @@ class Matrix:
     stagger: int
 
     @classmethod
-    def of(cls, key: int, shape: tuple[int, ...], hyper: RefreshHyper) -> Matrix:
-        """Of a global matrix [R, C]."""
+    def of(cls, key: int, shape: tuple[int, ...], hyper: Projection) -> Matrix:
+        """What it knows of a global matrix [R, C]."""
         assert hyper.rank is not None
         short = min(shape)
         # Decompositions cost about 20 R C min(R, C) operations; five products with a basis and as many for their QR
         # decompositions about 10 R C times its width.
         width = min(hyper.rank + 16, short)
         cost = {"exact": 2 * cost_of_basis(shape), "subspace": math.prod(shape) * width}
-        return cls(key, cost.get(hyper.svd_method, sum(shape) * hyper.rank), hyper.update_proj_gap, hyper.stagger)
+        return cls(key, cost.get(hyper.svd_method, sum(shape) * hyper.rank), hyper.gap, hyper.stagger)
 
 
 @dataclass(frozen=True)
@@ -117,7 +61,7 @@ def offsets(matrices: Iterable[Matrix]) -> dict[int, int]:
     """Offsets by key.
 
     Matrices of equal gap and stagger are spread over steps at equal distances within the gap, the costliest first, each
-    to the step with least to do.  The plan must see the same matrices on every rank and mesh: those of the whole model.
+    to the step with least to do.  Every rank and mesh must pass the same matrices: those of the whole model.
     """
     classes: dict[tuple[int, int], list[Matrix]] = {}
     for matrix in matrices:
@@ -137,7 +81,7 @@ def owners(matrices: Mapping[int, Matrix], layouts: Mapping[int, Layout], offset
     least to do in all is chosen.
 
     Args:
-        matrices: by key, all that this rank holds a part of.
+        matrices: by key, all of which this rank has a part.
         layouts: by key.
         offset: by key.
     """
@@ -150,42 +94,42 @@ def owners(matrices: Mapping[int, Matrix], layouts: Mapping[int, Layout], offset
     return least_loaded(costs, num_ranks, lambda key: (matrices[key].gap, offset[key]))
 
 
-def is_random(step: int, hyper: RefreshHyper) -> bool:
+def is_random(step: int, hyper: Projection) -> bool:
     """Whether a refresh at this step draws random bases."""
     late = hyper.random_from_step is not None and step >= hyper.random_from_step
     return late or hyper.svd_method == "random"
 
 
-def number_of(step: int, hyper: RefreshHyper, offset: int) -> int:
+def number_of(step: int, hyper: Projection, offset: int) -> int:
     """Number of the last refresh up to this step if none is skipped."""
-    return (step + offset % hyper.update_proj_gap) // hyper.update_proj_gap
+    return (step + offset % hyper.gap) // hyper.gap
 
 
-def is_due(step: int, state: Mapping[str, Any], hyper: RefreshHyper, offset: int) -> bool:
+def is_due(step: int, state: Mapping[str, Any], hyper: Projection, offset: int) -> bool:
     """Whether the bases are refreshed at this step: known on the host, before the step, on every rank alike."""
     if step == 0:
         return True
-    if (step + offset) % hyper.update_proj_gap:
+    if (step + offset) % hyper.gap:
         return False
     if hyper.lazy_threshold is None or is_random(step, hyper):
         return True
     return bool(number_of(step, hyper, offset) >= state.get(REFRESH_AT, 0))
 
 
-def lazy_spec(hyper: RefreshHyper) -> dict[str, StateSpec]:
+def lazy_spec(hyper: Projection) -> dict[str, StateSpec]:
     """State of lazy refreshes; empty where they are not asked for."""
     if hyper.lazy_threshold is None:
         return {}
     return {name: StateSpec(kind="scalar") for name in (REFRESH_AT, REFRESH_WAIT, REFRESH_STABLE)}
 
 
-def settle(state: State, hyper: RefreshHyper, offset: int, similarity: float) -> None:
+def settle(state: dict[str, Any], hyper: Projection, offset: int, similarity: float) -> None:
     """Say when the refresh after the one of the step just taken is due.
 
     Args:
         state: of the parameter; its `step` counts the step just taken.
         hyper: with a `lazy_threshold`.
-        offset: see `RefreshTurn`.
+        offset: that of its turn.
         similarity: of the bases before and after; not a number where there is nothing to compare.
     """
     assert hyper.lazy_threshold is not None

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from colossal_bcd.optim.base import Params, ShardedOptimizer, State
+from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
-from colossal_bcd.optim.functional import plain_number, require
-from colossal_bcd.optim.state.quantized import StorageHyper
-from colossal_bcd.optim.state.rounding import Rounding
-from colossal_bcd.optim.state.spec import Bits, StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView, matrices_of
+from colossal_bcd.optim.options import Storage, plain_number, require
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.sharding import Rounds, View
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdafactorHyper(StorageHyper):
+@dataclass(frozen=True)
+class AdafactorHyper(Storage):
     """Hyper-parameters of one param group."""
 
     lr: float | None = None
@@ -40,6 +38,7 @@ class AdafactorHyper(StorageHyper):
     """Step size min(1e-2, 1 / sqrt(t)) instead of lr."""
     warmup_init: bool = False
     """With relative_step: min(1e-6 t, 1 / sqrt(t))."""
+    _: KW_ONLY
     min_dim_size_to_factor: int = 0
     """Matrices with a smaller dim keep the whole second moment."""
 
@@ -72,86 +71,44 @@ def step_size(hyper: AdafactorHyper, step: int, rms: Tensor) -> Tensor:
     return rms.clamp(min=hyper.eps[1]) * rho if hyper.scale_parameter else torch.full_like(rms, rho)
 
 
-def adafactor(view: ShardView, state: State, hyper: AdafactorHyper) -> Rounds:
+def adafactor(view: View, state: State, hyper: AdafactorHyper) -> Rounds:
     """One Adafactor update.  The weight's root mean square travels with the first round that exists anyway."""
-    weight = state["step"] ** hyper.decay_rate
+    weight, share = view.weight, state.step**hyper.decay_rate
     if "exp_avg_sq_row" in state:
-        matrices = matrices_of(view.layout)
-        means, size = yield matrices.means(view.squared_grad(hyper.eps[0])), view.square_sum(view.param)
-        average = FactoredAverage(matrices, state, "exp_avg_sq")
-        average.update_(means, weight)
+        means, size = yield view.statistics.means(view.squared_grad(hyper.eps[0])), weight.square_sum(weight.param)
+        average = FactoredAverage(view.statistics, state, "exp_avg_sq")
+        average.update_(means, share)
         update = average.precondition_(view.new_grad())
         (length,) = yield (view.square_sum(update),)
     else:
         squared = capped_(view.squared_grad(hyper.eps[0]))
-        update = state["exp_avg_sq"].lerp_(squared, weight).rsqrt().mul_(view.grad)
-        length, size = yield view.square_sum(update), view.square_sum(view.param)
-    state["RMS"].copy_((size / max(view.layout.numel, 1)).sqrt())
-    lr = step_size(hyper, state["step"], state["RMS"])
-    excess = ((length / max(view.layout.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
+        update = state["exp_avg_sq"].lerp_(squared, share).rsqrt().mul_(view.grad)
+        length, size = yield view.square_sum(update), weight.square_sum(weight.param)
+    state["RMS"].copy_((size / max(weight.numel, 1)).sqrt())
+    lr = step_size(hyper, state.step, state["RMS"])
+    excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
     update.mul_((lr / excess).to(update.dtype))
     if hyper.beta1 is not None:
         update = state["exp_avg"].lerp_(update, 1 - hyper.beta1)
-    if hyper.weight_decay:
-        view.param.mul_(1 - lr * hyper.weight_decay)
-    view.param.sub_(update)
+    yield from view.subtract(update, decay=lr * hyper.weight_decay if hyper.weight_decay else 0.0)
 
 
-class Adafactor(ShardedOptimizer):
+class Adafactor(ShardedOptimizer[AdafactorHyper]):
     """Adafactor on any mesh: two collectives per axis and step, whatever the number of parameters.
 
     Tensors of two or more dims are batches of matrices over their last two.  Their second moment is kept as averages of
     the rows that the rank's slice touches and of the columns of the matrices that it touches, plus one number per
     matrix where neither are whole on the rank.  Tensors of fewer dims keep the whole second moment.
 
-    Args:
-        params: parameters, or param groups as plain dicts.
-        lr, eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init,
-            min_dim_size_to_factor, rounding, seed, moment_bits: see `AdafactorHyper`.
-        wave_bytes: see `ShardedOptimizer`.
+    Its hyper-parameters are those of `AdafactorHyper`.
+
     Raises:
-        ValueError: a hyper-parameter is out of range, or `lr` is given together with `relative_step`.
+        ValueError: `lr` is given together with `relative_step`.
     """
 
     hyper_type = AdafactorHyper
     temporary_bytes = 4
     stacks = True
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | None = None,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float = 1.0,
-        decay_rate: float = -0.8,
-        beta1: float | None = None,
-        weight_decay: float = 0.0,
-        scale_parameter: bool = True,
-        relative_step: bool = True,
-        warmup_init: bool = False,
-        *,
-        min_dim_size_to_factor: int = 0,
-        rounding: Rounding = "nearest",
-        seed: int = 0,
-        moment_bits: Bits = 32,
-        wave_bytes: int = WAVE_BYTES,
-    ) -> None:
-        hyper = AdafactorHyper(
-            lr=lr,
-            eps=eps,
-            clip_threshold=clip_threshold,
-            decay_rate=decay_rate,
-            beta1=beta1,
-            weight_decay=weight_decay,
-            scale_parameter=scale_parameter,
-            relative_step=relative_step,
-            warmup_init=warmup_init,
-            min_dim_size_to_factor=min_dim_size_to_factor,
-            rounding=rounding,
-            seed=seed,
-            moment_bits=moment_bits,
-        )
-        super().__init__(params, hyper, wave_bytes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # Only here: a scheduler may write an lr into the groups of a relative step, where it means nothing.
@@ -163,8 +120,8 @@ class Adafactor(ShardedOptimizer):
             )
         super().add_param_group(param_group)
 
-    def state_spec(self, layout: Layout, hyper: AdafactorHyper) -> dict[str, StateSpec]:
-        moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+    def state_spec(self, layout: Shaped, hyper: AdafactorHyper) -> dict[str, StateSpec]:
+        moment = StateSpec.like(layout)
         spec = {"RMS": StateSpec(kind="replicated", shape=(1,))}
         if hyper.beta1 is not None:
             spec["exp_avg"] = replace(moment, bits=hyper.moment_bits)
@@ -172,7 +129,7 @@ class Adafactor(ShardedOptimizer):
             return {**spec, **factored_spec(layout, "exp_avg_sq")}
         return {**spec, "exp_avg_sq": moment}
 
-    def update(self, view: ShardView, state: State, hyper: AdafactorHyper) -> Rounds:
+    def update(self, view: View, state: State, hyper: AdafactorHyper) -> Rounds:
         return adafactor(view, state, hyper)
 
     def _get_lr(self, param_group: Mapping[str, Any], param_state: Mapping[str, Any]) -> float:

@@ -2,84 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Literal
 
-from colossal_bcd.optim.base import Params, ShardedOptimizer, State
-from colossal_bcd.optim.functional import adam_direction, require_adam, update_moments_
-from colossal_bcd.optim.state.quantized import StorageHyper
-from colossal_bcd.optim.state.rounding import Rounding
-from colossal_bcd.optim.state.spec import Bits, StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
+from colossal_bcd.optim.base import ShardedOptimizer
+from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
+from colossal_bcd.optim.options import OPTIONAL, RoundingOptions, Storage, require, require_adam
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.sharding import Rounds, View
+
+Order = Literal["torch", "bitsandbytes", "galore"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdamWHyper(StorageHyper):
-    """Hyper-parameters of one param group."""
+@dataclass(frozen=True)
+class AdamWRule(RoundingOptions):
+    """What the rule reads; `AdamWHyper` adds how the first moment is stored."""
 
     lr: float = 1e-3
     """Step size."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: float = 1e-8
-    """Added to the root of the debiased second moment."""
+    """Added to the root of the second moment."""
     weight_decay: float = 1e-2
     """Decoupled: the weight shrinks by lr * weight_decay."""
+    _: KW_ONLY
+    correct_bias: bool = field(default=True, metadata=OPTIONAL)
+    """Debias both moments."""
+    order: Order = field(default="torch", metadata=OPTIONAL)
+    """Whose order of operations: "torch" shrinks the weight before the step and adds `eps` to the debiased root;
+    "bitsandbytes" shrinks it after the step; "galore", galore_torch's, also adds `eps` before it debiases."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_adam(self.lr, self.betas, self.eps, self.weight_decay)
+        orders = ("torch", "bitsandbytes", "galore")
+        require(self.order in orders, "order", self.order, f"one of {', '.join(orders)}")
 
 
-def adamw(view: ShardView, state: State, hyper: AdamWHyper) -> Rounds:
+@dataclass(frozen=True)
+class AdamWHyper(AdamWRule, Storage):
+    """Hyper-parameters of one param group."""
+
+
+def adamw(view: View, state: State, hyper: AdamWRule) -> Rounds:
     """One AdamW update; asks for nothing."""
     update_moments_(state["exp_avg"], state["exp_avg_sq"], view.grad, hyper.betas)
-    direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], state["step"], hyper.betas, hyper.eps)
-    view.param.mul_(1 - hyper.lr * hyper.weight_decay).add_(direction, alpha=-hyper.lr)
-    yield from ()
+    lr, debias = hyper.lr, state.step if hyper.correct_bias else None
+    if debias is not None and hyper.order == "galore":
+        lr, debias = debiased_rate(lr, debias, hyper.betas), None
+    direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], debias, hyper.betas, hyper.eps)
+    decay = hyper.lr * hyper.weight_decay
+    yield from view.subtract(direction, lr=lr, decay=decay, decay_first=hyper.order == "torch")
 
 
-class AdamW(ShardedOptimizer):
-    """AdamW on any mesh, without communication.
-
-    Args:
-        params: parameters, or param groups as plain dicts.
-        lr, betas, eps, weight_decay, rounding, seed, moment_bits: see `AdamWHyper`.
-        wave_bytes: see `ShardedOptimizer`.
-    Raises:
-        ValueError: a hyper-parameter is out of range.
-    """
+class AdamW(ShardedOptimizer[AdamWHyper]):
+    """AdamW on any mesh, without communication; its hyper-parameters are those of `AdamWHyper`."""
 
     hyper_type = AdamWHyper
     temporary_bytes = 0
     stacks = True
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        rounding: Rounding = "nearest",
-        seed: int = 0,
-        moment_bits: Bits = 32,
-        wave_bytes: int = WAVE_BYTES,
-    ) -> None:
-        hyper = AdamWHyper(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            rounding=rounding,
-            seed=seed,
-            moment_bits=moment_bits,
-        )
-        super().__init__(params, hyper, wave_bytes)
-
-    def state_spec(self, layout: Layout, hyper: AdamWHyper) -> dict[str, StateSpec]:
-        moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+    def state_spec(self, layout: Shaped, hyper: AdamWHyper) -> dict[str, StateSpec]:
+        moment = StateSpec.like(layout)
         return {"exp_avg": replace(moment, bits=hyper.moment_bits), "exp_avg_sq": moment}
 
-    def update(self, view: ShardView, state: State, hyper: AdamWHyper) -> Rounds:
+    def update(self, view: View, state: State, hyper: AdamWHyper) -> Rounds:
         return adamw(view, state, hyper)

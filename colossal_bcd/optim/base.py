@@ -1,36 +1,48 @@
-"""ShardedOptimizer: one rule per parameter, run on whatever part of the parameters this rank holds."""
+"""ShardedOptimizer: one rule per parameter, run on whatever part of the parameters this rank has."""
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from colossal_bcd.optim.accepted import members_with_names, require_keys, require_real
-from colossal_bcd.optim.functional import plain_number
-from colossal_bcd.optim.state.quantized import StorageHyper, require_library
-from colossal_bcd.optim.state.rounding import LOW_PRECISION, is_stochastic
-from colossal_bcd.optim.state.spec import StateSpec
+from colossal_bcd.optim.options import (
+    Storage,
+    flat_options,
+    keys_of,
+    make_hyper,
+    members_with_names,
+    plain_number,
+    require_keys,
+    require_real,
+    signature_of,
+)
+from colossal_bcd.optim.state.spec import State, StateSpec
 from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
-from colossal_bcd.optim.state.storage import StoredState, StoredWeights
+from colossal_bcd.optim.state.storage import (
+    StoredState,
+    StoredWeights,
+    count_step,
+    require_storable,
+    rounds_nothing,
+    stored_temporaries,
+)
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
 
 logger = logging.getLogger(__name__)
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
-Hyper: TypeAlias = Any
-"""Frozen dataclass of an optimizer's hyper-parameters; its fields are the keys of a param group."""
-State: TypeAlias = dict[str, Any]
-"""What a rule sees: elementwise entries as views of the data, `step` as the number of this update, from 1."""
+HyperT = TypeVar("HyperT")
+"""Frozen dataclass of an optimizer's hyper-parameters (see `optim.options`)."""
 
 
-class ShardedOptimizer(Optimizer):
+class ShardedOptimizer(Optimizer, Generic[HyperT]):
     """Base of the optimizers of this package.
 
     Constructed like any `torch.optim.Optimizer`, it trains whole tensors on one process.  `bind` tells it which part of
@@ -38,17 +50,44 @@ class ShardedOptimizer(Optimizer):
 
     Args:
         params: parameters, or param groups as plain dicts.
-        hyper: defaults of every group.
+        values: hyper-parameters of every group in the order of `hyper_type`.
+        storage: how weights and the first moment are stored, in place of the keys `rounding`, `seed`, `moment_bits`.
         wave_bytes: budget for temporaries of rules that communicate, in bytes; the same on every rank.
+        flat: hyper-parameters of every group by their keys in a param group.
+    Raises:
+        TypeError: an argument is no hyper-parameter of this optimizer, or is given twice.
+        ValueError: a hyper-parameter is out of range.
     """
 
     hyper_type: ClassVar[Any]
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Hyper-parameters that the class sets itself, so that its constructor does not take them."""
     temporary_bytes: ClassVar[int]
     """Bytes per stored value that the rule keeps alive between rounds when it computes in float32."""
     stacks: ClassVar[bool] = False
     """Whether the rule can update b parameters of equal layout at once: everything it sees then has a leading dim."""
+    momentum_entry: ClassVar[str] = "exp_avg"
+    """State entry that is the first moment, an average of gradients."""
 
-    def __init__(self, params: Params, hyper: Hyper, wave_bytes: int = WAVE_BYTES) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "hyper_type"):
+            signature = signature_of(cls, cls.fixed)
+            cls.__signature__ = signature  # type: ignore[attr-defined]
+            if cls.__dict__.get("__doc__"):
+                names = [name for name in signature.parameters if name in cls.hyper_keys()]
+                cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nHyper-parameters: {', '.join(names)}."
+
+    def __init__(
+        self,
+        params: Params,
+        *values: Any,
+        storage: Storage | None = None,
+        wave_bytes: int = WAVE_BYTES,
+        **flat: Any,
+    ) -> None:
+        name = type(self).__name__
+        hyper = make_hyper(name, self.hyper_type, values, {**flat, **flat_options(name, "storage", storage, flat)})
         self._layouts: dict[Tensor, Layout] = {}
         self._keys: dict[Tensor, int] = {}
         self._mesh = Mesh()
@@ -56,27 +95,28 @@ class ShardedOptimizer(Optimizer):
         self._warned = False
         self._handed: Mapping[Tensor, Tensor] | None = None
         # Not copies: a learning rate that is a tensor stays the user's own, as under torch's optimizers.
-        defaults = {field.name: getattr(hyper, field.name) for field in dataclasses.fields(hyper)}
-        # Options of storage are in a group only where they are asked for: groups and checkpoints of everybody else stay
-        # those of the originals.
-        for name in self._optional():
-            if defaults[name] == getattr(StorageHyper, name):
-                del defaults[name]
+        defaults = {key.name: getattr(hyper, key.field) for key in keys_of(self.hyper_type)}
+        for key in keys_of(self.hyper_type):
+            if key.optional and defaults[key.name] == key.default:
+                del defaults[key.name]
         super().__init__(params, defaults)
 
+    @classmethod
+    def hyper_keys(cls) -> list[str]:
+        """Keys of the hyper-parameters in param groups."""
+        return [key.name for key in keys_of(cls.hyper_type)]
+
     @abstractmethod
-    def state_spec(self, layout: Layout, hyper: Hyper) -> dict[str, StateSpec]:
+    def state_spec(self, layout: Layout, hyper: HyperT) -> dict[str, StateSpec]:
         """Declare the state of one parameter; `step` is always there and need not be named."""
 
     @abstractmethod
-    def update(self, view: ShardView, state: State, hyper: Hyper) -> Rounds:
+    def update(self, view: ShardView, state: State, hyper: HyperT) -> Rounds:
         """The rule: one step of one parameter."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        fields = [field.name for field in dataclasses.fields(self.hyper_type)]
-        require_keys(type(self).__name__, param_group, [*fields, "params", "param_names"])
-        if getattr(self.hyper_of({**self.defaults, **param_group}), "moment_bits", 32) == 8:
-            require_library()
+        require_keys(type(self).__name__, param_group, [*self.hyper_keys(), "params", "param_names"])
+        require_storable(self.hyper_of({**self.defaults, **param_group}))
         super().add_param_group(param_group)
         try:
             require_real(type(self).__name__, members_with_names(self.param_groups[-1], len(self._keys)))
@@ -102,7 +142,7 @@ class ShardedOptimizer(Optimizer):
         Args:
             layouts: one layout for every tensor in the param groups; the tensor has its `local_shape`.
             mesh: a group for every axis that the layouts name.
-            keys: number of each tensor's parameter, the same on every rank and mesh; None: its place in the groups.
+            keys: number of each tensor's parameter, the same on every rank and mesh; None: its index in the groups.
         Raises:
             ValueError: a tensor has no layout, or another shape than its layout, or an axis is not in the mesh.
         """
@@ -119,10 +159,10 @@ class ShardedOptimizer(Optimizer):
         for param in [param for param in self.state if param not in self._layouts]:
             del self.state[param]
         for state in self.state.values():
-            for name, entry in state.items():
+            for name, value in state.items():
                 # What shares a storage with state that was dropped (see `Stack.of_state`) must not keep it alive.
-                if isinstance(entry, Tensor) and entry.untyped_storage().nbytes() > entry.nbytes:
-                    state[name] = entry.clone()
+                if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                    state[name] = value.clone()
 
     @property
     def layouts(self) -> Mapping[Tensor, Layout]:
@@ -170,9 +210,7 @@ class ShardedOptimizer(Optimizer):
         """
         active = self._active()
         for group in self.param_groups:
-            if group.get("rounding") == "stochastic":
-                # In the group, which outlives the state that a switch of blocks clears: no step repeats another's bits.
-                group["num_steps"] = group.get("num_steps", 0) + 1
+            count_step(group)
         self._warn_of_rounding(active)
         run_rounds(map(self._task, self._stacked(active)), self._mesh, self.wave_bytes)
 
@@ -215,7 +253,7 @@ class ShardedOptimizer(Optimizer):
         self.__dict__.setdefault("_warned", False)
         self.__dict__.setdefault("_handed", None)
 
-    def task_bytes(self, layout: Layout, hyper: Hyper, dtype: torch.dtype, num_members: int = 1) -> int:
+    def task_bytes(self, layout: Layout, hyper: HyperT, dtype: torch.dtype, num_members: int = 1) -> int:
         """Temporaries that one rule keeps alive between rounds, in bytes.
 
         Args:
@@ -225,10 +263,7 @@ class ShardedOptimizer(Optimizer):
             num_members: parameters that the rule updates at once.
         """
         per_value = self.temporary_bytes * wide(dtype).itemsize // torch.float32.itemsize
-        if is_stochastic(hyper, dtype):
-            per_value += torch.float32.itemsize
-        if getattr(hyper, "moment_bits", 32) == 8:
-            per_value += wide(dtype).itemsize
+        per_value += stored_temporaries(hyper, dtype)
         if num_members > 1:
             per_value = COPIES * wide(dtype).itemsize
         return layout.max_local * per_value * num_members
@@ -282,7 +317,7 @@ class ShardedOptimizer(Optimizer):
                 "the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
             )
 
-    def hyper_of(self, group: Mapping[str, Any], key: int | None = None) -> Hyper:
+    def hyper_of(self, group: Mapping[str, Any], key: int | None = None) -> HyperT:
         """Hyper-parameters of a param group, checked.
 
         Args:
@@ -291,35 +326,35 @@ class ShardedOptimizer(Optimizer):
         Raises:
             ValueError: one is out of range.
         """
-        names, optional = [field.name for field in dataclasses.fields(self.hyper_type)], self._optional()
-        return self.hyper_type(
-            **{name: plain_number(group[name]) for name in names if name in group or name not in optional}
+        made: HyperT = self.hyper_type(
+            **{
+                key.field: plain_number(group[key.name])
+                for key in keys_of(self.hyper_type)
+                if key.name in group or not key.optional
+            }
         )
+        return made
 
-    def _optional(self) -> list[str]:
-        """Hyper-parameters that a group need not have."""
-        if not issubclass(self.hyper_type, StorageHyper):
-            return []
-        return [field.name for field in dataclasses.fields(StorageHyper)]
+    def stack_kind(self, member: Member) -> Hashable:
+        """What tells stacks apart beside what `stacks` compares; None: the parameter is updated alone."""
+        return self.stacks
 
     def _stacked(self, active: list[Member]) -> list[list[Member]]:
-        """What is updated together; 8-bit entries have blocks of their own and are alone."""
-        alone = [[member] for member in active if not self.stacks or getattr(member.hyper, "moment_bits", 32) == 8]
-        if len(alone) == len(active):
-            return alone
-        return stacks(active, min(STACK_BYTES, self.wave_bytes))
+        """What is updated together."""
+        if not self.stacks:
+            return [[member] for member in active]
+        return stacks(active, min(STACK_BYTES, self.wave_bytes), self.stack_kind, self.state_spec)
 
     def _warn_of_rounding(self, active: list[Member]) -> None:
         """Say once that there is nothing to round."""
-        asked = [m.param for m in active if getattr(m.hyper, "rounding", "nearest") == "stochastic"]
-        if not asked or self._warned or any(param.dtype in LOW_PRECISION for param in asked):
+        if self._warned or not rounds_nothing(active):
             return
         self._warned = True
         logger.warning(
             '%s: rounding="stochastic" has no effect on %s weights, such as float32 masters, which are not rounded. '
             "Under a plugin pass master_weights=False.",
             type(self).__name__,
-            asked[0].dtype,
+            active[0].param.dtype,
         )
 
     def _task(self, members: list[Member]) -> Task:
@@ -333,13 +368,14 @@ class ShardedOptimizer(Optimizer):
         states = [self.state[member.param] for member in members]
         weights = StoredWeights(members, self.stacks)
         stored = StoredState(members, states, self.state_spec(first.layout, first.hyper), self.stacks)
-        view = ShardView(first.layout, weights.values, self._gradients(members), first.key)
+        keys = tuple(member.key for member in members)
+        view = ShardView(first.layout, weights.values, self._gradients(members), keys)
         seen = stored.seen(view)
         yield from self.update(view, seen, first.hyper)
         stored.write_back(view, seen)
         weights.write_back(view)
 
     def _gradients(self, members: list[Member]) -> list[Tensor]:
-        """Whole gradients; none where an engine has handed over an image instead."""
+        """Whole gradients; none where an engine has handed over a low-rank one instead."""
         grads = [self._grad(member.param) for member in members if not self.has_low_rank(member.key)]
         return [grad.contiguous() for grad in grads if grad is not None]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from torch import Tensor
 
-from colossal_bcd.optim.base import Params, ShardedOptimizer, State
+from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
-from colossal_bcd.optim.functional import require
-from colossal_bcd.optim.state.quantized import StorageHyper
-from colossal_bcd.optim.state.rounding import Rounding
-from colossal_bcd.optim.state.spec import Bits, StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView, matrices_of
+from colossal_bcd.optim.options import Storage, require
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.sharding import Rounds, View
 
 
-@dataclass(frozen=True, kw_only=True)
-class CAMEHyper(StorageHyper):
+@dataclass(frozen=True)
+class CAMEHyper(Storage):
     """Hyper-parameters of one param group."""
 
     lr: float
@@ -29,6 +27,7 @@ class CAMEHyper(StorageHyper):
     """Decay of the first moment, of the second, and of the instability."""
     weight_decay: float = 0.0
     """Decoupled: the weight shrinks by lr * weight_decay."""
+    _: KW_ONLY
     min_dim_size_to_factor: int = 0
     """Matrices with a smaller dim keep the whole second moment, and no instability."""
 
@@ -47,34 +46,34 @@ class CAMEHyper(StorageHyper):
         require(self.min_dim_size_to_factor >= 0, "min_dim_size_to_factor", self.min_dim_size_to_factor, "0 or more")
 
 
-def came(view: ShardView, state: State, hyper: CAMEHyper) -> Rounds:
+def came(view: View, state: State, hyper: CAMEHyper) -> Rounds:
     """One CAME update; equation and line numbers are those of the paper's algorithm 2."""
     beta1, beta2, beta3 = hyper.betas
-    matrices = matrices_of(view.layout) if "exp_avg_sq_row" in state else None
-    if matrices is not None:
-        (means,) = yield (matrices.means(view.squared_grad(hyper.eps[0])),)  # lines 5 and 6
-        average = FactoredAverage(matrices, state, "exp_avg_sq")
+    statistics = view.statistics if "exp_avg_sq_row" in state else None
+    if statistics is not None:
+        (means,) = yield (statistics.means(view.squared_grad(hyper.eps[0])),)  # lines 5 and 6
+        average = FactoredAverage(statistics, state, "exp_avg_sq")
         average.update_(means, 1 - beta2)
         update = average.precondition_(view.new_grad())  # lines 7 and 8
     else:
         squared = capped_(view.squared_grad(hyper.eps[0]))
         update = state["exp_avg_sq"].lerp_(squared, 1 - beta2).rsqrt().mul_(view.grad)
     (length,) = yield (view.square_sum(update),)
-    excess = ((length / max(view.layout.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
+    excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
     update.div_(excess.to(update.dtype))
     exp_avg: Tensor = state["exp_avg"].lerp_(update, 1 - beta1)  # line 9
-    if matrices is not None:
+    if statistics is not None:
         instability = update.sub_(exp_avg).square_().add_(hyper.eps[1])  # line 10
-        residual = FactoredAverage(matrices, state, "exp_avg_res")
-        (means,) = yield (matrices.means(instability),)  # lines 11 and 12
+        residual = FactoredAverage(statistics, state, "exp_avg_res")
+        (means,) = yield (statistics.means(instability),)  # lines 11 and 12
         residual.update_(means, 1 - beta3)
         update = residual.precondition_(update.copy_(exp_avg))  # lines 13 and 14
     else:
         update = exp_avg
-    view.param.mul_(1 - hyper.lr * hyper.weight_decay).add_(update, alpha=-hyper.lr)
+    yield from view.subtract(update, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
 
 
-class CAME(ShardedOptimizer):
+class CAME(ShardedOptimizer[CAMEHyper]):
     """CAME on any mesh: three collectives per axis and step, whatever the number of parameters.
 
     Tensors of two or more dims are batches of matrices over their last two.  Their second moment and instability are
@@ -82,53 +81,19 @@ class CAME(ShardedOptimizer):
     one number per matrix where neither are whole on the rank.  Tensors of fewer dims keep the whole second moment, and
     their update is not scaled by confidence, as in the authors' code.
 
-    Args:
-        params: parameters, or param groups as plain dicts.
-        lr, eps, clip_threshold, betas, weight_decay, min_dim_size_to_factor, rounding, seed, moment_bits: see
-            `CAMEHyper`.
-        wave_bytes: see `ShardedOptimizer`.
-    Raises:
-        ValueError: a hyper-parameter is out of range.
+    Its hyper-parameters are those of `CAMEHyper`.
     """
 
     hyper_type = CAMEHyper
     temporary_bytes = 4
     stacks = True
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float,
-        eps: tuple[float, float] = (1e-30, 1e-16),
-        clip_threshold: float = 1.0,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        weight_decay: float = 0.0,
-        *,
-        min_dim_size_to_factor: int = 0,
-        rounding: Rounding = "nearest",
-        seed: int = 0,
-        moment_bits: Bits = 32,
-        wave_bytes: int = WAVE_BYTES,
-    ) -> None:
-        hyper = CAMEHyper(
-            lr=lr,
-            eps=eps,
-            clip_threshold=clip_threshold,
-            betas=betas,
-            weight_decay=weight_decay,
-            min_dim_size_to_factor=min_dim_size_to_factor,
-            rounding=rounding,
-            seed=seed,
-            moment_bits=moment_bits,
-        )
-        super().__init__(params, hyper, wave_bytes)
-
-    def state_spec(self, layout: Layout, hyper: CAMEHyper) -> dict[str, StateSpec]:
-        moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+    def state_spec(self, layout: Shaped, hyper: CAMEHyper) -> dict[str, StateSpec]:
+        moment = StateSpec.like(layout)
         first = replace(moment, bits=hyper.moment_bits)
         if not is_factored(layout, hyper.min_dim_size_to_factor):
             return {"exp_avg": first, "exp_avg_sq": moment}
         return {"exp_avg": first, **factored_spec(layout, "exp_avg_sq"), **factored_spec(layout, "exp_avg_res")}
 
-    def update(self, view: ShardView, state: State, hyper: CAMEHyper) -> Rounds:
+    def update(self, view: View, state: State, hyper: CAMEHyper) -> Rounds:
         return came(view, state, hyper)

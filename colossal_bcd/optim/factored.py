@@ -8,18 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colossal_bcd.optim.base import State
-from colossal_bcd.optim.state.spec import StateSpec
-from colossal_bcd.sharding import Layout, LowRankView, Matrices, Means, matrices_of
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.sharding import LowRank, Means, matrices_of
+from colossal_bcd.sharding.view import Statistics
 
 
-def is_factored(layout: Layout, min_dim_size: int) -> bool:
-    """Whether a parameter has matrices whose both dims have at least `min_dim_size`."""
+def is_factored(layout: Shaped, min_dim_size: int) -> bool:
+    """Whether a gradient has matrices whose both dims have at least `min_dim_size`."""
     return len(layout.shape) >= 2 and min(layout.shape[-2:]) >= min_dim_size and layout.numel > 0
 
 
-def factored_spec(layout: Layout, name: str) -> dict[str, StateSpec]:
+def factored_spec(layout: Shaped, name: str) -> dict[str, StateSpec]:
     """State of one factored average: `<name>_row`, `<name>_col`, and `<name>_total` where the rank needs it."""
+    if isinstance(layout, LowRank):
+        rows, columns = layout.local_shape
+        return {
+            f"{name}_row": StateSpec(kind="row", shape=(rows,), side=layout.side),
+            f"{name}_col": StateSpec(kind="column", shape=(columns,), side=layout.side),
+        }
     matrices = matrices_of(layout)
     spec = {
         f"{name}_row": StateSpec(kind="row", shape=(matrices.rows.count,), total=f"{name}_total"),
@@ -43,13 +49,13 @@ class FactoredAverage:
     """The exponential average of a non-negative quantity, as rows, columns and their normaliser.
 
     Args:
-        matrices: of the parameter's layout, or a low-rank image of it.
-        state: holds the entries that `factored_spec` declares under `name`.
-        name: see `state`.
+        statistics: of the view.
+        state: has the entries that `factored_spec` declares under `name`.
+        name: of the average.
     """
 
-    def __init__(self, matrices: Matrices | LowRankView, state: State, name: str) -> None:
-        self._matrices = matrices
+    def __init__(self, statistics: Statistics, state: State, name: str) -> None:
+        self._statistics = statistics
         self._row, self._col = state[f"{name}_row"], state[f"{name}_col"]
         self._total = state.get(f"{name}_total")
 
@@ -66,6 +72,6 @@ class FactoredAverage:
         Args:
             x: [n] or [b, n] values.
         """
-        norm = self._matrices.normaliser(self._row, self._col, self._total)
+        norm = self._statistics.normaliser(self._row, self._col, self._total)
         # Not (row / norm).rsqrt(): beside large gradients the quotient of a row of zeros is zero itself.
-        return self._matrices.scale_(x, self._row.rsqrt().mul_(norm.sqrt()), self._col.rsqrt())
+        return self._statistics.scale_(x, self._row.rsqrt().mul_(norm.sqrt()), self._col.rsqrt())

@@ -7,18 +7,17 @@ from typing import Literal
 
 import torch
 
-from colossal_bcd.optim.base import Params, ShardedOptimizer, State
-from colossal_bcd.optim.functional import adam_direction, require, require_adam, update_moments_
-from colossal_bcd.optim.state.quantized import StorageHyper
-from colossal_bcd.optim.state.rounding import Rounding
-from colossal_bcd.optim.state.spec import Bits, StateSpec
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
+from colossal_bcd.optim.base import ShardedOptimizer
+from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
+from colossal_bcd.optim.options import Storage, require, require_adam
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.sharding import Rounds, ShardView
 
 BiasCorrection = Literal[True, False, "step_size"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LambHyper(StorageHyper):
+@dataclass(frozen=True)
+class LambHyper(Storage):
     """Hyper-parameters of one param group."""
 
     lr: float = 1e-3
@@ -48,7 +47,7 @@ class LambHyper(StorageHyper):
 
 def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     """One LAMB update.  The norms are of the whole parameter, the weight's from the values that are updated."""
-    step = state["step"]
+    step = state.step
     update_moments_(state["exp_avg"], state["exp_avg_sq"], view.grad, hyper.betas)
     debias = step if hyper.bias_correction is True else None
     # Algorithm 2, line 9: r = m / (sqrt(v) + eps), and line 10's r + lambda * x.
@@ -56,8 +55,7 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     direction.add_(view.param, alpha=hyper.weight_decay)
     lr = hyper.lr
     if hyper.bias_correction == "step_size":
-        beta1, beta2 = hyper.betas
-        lr *= (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        lr = debiased_rate(lr, step, hyper.betas)
     if hyper.adam:
         view.param.add_(direction, alpha=-lr)
         return
@@ -68,51 +66,18 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     view.param.addcmul_(direction.mul_(root), root, value=-lr)
 
 
-class Lamb(ShardedOptimizer):
+class Lamb(ShardedOptimizer[LambHyper]):
     """LAMB on any mesh: one collective per axis and step, whatever the number of parameters.
 
-    Args:
-        params: parameters, or param groups as plain dicts.
-        lr, betas, eps, weight_decay, bias_correction, adam, rounding, seed, moment_bits: see `LambHyper`.
-        wave_bytes: see `ShardedOptimizer`.
-    Raises:
-        ValueError: a hyper-parameter is out of range.
+    Its hyper-parameters are those of `LambHyper`.
     """
 
     hyper_type = LambHyper
     temporary_bytes = 4
     stacks = True
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        bias_correction: BiasCorrection = True,
-        adam: bool = False,
-        *,
-        rounding: Rounding = "nearest",
-        seed: int = 0,
-        moment_bits: Bits = 32,
-        wave_bytes: int = WAVE_BYTES,
-    ) -> None:
-        hyper = LambHyper(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            bias_correction=bias_correction,
-            adam=adam,
-            rounding=rounding,
-            seed=seed,
-            moment_bits=moment_bits,
-        )
-        super().__init__(params, hyper, wave_bytes)
-
-    def state_spec(self, layout: Layout, hyper: LambHyper) -> dict[str, StateSpec]:
-        moment = StateSpec(kind="elementwise", shape=layout.local_shape)
+    def state_spec(self, layout: Shaped, hyper: LambHyper) -> dict[str, StateSpec]:
+        moment = StateSpec.like(layout)
         return {"exp_avg": replace(moment, bits=hyper.moment_bits), "exp_avg_sq": moment}
 
     def update(self, view: ShardView, state: State, hyper: LambHyper) -> Rounds:

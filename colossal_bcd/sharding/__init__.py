@@ -1,14 +1,20 @@
-"""Layouts, statistics of sharded tensors, and the only collectives of an optimizer step."""
+"""Layouts, statistics of sharded tensors, and the only collectives of an optimizer step.
 
-from colossal_bcd.sharding.collect import Collect
+layout    which part of which global tensor a rank has: pure values
+mesh      axis name -> process group of this rank
+rounds    rules ask, one collective per axis answers
+matrix    row and column statistics of a ragged slice (with a picture)
+view      what a rule sees of a parameter or of its low-rank gradient
+low_rank  projections of sharded gradients, and what travels instead of whole ones
+regions   which part of a full tensor a rank's tensor is, for files
+"""
+
 from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit, slice_length
-from colossal_bcd.sharding.low_rank import LowRank
-from colossal_bcd.sharding.low_rank_gradient import LowRankGradient
-from colossal_bcd.sharding.low_rank_view import LowRankView
+from colossal_bcd.sharding.low_rank import LowRank, LowRankGradient, LowRankView, low_rank_of
 from colossal_bcd.sharding.matrix import Matrices, Means, matrices_of
 from colossal_bcd.sharding.mesh import Mesh
-from colossal_bcd.sharding.rounds import WAVE_BYTES, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
-from colossal_bcd.sharding.view import ShardView, square_sum, sum_of_squares, wide
+from colossal_bcd.sharding.rounds import WAVE_BYTES, Collect, Combined, Request, Rounds, Sum, Task, resolve, run_rounds
+from colossal_bcd.sharding.view import ShardView, View, square_sum, sum_of_squares, wide
 
 __all__ = [
     "WAVE_BYTES",
@@ -28,6 +34,8 @@ __all__ = [
     "Sum",
     "Task",
     "TensorSplit",
+    "View",
+    "low_rank_of",
     "matrices_of",
     "resolve",
     "run_rounds",

@@ -134,6 +134,27 @@ class Layout:
             shape=self.shape, split=self.split, slice=FlatSlice(axis=axis, rank=rank, size=size, length=length)
         )
 
+    def at(self, *, slice_rank: int | None = None, split_rank: int | None = None) -> Layout:
+        """The layout of another rank.
+
+        Args:
+            slice_rank: its number on the slice's axis; None: this rank's.
+            split_rank: its number on the split's axis; None: this rank's.
+        """
+        split, piece = self.split, self.slice
+        if slice_rank is not None:
+            assert piece is not None
+            piece = dataclasses.replace(piece, rank=slice_rank)
+        if split_rank is not None:
+            assert split is not None
+            split = dataclasses.replace(split, rank=split_rank)
+        return dataclasses.replace(self, split=split, slice=piece)
+
+    @property
+    def unsliced(self) -> Layout:
+        """The layout of the whole shard of which this rank has a slice."""
+        return self if self.slice is None else dataclasses.replace(self, slice=None)
+
     @property
     def _sections(self) -> tuple[int, ...]:
         assert self.split is not None

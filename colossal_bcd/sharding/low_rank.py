@@ -1,21 +1,32 @@
-"""Products of a sharded matrix with a basis: projection to low rank and back.
+"""Low-rank gradients: what a sharded gradient is on a basis, its statistics, and the way back to the weight.
 
-R, C, r, c, n, k as in `sharding.matrix`, for one matrix; b: rows that begin on this rank; q: rank of the basis.  Bases
-have orthonormal columns and are whole on every rank: left [R, q], right [C, q].
+R, C, r, c, n, k as in `sharding.matrix`, for one matrix; q: rank of the basis; A, B: shape of the whole low-rank
+gradient; a, b: of this rank's part of it.  Bases have orthonormal columns and are whole on every rank: left [R, q],
+right [C, q].  Everything may have a leading dim, of parameters that share the layout.
+
+    right:  G [R, C]  V [C, q]              = [R, q]   a row needs its row of G; a rank has those that begin on it
+    left:   U^T [q, R]  G [R, C]            = [q, C]   a column needs all rows; a rank has its share of the columns
+    full:   U^T [q, R]  G [R, C]  V [C, q]  = [q, q]   every rank has all of it
+
+A projection is linear: the average of low-rank gradients is the low-rank gradient of the average.  So data-parallel
+ranks can project what backward produced and reduce [rank x n] instead of [m x n] (see `LowRankGradient`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
-from colossal_bcd.sharding.matrix import matrices_of
-from colossal_bcd.sharding.rounds import Combined, Sum
-from colossal_bcd.sharding.view import sum_of_squares
+from colossal_bcd.sharding.matrix import Means, matrices_of, mean_of
+from colossal_bcd.sharding.rounds import Combined, Rounds, Sum
+from colossal_bcd.sharding.view import ShardView, decayed, sum_of_squares
 
 Side = Literal["left", "right", "full"]
 CAST_VALUES = 2**22
@@ -23,188 +34,365 @@ CAST_VALUES = 2**22
 
 
 class LowRank:
-    """The low-rank image of one matrix under a layout, on one rank.
+    """The layout of a matrix's low-rank gradient: which part of it this rank has, and how it is computed.
 
-    - right, G V: a row needs that row only.  Held are the rows that begin on the rank's slice, [b, q].
-    - left, U^T G: every column needs all rows.  The sum over ranks is needed everywhere, but held is only this rank's
-      share of the columns, [q, w].
-    - full, U^T G V: [q, q], everywhere.
+    Right projections give a rank the rows that begin on its slice, [a, q].  The sum of a left one is needed everywhere
+    to project back, but between steps a rank has its share of the columns only, [q, b].  Full ones are whole.
 
     Args:
         layout: of a tensor of two dims (see `Layout.as_matrix`).
-        side: see above.
+        side: which sides are projected.
         rank: q.
     """
 
     def __init__(self, layout: Layout, side: Side, rank: int) -> None:
-        self._layout, self._side, self._rank = layout, side, rank
+        self.layout, self.side, self.rank = layout, side, rank
         self._matrices = matrices_of(layout)
         piece = layout.slice
         parts = piece.size if piece is not None and piece.size > 1 else 1
-        place = piece.rank if piece is not None else 0
+        index = piece.rank if piece is not None else 0
         width = -(-self._matrices.c // parts)
-        self._columns = slice(min(place * width, self._matrices.c), min((place + 1) * width, self._matrices.c))
-        self._shared_by: tuple[str, ...] = (piece.axis,) if piece is not None and parts > 1 else ()
+        self.columns = slice(min(index * width, self._matrices.c), min((index + 1) * width, self._matrices.c))
+        """Columns of the shard that this rank has, for "left"."""
+        touched = self._matrices.rows
+        self.rows = slice(touched.first + touched.begun, touched.first + touched.count)
+        """Rows of the shard that this rank has, for "right"."""
+        self.shape = layout.shape[0] if side == "right" else rank, layout.shape[1] if side == "left" else rank
+        """A, B."""
+        self.local_shape = (
+            self.rows.stop - self.rows.start if side == "right" else rank,
+            self.columns.stop - self.columns.start if side == "left" else rank,
+        )
+        """a, b."""
+        # Sums over rows need the ranks that have other rows, sums over columns those that have other columns.
+        zero = self._matrices.zero_axes
+        self._over_rows = zero + self._matrices.col_axes if side == "right" else ()
+        self._over_columns = zero + self._matrices.row_axes if side == "left" else ()
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of what this rank holds of the image."""
-        if self._side == "right":
-            return self.rows.stop - self.rows.start, self._rank
-        if self._side == "left":
-            return self._rank, self._columns.stop - self._columns.start
-        return self._rank, self._rank
+    def numel(self) -> int:
+        """Values of the whole low-rank gradient."""
+        return self.shape[0] * self.shape[1]
 
-    @property
-    def columns(self) -> slice:
-        """Columns of the shard whose image this rank holds; for "left"."""
-        return self._columns
-
-    @property
-    def rows(self) -> slice:
-        """Rows of the shard whose image this rank holds; for "right"."""
-        rows = self._matrices.rows
-        return slice(rows.first + rows.begun, rows.first + rows.count)
+    def matrix(self, flat: Tensor) -> Tensor:
+        """[..., a, b] view of flat values, [..., a * b]."""
+        return flat.view(*flat.shape[:-1], *self.local_shape)
 
     def partial(self, x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """What this rank's values contribute to the image, in the dtype of the bases.
+        """What this rank's values contribute to the low-rank gradient, in the dtype of the bases.
 
         Args:
-            x: [n] values on this rank, of the bases' dtype or a lower precision.
-            left: [R, q] basis of the rows, for "left" and "full".
-            right: [C, q] basis of the columns, for "right" and "full".
+            x: [..., n] values on this rank, of the bases' dtype or a lower precision.
+            left: [..., R, q] basis of the rows, for "left" and "full".
+            right: [..., C, q] basis of the columns, for "right" and "full".
         Returns:
-            [k, q] for "right", [q, c] for "left", [q, q] for "full".
+            [..., k, q] for "right", [..., q, c] for "left", [..., q, q] for "full".
         """
-        matrices = self._matrices
-        if self._side == "right":
+        if self.side == "right":
             v = self._local(right, dim=1)
-            parts = [block.to(v.dtype) @ v[columns] for block, _, columns in self._chunks(x, v.dtype)]
-            return parts[0] if len(parts) == 1 else torch.cat([v.new_zeros(0, self._rank), *parts])
+            parts = [values.to(v.dtype) @ v[..., columns, :] for values, _, columns in self._chunks(x, v.dtype)]
+            return parts[0] if len(parts) == 1 else torch.cat([v[..., :0, :], *parts], -2)
         u = self._local(left, dim=0)
-        partial = u.new_zeros(self._rank, matrices.c)
-        for block, rows, columns in self._chunks(x, u.dtype):
-            partial[:, columns] += u[rows].T @ block.to(u.dtype)
-        return partial if self._side == "left" else partial @ self._local(right, dim=1)
+        partial = u.new_zeros(*x.shape[:-1], self.rank, self._matrices.c)
+        for values, rows, columns in self._chunks(x, u.dtype):
+            partial[..., columns] += u[..., rows, :].mT @ values.to(u.dtype)
+        return partial if self.side == "left" else partial @ self._local(right, dim=1)
 
     def project(self, x: Tensor, left: Tensor | None, right: Tensor | None) -> Combined:
-        """Request the image of the whole matrix.
+        """Request the low-rank gradient of the whole matrix (arguments as of `partial`).
 
-        Args:
-            x: see `partial`.
-            left: see `partial`.
-            right: see `partial`.
         Returns:
-            Request that resolves to what this rank holds of the image, of `shape`.
+            Request that resolves to this rank's part of it, [..., a, b].
         """
         matrices, partial = self._matrices, self.partial(x, left, right)
-        if self._side == "right":
-            touched = matrices.rows.complete(partial, matrices.row_axes, matrices.zero_axes)
-            return Combined(touched.sums, lambda *sums: touched.finish(*sums)[matrices.rows.begun :])
-        if self._side == "left":
-            return Combined(
-                (Sum(partial, matrices.zero_axes + matrices.col_axes),),
-                lambda total: total[:, self._columns].contiguous(),
-            )
-        return Combined((Sum(partial, self._layout.axes),), lambda total: total)
+        if self.side == "right":
+            touched = matrices.rows.complete(partial, matrices.row_axes, matrices.zero_axes, dim=-2)
+            return Combined(touched.sums, lambda *sums: touched.finish(*sums)[..., matrices.rows.begun :, :])
+        if self.side == "left":
+            axes = matrices.zero_axes + matrices.col_axes
+            return Combined((Sum(partial, axes),), lambda total: total[..., self.columns].contiguous())
+        return Combined((Sum(partial, self.layout.axes),), lambda total: total)
 
-    def complete(self, held: Tensor) -> Sum:
-        """Request the image of the whole matrix, from that of each shard, already added up over the slices.
+    def complete(self, part: Tensor) -> Sum:
+        """Request the low-rank gradient of the whole matrix, from that of each shard.
 
         Args:
-            held: of `shape`.
+            part: [..., a, b], already added up over the slices.
         Returns:
-            Request that resolves to a tensor of `shape`.
+            Request that resolves to a tensor of the same shape.
         """
-        matrices = self._matrices
-        over_columns = matrices.row_axes if self._side != "left" else ()
-        over_rows = matrices.col_axes if self._side != "right" else ()
-        return Sum(held, over_columns + over_rows)
+        over_columns = self._matrices.row_axes if self.side != "left" else ()
+        over_rows = self._matrices.col_axes if self.side != "right" else ()
+        return Sum(part, over_columns + over_rows)
 
-    def square_sum(self, held: Tensor) -> Sum:
-        """Request the squared Euclidean norm of the whole image.
+    def square_sum(self, x: Tensor) -> Sum:
+        """Request the squared Euclidean norm of the whole of [..., a * b] complete values, as [..., 1]."""
+        return sum_of_squares(x, self._over_rows + self._over_columns)
+
+    def means(self, x: Tensor) -> Combined:
+        """Request the row and column means of the whole low-rank gradient.
 
         Args:
-            held: of `shape`, complete.
+            x: [..., a * b].
         Returns:
-            Request that resolves to a scalar.
+            Request that resolves to `Means` with row [..., a], col [..., b] and no total.
         """
-        matrices = self._matrices
-        over = {"right": matrices.col_axes, "left": matrices.row_axes}
-        axes = matrices.zero_axes + over[self._side] if self._side in over else ()
-        return sum_of_squares(held.reshape(-1), axes)
+        values = self.matrix(x)
+        sums = Sum(values.sum(-1), self._over_columns), Sum(values.sum(-2), self._over_rows)
+        return Combined(sums, lambda row, col: Means(row / self.shape[1], col / self.shape[0], None))
 
-    def whole(self, held: Tensor) -> Combined:
-        """Request what this rank needs of an image to project it back, from what each rank holds of it.
+    def normaliser(self, row: Tensor, col: Tensor, total: Tensor | None) -> Tensor:
+        """[..., 1] mean, from the means that are whole on this rank (see `Matrices.normaliser`)."""
+        assert total is None
+        return mean_of(row if self._over_columns else col).unsqueeze(-1)
 
-        Args:
-            held: of `shape`.
+    def scale_(self, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        """Multiply [..., a * b] values by the factors of their rows, [..., a], and columns, [..., b], in place."""
+        self.matrix(x).mul_(row.unsqueeze(-1)).mul_(col.unsqueeze(-2))
+        return x
+
+    def whole(self, part: Tensor) -> Combined:
+        """Request what this rank needs to project back, from what each rank has: [..., a, b].
+
         Returns:
-            Request that resolves to [k, q] for "right", [q, c] for "left", [q, q] for "full".
+            Request that resolves to [..., k, q] for "right", [..., q, c] for "left", [..., q, q] for "full".
         """
-        if self._side == "right":
-            return self._matrices.rows.spread(held, self._matrices.zero_axes)
-        if self._side != "left" or not self._shared_by:
-            return Combined((Sum(held, ()),), lambda total: total)
-        spread = held.new_zeros(self._rank, self._matrices.c)
-        spread[:, self._columns] = held
-        return Combined((Sum(spread, self._shared_by),), lambda total: total)
+        zero = self._matrices.zero_axes
+        if self.side == "right":
+            return self._matrices.rows.spread(part, zero, dim=-2)
+        if self.side != "left" or not zero:
+            return Combined((Sum(part, ()),), lambda total: total)
+        spread = part.new_zeros(*part.shape[:-1], self._matrices.c)
+        spread[..., self.columns] = part
+        return Combined((Sum(spread, zero),), lambda total: total)
 
     def subtract_(
-        self, x: Tensor, image: Tensor, left: Tensor | None, right: Tensor | None, scale: float | Tensor
+        self, x: Tensor, step: Tensor, left: Tensor | None, right: Tensor | None, scale: float | Tensor
     ) -> None:
-        """Subtract the image, projected back and scaled, from the values of this rank, in place.
+        """Subtract a low-rank step, projected back and scaled, from the values of this rank, in place.
 
         Args:
-            x: [n] values on this rank.
-            image: what `whole` resolved to.
-            left: see `project`.
-            right: see `project`.
+            x: [..., n] values on this rank.
+            step: what `whole` resolved to.
+            left: as of `partial`.
+            right: as of `partial`.
             scale: factor.
         """
-        u = self._local(left, dim=0) if self._side != "right" else None
-        v = self._local(right, dim=1) if self._side != "left" else None
-        for block, rows, columns in self._blocks(x):
-            if self._side == "right":
-                assert v is not None
-                block.sub_((image[self._held(rows)] @ v[columns].T) * scale)
-            elif self._side == "left":
-                assert u is not None
-                block.sub_((u[rows] @ image[:, columns]) * scale)
-            else:
-                assert u is not None
-                assert v is not None
-                block.sub_((u[rows] @ image @ v[columns].T) * scale)
-
-    def _chunks(self, x: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, slice, slice]]:
-        """`_blocks`, cut into runs of rows where they have to be cast, so that no whole copy in `dtype` exists."""
-        if x.dtype == dtype:
-            return self._blocks(x)
-        chunks = []
-        for block, rows, columns in self._blocks(x):
-            length = max(CAST_VALUES // max(block.shape[1], 1), 1)
-            for at, part in zip(range(rows.start, rows.stop, length), block.split(length), strict=True):
-                chunks.append((part, slice(at, at + len(part)), columns))
-        return chunks
-
-    def _held(self, rows: slice) -> slice:
         first = self._matrices.rows.first
-        return slice(rows.start - first, rows.stop - first)
+        u = self._local(left, dim=0) if self.side != "right" else None
+        v = self._local(right, dim=1) if self.side != "left" else None
+        for values, rows, columns in self._runs(x):
+            if u is None:
+                assert v is not None
+                product = step[..., rows.start - first : rows.stop - first, :] @ v[..., columns, :].mT
+            elif v is None:
+                product = u[..., rows, :] @ step[..., columns]
+            else:
+                product = u[..., rows, :] @ step @ v[..., columns, :].mT
+            values.sub_(product * scale)
+
+    def _chunks(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice, slice]]:
+        """`_runs`, divided further where they have to be cast, so that no whole copy in `dtype` exists."""
+        for values, rows, columns in self._runs(x):
+            length = values.shape[-2]
+            if x.dtype != dtype:
+                length = max(CAST_VALUES // max(math.prod(values.shape[:-2]) * values.shape[-1], 1), 1)
+            for start in range(0, values.shape[-2], length):
+                stop = min(start + length, values.shape[-2])
+                yield values[..., start:stop, :], slice(rows.start + start, rows.start + stop), columns
 
     def _local(self, basis: Tensor | None, dim: int) -> Tensor:
         """The rows of a basis that belong to this rank's shard along a dim."""
         assert basis is not None
-        if self._layout.split is None or self._layout.split.dim != dim:
+        if self.layout.split is None or self.layout.split.dim != dim:
             return basis
-        return basis[self._layout.indices(dim).to(basis.device)]
+        return basis.index_select(-2, self.layout.indices(dim).to(basis.device))
 
-    def _blocks(self, x: Tensor) -> list[tuple[Tensor, slice, slice]]:
-        """Blocks of full structure as views [rows, columns], with their rows and columns in this rank's shard."""
+    def _runs(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Runs of full structure as views [..., rows, columns], with their rows and columns in this rank's shard."""
         first = self._matrices.rows.first
-        return [
-            (values.flatten(0, 1), slice(rows.start + first, rows.stop + first), columns)
-            for values, rows, _, columns in self._matrices.pieces(x)
-        ]
+        for values, rows, _, columns in self._matrices.runs(x):
+            yield values.flatten(-3, -2), slice(rows.start + first, rows.stop + first), columns
+
+
+# Layers have equal layouts, and every step asks again.
+@lru_cache(maxsize=4096)
+def low_rank_of(layout: Layout, side: Side, rank: int) -> LowRank:
+    """`LowRank(layout, side, rank)`, made once."""
+    return LowRank(layout, side, rank)
+
+
+@lru_cache(maxsize=4096)
+def _by_slice(layout: Layout, side: Side, rank: int) -> tuple[LowRank, ...]:
+    """The parts of all ranks of the slice's axis, in their order."""
+    if layout.slice is None:
+        return (low_rank_of(layout, side, rank),)
+    return tuple(low_rank_of(layout.at(slice_rank=index), side, rank) for index in range(layout.slice.size))
+
+
+Record: TypeAlias = Callable[[Tensor, "float | Tensor", bool], None]
+"""Takes a low-rank step [..., a, b], the decay, and whether it comes first."""
+
+
+class LowRankView:
+    """A parameter's low-rank gradient as a rule sees it (see `View`).
+
+    Args:
+        weight: the parameter.
+        low_rank: layout of the gradient.
+        bases: left and right.
+        gradient: [..., a, b] complete, as `LowRank.project` resolves.
+        scale: factor of the step that is projected back.
+        record: takes the step where somebody else applies it; None: it is projected back and subtracted here.
+    """
+
+    def __init__(
+        self,
+        weight: ShardView,
+        low_rank: LowRank,
+        bases: tuple[Tensor | None, Tensor | None],
+        gradient: Tensor,
+        scale: float,
+        record: Record | None = None,
+    ) -> None:
+        self.weight, self.grad, self.statistics = weight, gradient.flatten(-2), low_rank
+        self._bases, self._scale, self._record = bases, scale, record
+
+    @property
+    def numel(self) -> int:
+        """Values of the whole low-rank gradient."""
+        return self.statistics.numel
+
+    def new_grad(self) -> Tensor:
+        """See `View`."""
+        return self.grad.clone()
+
+    def squared_grad(self, eps: float) -> Tensor:
+        """See `View`."""
+        return self.grad.square().add_(eps)
+
+    def square_sum(self, x: Tensor) -> Sum:
+        """See `View`."""
+        return self.statistics.square_sum(x)
+
+    def subtract(
+        self, step: Tensor, *, lr: float = 1.0, decay: float | Tensor = 0.0, decay_first: bool = True
+    ) -> Rounds:
+        """See `View`; one round spreads the step to the ranks that need it."""
+        part = self.statistics.matrix(step * lr)
+        if self._record is not None:
+            self._record(part, decay, decay_first)
+            return
+        (spread,) = yield (self.statistics.whole(part),)
+        weight = self.weight.param
+        decayed(
+            weight, decay, decay_first, lambda: self.statistics.subtract_(weight, spread, *self._bases, self._scale)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankGradient:
+    """What an optimizer wants of one parameter's gradient at its next step: its projection on these bases.
+
+    r, c: the tensor-parallel shard as a matrix; W: data-parallel ranks, which divide the shard into slices.
+    """
+
+    layout: Layout
+    """Of the parameter on this rank, as a matrix (see `Layout.as_matrix`)."""
+    side: Side
+    rank: int
+    left: Tensor | None
+    right: Tensor | None
+    """Bases [R, q], [C, q] of the whole matrix, the same on all ranks, float32 or wider."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the shard's low-rank gradient: [r, q] for "right", [q, c] for "left", [q, q] for "full"."""
+        return self.of_shard.local_shape
+
+    @property
+    def numel(self) -> int:
+        """Values of the shard's low-rank gradient."""
+        return math.prod(self.shape)
+
+    @property
+    def divided(self) -> bool:
+        """Whether each of the W ranks needs a part only."""
+        return self.side != "full"
+
+    @cached_property
+    def part_numel(self) -> int:
+        """Values of the largest rank's part, where the low-rank gradient is divided."""
+        return max(math.prod(part.local_shape) for part in self._parts)
+
+    def of(self, grad: Tensor) -> Tensor:
+        """Low-rank gradient of this rank's shard, flat, in the dtype of the bases.
+
+        A low-precision gradient is cast, not the bases: bfloat16 bases would be orthonormal to 2^-8 only.
+
+        Args:
+            grad: gradient of the working parameter, of the shard's shape.
+        """
+        left, right = (None if basis is None else basis.to(grad.device) for basis in (self.left, self.right))
+        flat = grad.reshape(-1)[: self.of_shard.layout.num_local]
+        return self.of_shard.partial(flat, left, right).reshape(-1)
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """[W, part_numel] what each rank needs of the shard's low-rank gradient, padded with zeros."""
+        matrix = flat.view(self.shape)
+        buffer = matrix.new_zeros(len(self._parts), self.part_numel)
+        for row, part in zip(buffer, self._parts, strict=True):
+            row[: math.prod(part.local_shape)] = self._part(matrix, part).reshape(-1)
+        return buffer
+
+    def held(self, flat: Tensor, *, partitioned: bool) -> Tensor:
+        """[a, b] this rank's part.
+
+        Args:
+            flat: this rank's row of `rows` if `partitioned`, else the low-rank gradient of the shard.
+            partitioned: which of the two `flat` is.
+        """
+        part = low_rank_of(self.layout, self.side, self.rank)
+        if partitioned:
+            return flat[: math.prod(part.local_shape)].view(part.local_shape)
+        return self._part(flat.view(self.shape), part).contiguous()
+
+    def complete(self, part: Tensor) -> Sum:
+        """Request the low-rank gradient of the whole matrix: shards along a projected dim are added up."""
+        return low_rank_of(self.layout, self.side, self.rank).complete(part)
+
+    def square_sum(self, part: Tensor) -> Sum:
+        """Request the squared norm of the whole, [1], from the complete part on each rank, [a, b]."""
+        return low_rank_of(self.layout, self.side, self.rank).square_sum(part.reshape(-1))
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """The shard's low-rank gradient, from what each rank has of it.
+
+        Args:
+            rows: [W, part_numel] by rank, as `padded` makes them.
+        """
+        matrix = rows.new_zeros(self.shape)
+        for row, part in zip(rows, self._parts, strict=True):
+            self._part(matrix, part).copy_(row[: math.prod(part.local_shape)].view(part.local_shape))
+        return matrix
+
+    def padded(self, part: Tensor) -> Tensor:
+        """[part_numel] this rank's part, as long as the longest rank's."""
+        return torch.nn.functional.pad(part.reshape(-1), (0, self.part_numel - part.numel()))
+
+    @cached_property
+    def of_shard(self) -> LowRank:
+        """The projection of the whole shard."""
+        return low_rank_of(self.layout.unsliced, self.side, self.rank)
+
+    def _part(self, matrix: Tensor, part: LowRank) -> Tensor:
+        if self.side == "right":
+            return matrix[part.rows]
+        return matrix[:, part.columns] if self.side == "left" else matrix
+
+    @cached_property
+    def _parts(self) -> tuple[LowRank, ...]:
+        return _by_slice(self.layout, self.side, self.rank)
 
 
 def side_of(shape: tuple[int, ...], projection: str) -> Side:

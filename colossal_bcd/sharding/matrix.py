@@ -4,6 +4,23 @@ A tensor of two or more dims is a batch of matrices over its last two dims.  R, 
 matrix; r, c: of one matrix in this rank's tensor-parallel shard; n: values of data on this rank; k, m: rows and
 matrices that they touch, the first and the last of which other ranks may touch, too.  Everything may have a leading
 dim, of parameters that share the layout.
+
+A ZeRO slice is part of a row, whole rows, part of a row.  Three slices of a matrix with rows of four columns:
+
+    rank 0 |aaaa aaaa aa|
+    rank 1              |aa aaaa aaa|
+    rank 2                          |a aaaa ....|     . = padding, never data
+
+Rank 1 has a tail of row 2, all of row 3 and a head of row 4.  Rows 2 and 4 are *shared*: their sums are complete only
+over two ranks, and every rank has a slot for each of them in one small all-reduce, which is zero where it has no part:
+
+                 slot of row 2   slot of row 4
+    rank 0            aa               0
+    rank 1            aa              aaa
+    rank 2             0               a
+
+The sums of whole rows never travel.  Which rows are shared follows from the slices' lengths alone, so every rank sends
+the same slots.  The same holds for matrices in place of rows: a run is either.
 """
 
 from __future__ import annotations
@@ -41,21 +58,19 @@ class Segments:
             return cls(0, -(-end // length), ())
         start, stop = min(piece.rank * piece.length, end), min((piece.rank + 1) * piece.length, end)
         first, touches = start // length, stop > start
-        cuts = [rank * piece.length for rank in range(1, piece.size)]
-        shared = {cut // length for cut in cuts if cut < end and cut % length}
+        bounds = [rank * piece.length for rank in range(1, piece.size)]
+        shared = {bound // length for bound in bounds if bound < end and bound % length}
         count = -(-stop // length) - first if touches else 0
         return cls(first, count, tuple(sorted(shared)), int(touches and start % length > 0))
 
-    def complete(
-        self, partial: Tensor, over_runs: tuple[str, ...], within_runs: tuple[str, ...], dim: int = 0
-    ) -> Combined:
+    def complete(self, partial: Tensor, over_runs: tuple[str, ...], within_runs: tuple[str, ...], dim: int) -> Combined:
         """Request the totals of the runs that this rank touches.
 
         Args:
             partial: sums over this rank's values; `count` along `dim`.
             over_runs: axes that divide every run.
             within_runs: axes over whose ranks a shared run is spread.
-            dim: of the runs.
+            dim: of the runs, counted from the last.
         Returns:
             Request that resolves to a tensor shaped like `partial`.
         """
@@ -77,29 +92,31 @@ class Segments:
 
         return Combined((Sum(partial, over_runs), Sum(slots, within_runs + over_runs)), finish)
 
-    def spread(self, own: Tensor, within_runs: tuple[str, ...]) -> Combined:
+    def spread(self, begun_here: Tensor, within_runs: tuple[str, ...], dim: int) -> Combined:
         """Request values of all runs that this rank touches, each from the rank on which it begins.
 
         Args:
-            own: [count - begun, ...] values of the runs that begin here.
-            within_runs: see `complete`.
+            begun_here: values of the runs that begin on this rank; `count - begun` along `dim`.
+            within_runs: axes over whose ranks a shared run is spread.
+            dim: of the runs, counted from the last.
         Returns:
-            Request that resolves to [count, ...].
+            Request that resolves to a tensor with `count` along `dim`.
         """
         if not self.shared:
-            return Combined((Sum(own, ()),), lambda values: values)
-        slots = own.new_zeros(len(self.shared), *own.shape[1:])
+            return Combined((Sum(begun_here, ()),), lambda values: values)
+        shape = list(begun_here.shape)
+        shape[dim] = len(self.shared)
+        slots = begun_here.new_zeros(shape)
         for slot, run in enumerate(self.shared):
             if self.begun <= run - self.first < self.count:
-                slots[slot] = own[run - self.first - self.begun]
+                slots.select(dim, slot).copy_(begun_here.select(dim, run - self.first - self.begun))
 
-        def finish(own: Tensor, shared: Tensor) -> Tensor:
+        def finish(begun_here: Tensor, shared: Tensor) -> Tensor:
             if not self.begun:
-                return own
-            slot = self.shared.index(self.first)
-            return torch.cat([shared[slot : slot + 1], own])
+                return begun_here
+            return torch.cat([shared.narrow(dim, self.shared.index(self.first), 1), begun_here], dim)
 
-        return Combined((Sum(own, ()), Sum(slots, within_runs)), finish)
+        return Combined((Sum(begun_here, ()), Sum(slots, within_runs)), finish)
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,8 @@ class Means:
 class Matrices:
     """The batch of matrices in one layout, on one rank.
 
-    Held per rank are the rows that its slice touches (k values) and the columns of the matrices that it touches
-    (m x c), never vectors of other ranks' rows.
+    A rank has the rows that its slice touches (k values) and the columns of the matrices that it touches (m x c), never
+    vectors of other ranks' rows.
 
     Raises:
         ValueError: the tensor has fewer than two dims.
@@ -194,38 +211,38 @@ class Matrices:
             row: [k] factors.
             col: [m, c] factors.
         """
-        for values, rows, matrices, columns in self.pieces(x):
+        for values, rows, matrices, columns in self.runs(x):
             values.mul_(row[..., rows].unflatten(-1, values.shape[-3:-1]).unsqueeze(-1))
             values.mul_(col[..., matrices, columns].unsqueeze(-2))
         return x
 
     def _row_sums(self, x: Tensor) -> Tensor:
         """[k] sums over this rank's columns."""
-        sums = [values.sum(-1).flatten(-2) for values, *_ in self.pieces(x)]
+        sums = [values.sum(-1).flatten(-2) for values, *_ in self.runs(x)]
         return sums[0] if len(sums) == 1 else torch.cat([x[..., :0], *sums], -1)
 
     def _col_sums(self, x: Tensor) -> Tensor:
         """[m, c] sums over this rank's rows."""
         out = x.new_zeros(*x.shape[:-1], self.matrices.count, self.c)
-        for values, _, matrices, columns in self.pieces(x):
+        for values, _, matrices, columns in self.runs(x):
             out[..., matrices, columns] += values.sum(-2)
         return out
 
-    def pieces(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice, slice]]:
-        """Cut a slice into at most five blocks of full structure, without copies.
+    def runs(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice, slice]]:
+        """Divide a slice into at most five runs of full structure, without copies.
 
         Part of a row, rows up to the end of a matrix, whole matrices, rows of the last matrix, part of a row: each as a
         view [matrices, rows, columns] with the rows, matrices and columns (counted on this rank) that it covers.
         """
-        for start, stop, shape, *where in self._cuts:
+        for start, stop, shape, *where in self._bounds:
             rows, matrices, columns = where
             yield x[..., start:stop].view(*x.shape[:-1], *shape), rows, matrices, columns
 
     @functools.cached_property
-    def _cuts(self) -> list[tuple[int, int, tuple[int, int, int], slice, slice, slice]]:
-        """Of every block the range of values, the shape, and what it covers."""
+    def _bounds(self) -> list[tuple[int, int, tuple[int, int, int], slice, slice, slice]]:
+        """The range of values, the shape, and the rows, matrices and columns of every run."""
         start, stop = self.layout.span
-        at, cuts = start, []
+        at, bounds = start, []
         while at < stop:
             row, column = divmod(at, self.c)
             matrix, inside = divmod(row, self.r)
@@ -239,9 +256,9 @@ class Matrices:
             rows = slice(row - self.rows.first, row - self.rows.first + shape[0] * shape[1])
             matrices = slice(matrix - self.matrices.first, matrix - self.matrices.first + shape[0])
             columns = slice(column, column + shape[2])
-            cuts.append((at - start, at - start + size, shape, rows, matrices, columns))
+            bounds.append((at - start, at - start + size, shape, rows, matrices, columns))
             at += size
-        return cuts
+        return bounds
 
 
 def mean_of(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Which part of a whole tensor a rank's tensor is, for files that do not depend on the mesh: pure values.
+"""Maps a rank's tensor to its region of the full tensor, so that files do not depend on the mesh: pure values.
 
-R, C, r, c, k, m as in `sharding.matrix`; q: rank of a low-rank image; n: values of data in a rank's tensor.
+R, C, r, c, k, m as in `sharding.matrix`; q: rank of a low-rank gradient; n: values of data in a rank's tensor.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout, TensorSplit
-from colossal_bcd.sharding.low_rank import LowRank, Side
-from colossal_bcd.sharding.matrix import Matrices
+from colossal_bcd.sharding.low_rank import Side, low_rank_of
+from colossal_bcd.sharding.matrix import matrices_of
 
 CHUNK = 2**22
 """Values that are placed at once: their int64 places do not grow with the tensor."""
@@ -172,9 +172,7 @@ def covers(regions: Sequence[Region]) -> bool:
     num_shards = first.split.size if first.split is not None else 1
     for shard in range(num_shards):
         mine = sorted((each.start, each.stop) for each in regions if each.key[0] == shard)
-        layout = first
-        if first.split is not None:
-            layout = dataclasses.replace(first, split=dataclasses.replace(first.split, rank=shard))
+        layout = first if first.split is None else first.at(split_rank=shard)
         reached = 0
         for start, stop in mine:
             if start > reached:
@@ -193,7 +191,7 @@ def whole(shape: tuple[int, ...]) -> Region:
 def elements(layout: Layout) -> Region:
     """One value for each value of the parameter's data."""
     start, stop = layout.span
-    return Region(layout=dataclasses.replace(layout, slice=None), start=start, stop=stop)
+    return Region(layout=layout.unsliced, start=start, stop=stop)
 
 
 def chunks(layout: Layout, size: int) -> Region | None:
@@ -230,26 +228,26 @@ def chunks(layout: Layout, size: int) -> Region | None:
 
 def rows(layout: Layout) -> Region:
     """[k] one value for each row that the rank touches; whole: the shape without its last dim."""
-    segments = Matrices(layout).rows
+    segments = matrices_of(layout).rows
     return _runs(_without(layout, (len(layout.shape) - 1,)), segments.first, segments.count)
 
 
 def columns(layout: Layout) -> Region:
     """[m, c] one value for each column of the matrices that the rank touches; whole: the shape without its rows."""
-    matrices = Matrices(layout)
+    matrices = matrices_of(layout)
     segments = matrices.matrices
     return _runs(_without(layout, (len(layout.shape) - 2,)), segments.first, segments.count, matrices.c)
 
 
 def totals(layout: Layout) -> Region:
     """[m] one value for each matrix that the rank touches; whole: the shape without its last two dims."""
-    segments = Matrices(layout).matrices
+    segments = matrices_of(layout).matrices
     last = len(layout.shape) - 1
     return _runs(_without(layout, (last - 1, last)), segments.first, segments.count)
 
 
 def image(layout: Layout, side: Side, rank: int) -> Region:
-    """A low-rank image of the matrix, as `LowRank` holds it; whole: [R, q], [q, C] or [q, q]."""
+    """The matrix's low-rank gradient, as `LowRank` divides it; whole: [R, q], [q, C] or [q, q]."""
     if side == "full":
         return whole((rank, rank))
     return _times(
@@ -258,19 +256,19 @@ def image(layout: Layout, side: Side, rank: int) -> Region:
 
 
 def low_rank_rows(layout: Layout, side: Side, rank: int) -> Region:
-    """One value for each row of a low-rank image."""
+    """One value for each row of a low-rank gradient."""
     if side != "right":
         return whole((rank,))
-    held = LowRank(layout, side, rank).rows
-    return _runs(_without(layout, (1,)), held.start, held.stop - held.start)
+    mine = low_rank_of(layout, side, rank).rows
+    return _runs(_without(layout, (1,)), mine.start, mine.stop - mine.start)
 
 
 def low_rank_columns(layout: Layout, side: Side, rank: int) -> Region:
-    """One value for each column of a low-rank image."""
+    """One value for each column of a low-rank gradient."""
     if side != "left":
         return whole((rank,))
-    held = LowRank(layout, side, rank).columns
-    return Region(layout=_without(layout, (0,)), start=held.start, stop=held.stop)
+    mine = low_rank_of(layout, side, rank).columns
+    return Region(layout=_without(layout, (0,)), start=mine.start, stop=mine.stop)
 
 
 def _times(region: Region, rank: int, side: Side) -> Region:

@@ -1,4 +1,4 @@
-"""What a rule sees of one parameter, or of several of equal layout.
+"""What a rule sees of one parameter, or of several of equal layout, or of their low-rank gradients.
 
 n: values of data on this rank; b: number of parameters.
 """
@@ -6,13 +6,15 @@ n: values of data on this rank; b: number of parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
-from colossal_bcd.sharding.rounds import Sum
+from colossal_bcd.sharding.matrix import Matrices, matrices_of
+from colossal_bcd.sharding.rounds import Combined, Rounds, Sum
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -57,6 +59,74 @@ def sum_of_squares(x: Tensor, axes: tuple[str, ...]) -> Sum:
     return Sum(square_sum(x), axes, exact=x.dtype == torch.float64)
 
 
+class Statistics(Protocol):
+    """Row and column statistics of the matrices that a flat gradient is: `Matrices`, or `LowRank`."""
+
+    def means(self, x: Tensor) -> Combined:
+        """Request the `Means` of whole matrices from this rank's values."""
+
+    def normaliser(self, row: Tensor, col: Tensor, total: Tensor | None) -> Tensor:
+        """Mean of the matrix to which each row belongs."""
+
+    def scale_(self, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        """Multiply every value by the factor of its row and that of its column, in place."""
+
+
+class View(Protocol):
+    """What a rule sees: a parameter (`ShardView`), or its low-rank gradient (`LowRankView`).
+
+    The values that a rule computes with are flat: [n], or [b, n] of a stack.  Those of a low-rank gradient are fewer
+    than the weight's, which is `weight.param` in either case.
+    """
+
+    @property
+    def weight(self) -> ShardView:
+        """The parameter itself."""
+
+    @property
+    def grad(self) -> Tensor:
+        """[n] or [b, n] gradient in float32 or wider; not to be written."""
+
+    @property
+    def numel(self) -> int:
+        """Values of the whole gradient of one parameter: what a mean divides by."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """Row and column statistics of tensors shaped like `grad`."""
+
+    def new_grad(self) -> Tensor:
+        """The gradient in a new tensor, which may be written."""
+
+    def squared_grad(self, eps: float) -> Tensor:
+        """Square of the gradient plus `eps`, in a new tensor."""
+
+    def square_sum(self, x: Tensor) -> Sum:
+        """Request the squared Euclidean norm of the whole of a tensor shaped like `grad`: [1] or [b, 1], float64."""
+
+    def subtract(
+        self, step: Tensor, *, lr: float = 1.0, decay: float | Tensor = 0.0, decay_first: bool = True
+    ) -> Rounds:
+        """Subtract `lr * step` from the weight, which shrinks by its part `decay` before that, or after it.
+
+        Args:
+            step: shaped like `grad`; not written.
+            lr: factor.
+            decay: in [0, 1]; a number, or a tensor of one value for each parameter of a stack.
+            decay_first: whether the weight shrinks before the step is subtracted.
+        """
+
+
+def decayed(weight: Tensor, decay: float | Tensor, first: bool, subtract: Callable[[], Any]) -> None:
+    """Shrink a weight in place and subtract a step, in the order that a rule asks for (see `View.subtract`)."""
+    keep = None if not isinstance(decay, Tensor) and decay == 0 else 1 - decay
+    if keep is not None and first:
+        weight.mul_(keep)
+    subtract()
+    if keep is not None and not first:
+        weight.mul_(keep)
+
+
 class ShardView:
     """The data of one parameter on this rank, flat, and requests for quantities of the whole parameter.
 
@@ -65,22 +135,38 @@ class ShardView:
     Args:
         layout: of each parameter.
         param: a tensor of `layout.local_shape`, or [b, *local_shape].
-        grad: a tensor of `layout.local_shape`, or one for each of the b parameters; none where an engine has reduced an
-            image of it only.
-        key: see below.
+        grad: a tensor of `layout.local_shape`, or one for each of the b parameters; none where an engine has reduced a
+            low-rank gradient only.
+        keys: numbers of the parameters.
 
     Attributes:
         param: [n] or [b, n] values to update in place; padding is not among them.
-        key: number of the parameter, the same on every rank and mesh; seeds of randomness contain it.  Of a stack, that
-            of its first one.
+        keys: numbers of the parameters, the same on every rank and mesh; seeds of randomness contain them.
     """
 
-    def __init__(self, layout: Layout, param: Tensor, grad: Tensor | Sequence[Tensor], key: int = 0) -> None:
+    def __init__(
+        self, layout: Layout, param: Tensor, grad: Tensor | Sequence[Tensor], keys: Sequence[int] = (0,)
+    ) -> None:
         self.layout = layout
-        self.key = key
-        self._lead = param.shape[: param.dim() - len(layout.local_shape)]
+        self.keys = keys
+        self.lead = param.shape[: param.dim() - len(layout.local_shape)]
         self.param = self.flat(param)
         self._grads = [grad] if isinstance(grad, Tensor) else list(grad)
+
+    @property
+    def weight(self) -> ShardView:
+        """See `View`."""
+        return self
+
+    @property
+    def numel(self) -> int:
+        """Values of the whole parameter."""
+        return self.layout.numel
+
+    @property
+    def statistics(self) -> Matrices:
+        """See `View`; of tensors of two or more dims."""
+        return matrices_of(self.layout)
 
     @property
     def grad(self) -> Tensor:
@@ -89,16 +175,16 @@ class ShardView:
         Of low-precision and of stacked gradients every read is a new copy, so that none is kept alive between rounds.
 
         Raises:
-            RuntimeError: an engine has reduced an image of it only.
+            RuntimeError: an engine has reduced a low-rank gradient only.
         """
         grads = self._grads
         if not grads:
             raise RuntimeError(
-                f"the gradient of the parameter of shape {self.layout.shape} was reduced as a low-rank image, but the "
+                f"the gradient of the parameter of shape {self.layout.shape} was reduced as a low-rank one, but the "
                 "step needs all of it. A hyper-parameter (update_proj_gap) was changed between backward and step: "
                 "change it after the step."
             )
-        joined = torch.stack(grads) if len(grads) > 1 else grads[0].view((*self._lead, *self.layout.local_shape))
+        joined = torch.stack(grads) if len(grads) > 1 else grads[0].view((*self.lead, *self.layout.local_shape))
         return self.flat(joined).to(wide(self.param.dtype))
 
     def new_grad(self) -> Tensor:
@@ -120,7 +206,7 @@ class ShardView:
         Args:
             tensor: of `layout.local_shape`, or [b, *local_shape].
         """
-        return tensor.view(*self._lead, self.layout.max_local)[..., : self.layout.num_local]
+        return tensor.view(*self.lead, self.layout.max_local)[..., : self.layout.num_local]
 
     def square_sum(self, x: Tensor) -> Sum:
         """Squared Euclidean norm of the whole tensor.
@@ -131,3 +217,10 @@ class ShardView:
             Request that resolves to [1] or [b, 1], float64.
         """
         return sum_of_squares(x, self.layout.axes)
+
+    def subtract(
+        self, step: Tensor, *, lr: float = 1.0, decay: float | Tensor = 0.0, decay_first: bool = True
+    ) -> Rounds:
+        """See `View`; asks for nothing."""
+        decayed(self.param, decay, decay_first, lambda: self.param.add_(step, alpha=-lr))
+        yield from ()

@@ -378,11 +378,11 @@ def test_ratio_clips_by_the_norm_of_what_trains() -> None:
     model = Net().double()
     optimizer = made(model)
     loss_of(model, 0).backward()
-    grads = [grad.clone() for grad in optimizer._images.values()]
+    grads = [grad.clone() for grad in optimizer._given.values()]
     norm = optimizer.clip_grad_norm_(1e-3)
     want = torch.cat(grads).norm()
     torch.testing.assert_close(norm, want)
-    for grad, old in zip(optimizer._images.values(), grads, strict=True):
+    for grad, old in zip(optimizer._given.values(), grads, strict=True):
         torch.testing.assert_close(grad, old * 1e-3 / (want + 1e-6))
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="max_norm"):
@@ -395,7 +395,7 @@ def test_ratio_updates_low_precision_in_float32() -> None:
     want = {name: param.detach().float() for name, param in model.named_parameters()}
     model(torch.ones(1, 7).bfloat16()).sum().backward()
     for key, (name, param) in enumerate(model.named_parameters()):
-        grad = optimizer._images[key]
+        grad = optimizer._given[key]
         assert grad.dtype == torch.float32
         chosen = places(optimizer, param)
         spread = torch.zeros(param.numel())

@@ -58,5 +58,5 @@ def test_images_handed_over_at_a_refresh_are_refused() -> None:
     assert optimizer.low_rank_wanted() == {}
     param.grad = param.new_zeros(()).expand_as(param)
     optimizer.give_low_rank({param: image.of(torch.ones(6, 4)).view(6, 2)})
-    with pytest.raises(RuntimeError, match=r"parameter of shape \(6, 4\) was reduced as a low-rank image"):
+    with pytest.raises(RuntimeError, match=r"parameter of shape \(6, 4\) was reduced as a low-rank one"):
         optimizer.step()

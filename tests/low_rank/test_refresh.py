@@ -166,14 +166,13 @@ def test_refresh_plan_is_balanced_and_independent_of_what_is_held(
 
 
 def offsets_of(optimizer: GaLoreAdamW, keys: Iterable[int]) -> list[int]:
-    return [optimizer.place(key).offset for key in keys]
+    return [optimizer.turn(key).offset for key in keys]
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=30), st.integers(1, 4))
 def test_refresh_owners_are_balanced_in_every_step(shapes: list[tuple[int, int]], ranks: int) -> None:
     matrices = {
-        key: Matrix.of(key, shape, GaLoreAdamW.hyper_type(rank=1, update_proj_gap=6, stagger=3))
-        for key, shape in enumerate(shapes)
+        key: Matrix.of(key, shape, GaLoreAdamW.hyper_type(rank=1, gap=6, stagger=3)) for key, shape in enumerate(shapes)
     }
     layouts = {key: Layout.whole(shape).sliced("zero", 0, ranks) for key, shape in enumerate(shapes)}
     offset = offsets(matrices.values())

@@ -145,7 +145,7 @@ def test_misspelt_keys_are_refused_with_the_right_ones(name):
     if "Lore" in name:
         typos |= {"rnak": "rank", "r": "rank", "ranks": "rank", "update_gap": "update_proj_gap", "scal": "scale"}
     for key, meant in typos.items():
-        if meant in CLASSES[name].hyper_type.__dataclass_fields__:
+        if meant in CLASSES[name].hyper_keys():
             with pytest.raises(ValueError, match=rf"{name} param group has '{key}', .*did you mean '{meant}'\?"):
                 build(**{key: 1e-3})
 

@@ -21,7 +21,7 @@ from colossal_bcd import CAME, Adafactor, AdamW, Lamb
 from colossal_bcd.booster.explanation import explain
 from colossal_bcd.optim.state import quantized
 from colossal_bcd.optim.state.quantized import dequantize, quantize_into
-from colossal_bcd.optim.state.spec import BLOCK, StateSpec
+from colossal_bcd.optim.state.spec import CHUNK, StateSpec
 from colossal_bcd.sharding import Layout
 from colossal_bcd.testing import PeakBytes, live_bytes, run_ranks
 
@@ -41,12 +41,12 @@ ERROR = max(CODES.diff().max().item() / 2, 1 + CODES[0].item()) + 2**-15
 
 def absmax_of_values(absmax, count):
     """[count] scale of each value."""
-    return absmax.repeat_interleave(BLOCK)[:count]
+    return absmax.repeat_interleave(CHUNK)[:count]
 
 
 def stored(values):
     codes = torch.zeros(len(values), dtype=torch.uint8)
-    absmax = torch.zeros(-(-len(values) // BLOCK))
+    absmax = torch.zeros(-(-len(values) // CHUNK))
     quantize_into(codes, absmax, values)
     return codes, absmax
 
@@ -63,7 +63,7 @@ def test_values_come_back_within_the_bound(count, scale):
     codes, absmax = stored(values)
     assert dequantize(codes, absmax).shape == (count,)
     assert bool(((dequantize(codes, absmax) - values).abs() <= ERROR * absmax_of_values(absmax, count)).all())
-    largest = [block.abs().max().item() for block in values.split(BLOCK)] if count else []
+    largest = [block.abs().max().item() for block in values.split(CHUNK)] if count else []
     assert absmax.tolist() == largest
 
 
@@ -79,7 +79,7 @@ def test_zeros_and_both_signs_of_the_largest_value_come_back():
 def test_small_values_are_stored_as_their_nearest_code(device):
     """bitsandbytes' CPU kernel is off by up to 2^-16 of the scale: far too much for values of 1e-7 of it."""
     values = torch.logspace(-9, 0, 700) * torch.tensor([1.0, -1.0]).repeat(350)
-    values[::BLOCK] = 1.0
+    values[::CHUNK] = 1.0
     codes = torch.zeros(700, dtype=torch.uint8, device=device)
     absmax = torch.zeros(3, device=device)
     quantize_into(codes, absmax, values.to(device))
@@ -132,7 +132,7 @@ def test_state_is_what_the_declaration_says(name, dtype):
         assert declared["exp_avg"].kind == "elementwise"
         assert declared["exp_avg_absmax"].kind == "block"
         assert (state["exp_avg"].dtype, state["exp_avg"].shape) == (torch.uint8, param.shape)
-        assert state["exp_avg_absmax"].shape == (-(-param.numel() // BLOCK),)
+        assert state["exp_avg_absmax"].shape == (-(-param.numel() // CHUNK),)
         assert sum(value.nbytes for value in state.values()) == sum(spec.num_bytes(dtype) for spec in specs.values())
 
 
@@ -153,7 +153,7 @@ def bytes_of_a_step(name, **options):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_first_moment_costs_one_byte_and_a_sixty_fourth_per_value(name):
     saved = bytes_of_a_step(name) - bytes_of_a_step(name, moment_bits=8)
-    assert saved == 2**20 * (4 - 1) - 2**20 // BLOCK * 4
+    assert saved == 2**20 * (4 - 1) - 2**20 // CHUNK * 4
 
 
 class Within:

@@ -26,6 +26,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Lamb": {"weight_decay": 0.1, "bias_correction": "step_size"},
     "Adafactor": {"relative_step": False, "weight_decay": 0.1},
     "CAME": {"weight_decay": 0.1},
+    "SGD": {"weight_decay": 0.1, "momentum": 0.9},
     "GaLoreAdamW": PROJECTED,
     "GaLoreAdamW8bit": PROJECTED,
     "GaLoreAdafactor": {**PROJECTED, "relative_step": False},
@@ -45,7 +46,7 @@ STEPS = 5
 
 def public() -> Iterator[type[ShardedOptimizer]]:
     """Every optimizer that a user can construct, but those that choose by ratio, which take a model."""
-    for module in (colossal_bcd.optim, colossal_bcd.compat):
+    for module in (colossal_bcd.optim, colossal_bcd.low_rank, colossal_bcd.compat):
         for name in module.__all__:
             cls = getattr(module, name)
             if (

@@ -6,8 +6,7 @@ import torch
 from canonical_cases import SHAPES
 from conformance_cases import Sizes
 
-from colossal_bcd.optim.state.quantized import dequantize, quantize_into
-from colossal_bcd.optim.state.restore import restore_into
+from colossal_bcd.optim.state.quantized import dequantize, quantize_into, restore_into
 from colossal_bcd.sharding import FlatSlice, Layout, LowRank
 from colossal_bcd.sharding.regions import covers, elements, image
 from colossal_bcd.testing import run_ranks

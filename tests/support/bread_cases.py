@@ -22,19 +22,16 @@ from colossal_bcd.testing import CollectiveCounter, PeakBytes, live_bytes
 from support.errors import largest_error, worst
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DescentHyper:
     lr: float
 
 
-class ReplicatedUpdate(ShardedOptimizer):
+class Descent(ShardedOptimizer[DescentHyper]):
     """Gradient descent, as an optimizer that corrects."""
 
     hyper_type = DescentHyper
     temporary_bytes = 0
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, DescentHyper(lr=lr))
 
     def state_spec(self, layout: Any, hyper: DescentHyper) -> dict[str, Any]:
         return {}
@@ -49,7 +46,7 @@ RULES: dict[str, Any] = {
     "sign": SignCorrection(),
     "momentum": MomentumCorrection(),
     "lion": LionCorrection(),
-    "descent": OptimizerCorrection(ReplicatedUpdate),
+    "descent": OptimizerCorrection(Descent),
     "galore": OptimizerCorrection(GaLoreSGD, rank=2, update_proj_gap=3, scale=0.7, momentum=0.5),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,9 +12,8 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.functional import plain_number
+from colossal_bcd.optim.options import Storage, plain_number
 from colossal_bcd.optim.state.filed import FiledTensor, allocate, filed_tensors
-from colossal_bcd.optim.state.quantized import StorageHyper
 from colossal_bcd.sharding import Layout, Mesh, wide
 
 
@@ -35,7 +33,7 @@ class OptimizerCorrection:
         ValueError: an option is to be given elsewhere.
     """
 
-    def __init__(self, optimizer: type[ShardedOptimizer], **options: Any) -> None:
+    def __init__(self, optimizer: type[ShardedOptimizer[Any]], **options: Any) -> None:
         if not (isinstance(optimizer, type) and issubclass(optimizer, ShardedOptimizer)):
             raise TypeError(
                 f"OptimizerCorrection: got {optimizer!r}, expected a class of colossal_bcd.optim, such as GaLoreSGD"
@@ -48,19 +46,19 @@ class OptimizerCorrection:
         inspect.signature(optimizer).bind([], lr=0.0, **options)
         self.optimizer, self.options = optimizer, options
 
-    def build(self, groups: Sequence[Sequence[Tensor]], rounding: str, seed: int) -> ShardedOptimizer:
+    def build(self, groups: Sequence[Sequence[Tensor]], rounding: str, seed: int) -> ShardedOptimizer[Any]:
         """The optimizer over these param groups.
 
         Raises:
             ValueError: an option is out of range.
         """
         options: dict[str, Any] = {**self.options, "lr": 0.0}
-        if any(field.name == "clamp" for field in dataclasses.fields(self.optimizer.hyper_type)):
+        if "clamp" in self.optimizer.hyper_keys():
             options.setdefault("clamp", True)
-        if issubclass(self.optimizer.hyper_type, StorageHyper):
+        if issubclass(self.optimizer.hyper_type, Storage):
             options.update(rounding=rounding, seed=seed)
         build: Any = self.optimizer
-        made: ShardedOptimizer = build([{"params": list(params)} for params in groups], **options)
+        made: ShardedOptimizer[Any] = build([{"params": list(params)} for params in groups], **options)
         return made
 
     def __repr__(self) -> str:

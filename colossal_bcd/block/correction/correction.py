@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.correction.rules import Correction
-from colossal_bcd.optim.functional import plain_number
+from colossal_bcd.optim.options import Rounding, plain_number
 from colossal_bcd.optim.state.filed import FiledTensor, filed_like
 from colossal_bcd.optim.state.rounding import (
     CPU_CHUNK,
     DEVICE_CHUNK,
     LOW_PRECISION,
-    Rounding,
     random_bits,
     stochastic_round,
     stream,

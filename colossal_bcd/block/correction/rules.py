@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.math import heavy_ball_, lion_direction
+from colossal_bcd.optim.options import require, require_betas
 
 
 class Correction(Protocol):
@@ -73,7 +74,7 @@ class MomentumCorrection:
         return {"momentum_buffer": torch.bfloat16}
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        return state["momentum_buffer"].mul_(self.momentum).add_(grad)
+        return heavy_ball_(state["momentum_buffer"], grad, self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +85,11 @@ class LionCorrection:
     """Share of the average in the update, and its decay."""
 
     def __post_init__(self) -> None:
-        fits = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(fits, "betas", self.betas, "two numbers in [0, 1)")
+        require_betas(self.betas)
 
     @property
     def state(self) -> Mapping[str, torch.dtype]:
         return {"exp_avg": torch.bfloat16}
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        sign = state["exp_avg"].lerp(grad, 1 - self.betas[0]).sign_()
-        state["exp_avg"].lerp_(grad, 1 - self.betas[1])
-        return sign
+        return lion_direction(state["exp_avg"], grad, self.betas)

@@ -21,8 +21,9 @@ from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.untrained import Reach, warn_of_heads
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.names import Pattern, role_of
-from colossal_bcd.optim.base import State
-from colossal_bcd.optim.functional import require, require_adam, update_moments_
+from colossal_bcd.optim import State
+from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
+from colossal_bcd.optim.options import require, require_adam
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.optim.state.stack import Member
 from colossal_bcd.sharding import Layout, Mesh, Rounds, ShardView, square_sum
@@ -184,7 +185,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         self._data_group, self._bound = options.data_group, False
         self._replicas: Averages | None = None
         self.verbose, self.keep_mask, self.dense_gradients = verbose, options.keep_mask, options.dense_gradients
-        super().__init__(param_groups, hyper)
+        super().__init__(param_groups, **vars(hyper))
         kinds = {"embedding": options.include_embedding, "head": options.include_lm_head}
         aliases: dict[str, list[str]] = {}
         for alias, name in roster.aliases.items():
@@ -265,17 +266,16 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     def update(self, view: ShardView, state: State, hyper: ShareHyper) -> Rounds:
         """Adam on the values that train; asks nothing of other ranks."""
-        selected, grad = self._selected(view.layout, hyper), self.take_low_rank(view.key)
+        selected, grad = self._selected(view.layout, hyper), self.take_low_rank(view.keys[0])
         grad = selected.take(view.grad) if grad is None else grad
         update_moments_(state["exp_avg"], state["exp_avg_sq"], grad.neg() if hyper.maximize else grad, hyper.betas)
-        direction = state["exp_avg_sq"].sqrt().add_(hyper.eps).reciprocal_().mul_(state["exp_avg"])
-        beta1, beta2 = hyper.betas
-        lr = hyper.lr * (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
+        direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], None, hyper.betas, hyper.eps)
+        lr = debiased_rate(hyper.lr, state.step, hyper.betas)
         values = selected.take(view.param).mul_(1 - hyper.lr * hyper.weight_decay)
         selected.put(view.param, values.add_(direction, alpha=-lr))
         yield from ()
 
-    def wants_low_rank(self, layout: Layout, state: State, hyper: ShareHyper, key: int) -> Any:
+    def wants_low_rank(self, layout: Layout, state: Mapping[str, Any], hyper: ShareHyper, key: int) -> Any:
         return self._selected(layout, hyper)
 
     def low_rank_wanted(self) -> dict[Tensor, Any]:
@@ -292,7 +292,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
             assert self._replicas is not None
             self._replicas.settle()
         super()._update()
-        self._images.clear()
+        self._given.clear()
         if not (self.keep_mask or self._lent):
             self._cache.clear()
         switched = set()
@@ -322,7 +322,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     def _grad(self, param: Tensor) -> Tensor | None:
         """The gradient, or what has been kept of it; one of the two says that there is one."""
-        grad, kept = super()._grad(param), self._images.get(self._keys.get(param, -1))
+        grad, kept = super()._grad(param), self._given.get(self._keys.get(param, -1))
         if kept is None or self._bound:
             return grad
         if grad is not None:
@@ -333,7 +333,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         return kept
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._images.clear()
+        self._given.clear()
         if self._replicas is not None:
             self._replicas.clear()
         super().zero_grad(set_to_none)
@@ -348,7 +348,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         Raises:
             ValueError: gradients are elsewhere: `dense_gradients`, or a plugin has them, which clips by its own norm.
         """
-        grads = list(self._images.values())
+        grads = list(self._given.values())
         if not grads:
             raise ValueError(
                 "clip_grad_norm_: nothing has been kept of gradients, expected something from backward. With "
@@ -400,7 +400,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         self._replicas = averages_for(self, self._data_group)
         if self._replicas is None:
             return False
-        if self._handles and self._images:
+        if self._handles and self._given:
             raise ValueError(
                 "BlockOptimizerRatio: got a process group of several processes after gradients had been made on this "
                 "process alone, expected it before the optimizer. Call torch.distributed.init_process_group first."
@@ -421,7 +421,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
     def _forget(self) -> None:
         """Find what trains anew when it is needed."""
         self._cache.clear()
-        self._images.clear()
+        self._given.clear()
 
     def _note_reach(self, stepped: Collection[Tensor]) -> None:
         """Look at a step: which of the parameters that train have a gradient, by name."""
@@ -456,10 +456,10 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         return ShareHyper(**values, name=name, period=num_steps // hyper.switch_every)
 
     def _add_up(self, key: int, values: Tensor) -> None:
-        if key in self._images:
-            self._images[key].add_(values)
+        if key in self._given:
+            self._given[key].add_(values)
         else:
-            self._images[key] = values
+            self._given[key] = values
 
     def _selected(self, layout: Layout, hyper: ShareHyper, device: torch.device | None = None) -> Selected:
         """Which values of a parameter train; kept where they are looked for on a `device`, to be used."""

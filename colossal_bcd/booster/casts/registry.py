@@ -232,20 +232,21 @@ def _known(cls: type) -> str | None:
     return None
 
 
-def _converted(optimizer: Optimizer, cls: Any, differences: Callable[[Any, Group], dict[str, Any]]) -> ShardedOptimizer:
+def _converted(
+    optimizer: Optimizer, cls: Any, differences: Callable[[Any, Group], dict[str, Any]]
+) -> ShardedOptimizer[Any]:
     name = type(optimizer).__name__
     if optimizer.state:
         raise ValueError(
             f"{name} holds state of {len(optimizer.state)} parameters, which a cast to colossal_bcd.{cls.__name__} "
             "would lose, expected none. Boost before the first step."
         )
-    fields = cls.hyper_type.__dataclass_fields__
 
     def hyper(group: Group) -> dict[str, Any]:
-        return {**{key: group[key] for key in fields if key in group}, **differences(optimizer, group)}
+        return {**{key: group[key] for key in cls.hyper_keys() if key in group}, **differences(optimizer, group)}
 
     groups = [{"params": group["params"], **hyper(group)} for group in optimizer.param_groups]
-    ours: ShardedOptimizer = cls(groups, **hyper(optimizer.defaults))
+    ours: ShardedOptimizer[Any] = cls(groups, **hyper(optimizer.defaults))
     # As it is, also where it means nothing (under relative_step) or every group has to bring its own (None).
     ours.defaults["lr"] = optimizer.defaults["lr"]
     for index, group in enumerate(optimizer.param_groups):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from colossal_bcd.low_rank.projector import random_bases
-from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.options import require
 from colossal_bcd.sharding import wide
 
 Quantize = Literal["4bit", "8bit"]

@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import TABLES, is_bitsandbytes, scale_region
-from colossal_bcd.optim.state.quantized import dequantize
-from colossal_bcd.optim.state.restore import restore_into
+from colossal_bcd.optim.state.quantized import dequantize, restore_into
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
 from colossal_bcd.sharding.regions import Region, StackedRegion, elements, totals, whole
@@ -131,7 +130,7 @@ def write(entry: FiledTensor, state: Mapping[str, Any], values: Tensor) -> None:
 
 
 def allocate(
-    optimizer: ShardedOptimizer, param: Tensor, layout: Layout, group: Mapping[str, Any], key: int | None = None
+    optimizer: ShardedOptimizer[Any], param: Tensor, layout: Layout, group: Mapping[str, Any], key: int | None = None
 ) -> None:
     """Give a parameter the state that its first step would, unless it has state of these shapes."""
     state = optimizer.state[param]

@@ -3,23 +3,20 @@
 A value between two numbers of a low-precision dtype becomes the upper one with the probability of its distance from the
 lower one, so its expectation is itself and updates far below the dtype's step survive on average (Gupta et al.,
 arXiv 1502.02551, section 3; for bfloat16 weights Zamirai et al., arXiv 2010.06192).  The bits are a pure function of
-the seed, the parameter's number, the step and the value's place in the global tensor: every mesh draws the same ones,
+the seed, the parameter's number, the step and the value's index in the global tensor: every mesh draws the same ones,
 and replicas stay equal.  n: values of data on this rank.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from colossal_bcd.optim.functional import require
+from colossal_bcd.optim.options import RoundingOptions
 from colossal_bcd.sharding import Layout
 
-Rounding = Literal["nearest", "stochastic"]
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 CPU_CHUNK = 2**16
@@ -36,25 +33,9 @@ _GAMMA = _signed(0x9E3779B97F4A7C15)
 _MIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundingHyper:
-    """Hyper-parameters of optimizers that can round stochastically."""
-
-    rounding: Rounding = "nearest"
-    """How updated bfloat16 and float16 parameters are rounded: "nearest" by the dtype's own arithmetic, which loses
-    updates below half its step; "stochastic" from a float32 copy, unbiased (arXiv 1502.02551, section 3).  Parameters
-    of other dtypes, float32 masters among them, are not rounded at all."""
-    seed: int = 0
-    """Of stochastic rounding, with the parameter's number, the number of the step and the value's place."""
-
-    def __post_init__(self) -> None:
-        require(self.rounding in ("nearest", "stochastic"), "rounding", self.rounding, '"nearest" or "stochastic"')
-        require(isinstance(self.seed, int) and not isinstance(self.seed, bool), "seed", self.seed, "an integer")
-
-
 def is_stochastic(hyper: object, dtype: torch.dtype) -> bool:
     """Whether parameters of `dtype` are rounded stochastically."""
-    return isinstance(hyper, RoundingHyper) and hyper.rounding == "stochastic" and dtype in LOW_PRECISION
+    return isinstance(hyper, RoundingOptions) and hyper.rounding == "stochastic" and dtype in LOW_PRECISION
 
 
 def stream(seed: int, key: int, step: int) -> int:
@@ -64,14 +45,14 @@ def stream(seed: int, key: int, step: int) -> int:
 
 
 def random_bits(positions: Tensor, stream: int) -> Tensor:
-    """[n] int64 with 64 random bits for each place of a stream, in place of `positions`.
+    """[n] int64 with 64 random bits for each index of a stream, written into `positions`.
 
     Counter-based: the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014, figure 16).  Integer tensors wrap,
     so that CPU and accelerators draw the same bits.
 
     Args:
         positions: [n] int64, overwritten.
-        stream: see the function `stream`.
+        stream: number that the function `stream` gives.
     """
     bits = positions.mul_(_GAMMA).add_(stream)
     for shift, factor in _MIX:
@@ -119,7 +100,7 @@ def round_into(target: Tensor, values: Tensor, layout: Layout, stream: int) -> N
         target: [n] bfloat16 or float16, written.
         values: [n] float32.
         layout: of the parameter.
-        stream: see the function `stream`.
+        stream: number that the function `stream` gives.
     """
     size = CPU_CHUNK if target.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, len(target), size):

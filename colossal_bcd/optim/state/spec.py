@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
-from colossal_bcd.sharding import Layout, wide
+from colossal_bcd.optim.options import Bits
+from colossal_bcd.sharding import Layout, LowRank, wide
 from colossal_bcd.sharding.low_rank import Side
 from colossal_bcd.sharding.regions import (
     Region,
@@ -23,19 +26,35 @@ from colossal_bcd.sharding.regions import (
 )
 
 Kind = Literal["elementwise", "row", "column", "low_rank", "replicated", "scalar", "block", "entries"]
-Bits = Literal[32, 8]
-BLOCK = 256
+Shaped: TypeAlias = Layout | LowRank
+"""Layout of a parameter, or of its low-rank gradient."""
+CHUNK = 256
 """Values that share a scale in 8-bit storage."""
+
+
+class State(dict[str, Tensor]):
+    """What a rule sees of one parameter's state, or of a stack's: tensors, to be written in place.
+
+    Moments are flat like the view's gradient.
+
+    Args:
+        step: number of this update, from 1.
+        numbers: entries that are plain integers.
+    """
+
+    def __init__(self, step: int, numbers: Mapping[str, int] | None = None) -> None:
+        super().__init__()
+        self.step, self.numbers = step, numbers or {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSpec:
-    """One entry of an optimizer's state for one parameter on this rank."""
+    """One named tensor, or integer, of an optimizer's state for one parameter on this rank."""
 
     kind: Kind
     """How the entry relates to the parameter, and so how it is sharded: `elementwise` follows every value, `row` and
     `column` follow the rows and columns of the matrix, `scalar` is a Python integer, `block` has one value for each
-    `BLOCK` values of this rank's data and cannot be cut or joined by other ranks, `entries` has one for each of some
+    `CHUNK` values of this rank's data and cannot be cut or joined by other ranks, `entries` has one for each of some
     selected values, and a `region` of its own."""
     shape: tuple[int, ...] = ()
     """Shape stored on this rank, padding included."""
@@ -46,9 +65,16 @@ class StateSpec:
     signed: bool = True
     """With 8 bits: whether values may be negative."""
     side: Side | None = None
-    """The entry belongs to a low-rank image that was projected on this side; None: to the parameter itself."""
+    """The entry belongs to the low-rank gradient that is projected on this side; None: to the parameter itself."""
     total: str | None = None
-    """Of rows: the entry which on some meshes keeps their mean over each matrix, and which files always have."""
+    """For rows: name of the entry that stores each matrix's mean where a rank cannot compute it; always in files."""
+
+    @classmethod
+    def like(cls, layout: Shaped) -> StateSpec:
+        """One value for each value of a gradient: of the parameter's, or of the low-rank one."""
+        if isinstance(layout, LowRank):
+            return cls(kind="low_rank", shape=layout.local_shape, side=layout.side)
+        return cls(kind="elementwise", shape=layout.local_shape)
 
     def __post_init__(self) -> None:
         assert self.bits == 32 or self.kind in ("elementwise", "low_rank")
@@ -74,12 +100,12 @@ class StateSpec:
         return columns(layout) if len(self.shape) == 2 else totals(layout)
 
     def stored(self, name: str) -> dict[str, StateSpec]:
-        """What is kept in the optimizer's state for the entry `name`: itself, or 8-bit codes and scales of blocks."""
+        """What is kept in the optimizer's state for the entry `name`: itself, or 8-bit codes and scales of chunks."""
         if self.bits == 32:
             return {name: self}
         return {
             name: replace(self, dtype=torch.uint8, bits=32),
-            f"{name}_absmax": StateSpec(kind="block", shape=(-(-math.prod(self.shape) // BLOCK),), dtype=torch.float32),
+            f"{name}_absmax": StateSpec(kind="block", shape=(-(-math.prod(self.shape) // CHUNK),), dtype=torch.float32),
         }
 
     def allocate(self, param: torch.Tensor) -> torch.Tensor | int:

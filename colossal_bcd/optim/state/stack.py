@@ -6,13 +6,14 @@ of members of a stack.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
 
 STACK_BYTES = 8 * 2**20
@@ -38,24 +39,39 @@ class Member:
     """Steps that its param group has taken, where something random needs them."""
 
 
-def stacks(members: Iterable[Member], num_bytes: int) -> list[list[Member]]:
+def stacks(
+    members: Iterable[Member],
+    num_bytes: int,
+    kind_of: Callable[[Member], Hashable],
+    specs_of: Callable[[Layout, Any], Mapping[str, StateSpec]],
+) -> list[list[Member]]:
     """Members that can be updated together: equal in layout, param group, dtype, device and number of the update.
 
     The result follows from layouts, groups and which parameters have a gradient, so it is the same on every rank.
+    Chunks of 8-bit state would reach over members: such parameters are alone.
 
     Args:
         members: in the order of the param groups.
         num_bytes: largest size of a stack with all its `COPIES`; a member that is larger is a stack of its own.
+        kind_of: what else has to be equal; None for a member that is a stack of its own.
+        specs_of: declares the state.
     """
-    filling: dict[Any, list[Member]] = {}
+    filling: dict[Any, tuple[list[Member], int]] = {}
     found: list[list[Member]] = []
     for member in members:
-        param = member.param
-        kind = member.layout, member.group, param.dtype, param.device, member.step, member.num_steps
-        stack = filling.get(kind)
-        size = member.layout.max_local * wide(param.dtype).itemsize * COPIES
-        if stack is None or (len(stack) + 1) * size > num_bytes:
-            stack = filling[kind] = []
+        param, own = member.param, kind_of(member)
+        if own is None:
+            found.append([member])
+            continue
+        kind = member.layout, member.group, param.dtype, param.device, member.step, member.num_steps, own
+        stack, most = filling.get(kind) or ([], 0)
+        if len(stack) >= most:
+            if not most:
+                size = max(member.layout.max_local, 1) * wide(param.dtype).itemsize * COPIES
+                alone = any(spec.bits == 8 for spec in specs_of(member.layout, member.hyper).values())
+                most = 1 if alone else max(num_bytes // size, 1)
+            stack = []
+            filling[kind] = stack, most
             found.append(stack)
         stack.append(member)
     return found
@@ -81,9 +97,9 @@ class Stack:
 
     @classmethod
     def of_state(cls, states: Sequence[dict[str, Any]], name: str, lead: bool) -> Stack:
-        """Entries of several parameters' state.
+        """Joins tensors of several parameters' state.
 
-        Entries with storages of their own, as after loading, move into a common one.  Of those that already share one
+        Tensors with storages of their own, as after loading, move into a common one.  Of those that already share one
         with others, such as parameters without a gradient now, copies are made for this step.
         """
         parts = [state[name] for state in states]

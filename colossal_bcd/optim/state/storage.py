@@ -1,4 +1,4 @@
-"""Between what is stored and what rules see: stacks, 8-bit entries, stochastically rounded weights.
+"""Between what is stored and what rules see: stacks, 8-bit moments, stochastically rounded weights.
 
 n: values of data on this rank; b: members of a stack.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from colossal_bcd.optim.state.quantized import dequantize, quantize_into, require_stored
-from colossal_bcd.optim.state.rounding import is_stochastic, round_into, stream
-from colossal_bcd.optim.state.spec import StateSpec
+import torch
+from torch import Tensor
+
+from colossal_bcd.optim.options import RoundingOptions, Storage
+from colossal_bcd.optim.state.quantized import dequantize, quantize_into, require_library, require_stored
+from colossal_bcd.optim.state.rounding import LOW_PRECISION, is_stochastic, round_into, stream
+from colossal_bcd.optim.state.spec import State, StateSpec
 from colossal_bcd.optim.state.stack import Member, Stack
 from colossal_bcd.sharding import ShardView, wide
 
@@ -68,26 +72,63 @@ class StoredState:
         tensors = [part for name, spec in specs.items() if spec.kind != "scalar" for part in spec.stored(name)]
         self._stacks = {name: Stack.of_state(states, name, lead) for name in tensors}
 
-    def seen(self, view: ShardView) -> dict[str, Any]:
+    def seen(self, view: ShardView) -> State:
         """What the rule sees and writes in place."""
-        seen: dict[str, Any] = {"step": self._states[0]["step"]}
+        first = self._states[0]
+        seen = State(first["step"], {name: first[name] for name, spec in self._specs.items() if spec.kind == "scalar"})
         for name, spec in self._specs.items():
             if spec.kind == "scalar":
-                seen[name] = self._states[0][name]
                 continue
-            whole = self._stacks[name].whole
-            seen[name] = view.flat(whole) if spec.kind == "elementwise" else whole
+            seen[name] = as_seen(spec, view, self._stacks[name].whole)
             if spec.bits == 8:
                 absmax = self._stacks[f"{name}_absmax"].whole.view(-1)
                 seen[name] = dequantize(seen[name], absmax, spec.signed).to(wide(view.param.dtype))
         return seen
 
-    def write_back(self, view: ShardView, seen: Mapping[str, Any]) -> None:
+    def write_back(self, view: ShardView, seen: State) -> None:
         """Store what the rule has written."""
         for name, spec in self._specs.items():
             if spec.bits == 8:
                 codes, absmax = self._stacks[name].whole, self._stacks[f"{name}_absmax"].whole.view(-1)
-                codes = view.flat(codes) if spec.kind == "elementwise" else codes
-                quantize_into(codes, absmax, seen[name], spec.signed)
+                quantize_into(as_seen(spec, view, codes), absmax, seen[name], spec.signed)
         for stack in self._stacks.values():
             stack.write_back()
+
+
+def as_seen(spec: StateSpec, view: ShardView, stored: Tensor) -> Tensor:
+    """A state tensor as rules see it, a view: moments are flat like the gradient of which they are averages."""
+    if spec.kind == "elementwise":
+        return view.flat(stored)
+    return stored.flatten(-2) if spec.kind == "low_rank" else stored
+
+
+def require_storable(hyper: object) -> None:
+    """Refuse storage that cannot be computed.
+
+    Raises:
+        ImportError: bitsandbytes is missing and `moment_bits` is 8.
+    """
+    if isinstance(hyper, Storage) and hyper.moment_bits == 8:
+        require_library()
+
+
+def stored_temporaries(hyper: object, dtype: torch.dtype) -> int:
+    """Bytes per value of a parameter that storage keeps alive while its rule runs, for weights of `dtype`."""
+    wide_weight = torch.float32.itemsize if is_stochastic(hyper, dtype) else 0
+    wide_moment = wide(dtype).itemsize if isinstance(hyper, Storage) and hyper.moment_bits == 8 else 0
+    return wide_weight + wide_moment
+
+
+def count_step(group: dict[str, Any]) -> None:
+    """Count a step of a param group whose random bits depend on it.
+
+    In the group, which outlives the state that a switch of blocks clears: no step repeats another's bits.
+    """
+    if group.get("rounding") == "stochastic":
+        group["num_steps"] = group.get("num_steps", 0) + 1
+
+
+def rounds_nothing(members: Sequence[Member]) -> bool:
+    """Whether stochastic rounding is asked for of weights that are not rounded."""
+    asked = [m for m in members if isinstance(m.hyper, RoundingOptions) and m.hyper.rounding == "stochastic"]
+    return bool(asked) and not any(member.param.dtype in LOW_PRECISION for member in asked)

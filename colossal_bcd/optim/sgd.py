@@ -1,0 +1,67 @@
+"""Stochastic gradient descent with momentum, as in torch.optim.SGD (MSGD of arXiv 2410.11289): no rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from colossal_bcd.optim.base import ShardedOptimizer
+from colossal_bcd.optim.math import heavy_ball_
+from colossal_bcd.optim.options import Storage, require
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.sharding import Rounds, View
+
+
+@dataclass(frozen=True)
+class SGDHyper(Storage):
+    """Hyper-parameters of one param group; names and meaning are those of torch.optim.SGD."""
+
+    lr: float = 1e-3
+    """Step size."""
+    momentum: float = 0.0
+    """Decay of the momentum buffer, which starts as the first gradient; 0 keeps none."""
+    dampening: float = 0.0
+    """Part of every later gradient that does not enter the buffer."""
+    weight_decay: float = 0.0
+    """Decoupled, unlike torch's: after the update the weight shrinks by lr * weight_decay."""
+    nesterov: bool = False
+    """Step along gradient + momentum * buffer instead of along the buffer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.lr >= 0, "lr", self.lr, "a non-negative number")
+        require(self.momentum >= 0, "momentum", self.momentum, "a non-negative number")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a non-negative number")
+        plain = not self.nesterov or (self.momentum > 0 and self.dampening == 0)
+        require(plain, "nesterov", self.nesterov, "False, or a positive momentum and a dampening of 0")
+        require(
+            self.momentum > 0 or self.moment_bits == 32,
+            "moment_bits",
+            self.moment_bits,
+            "32 where momentum is 0, which keeps no buffer",
+        )
+
+
+def sgd(view: View, state: State, hyper: SGDHyper) -> Rounds:
+    """One step of SGD; asks for nothing."""
+    direction = view.grad
+    if hyper.momentum:
+        grad, first = direction, state.step == 1
+        direction = heavy_ball_(state["momentum_buffer"], grad, hyper.momentum, hyper.dampening, first)
+        if hyper.nesterov:
+            direction = grad.add(direction, alpha=hyper.momentum)
+    yield from view.subtract(direction, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay, decay_first=False)
+
+
+class SGD(ShardedOptimizer[SGDHyper]):
+    """SGD on any mesh, without communication; its hyper-parameters are those of `SGDHyper`."""
+
+    hyper_type = SGDHyper
+    temporary_bytes = 0
+    stacks = True
+    momentum_entry = "momentum_buffer"
+
+    def state_spec(self, layout: Shaped, hyper: SGDHyper) -> dict[str, StateSpec]:
+        return {"momentum_buffer": replace(StateSpec.like(layout), bits=hyper.moment_bits)} if hyper.momentum else {}
+
+    def update(self, view: View, state: State, hyper: SGDHyper) -> Rounds:
+        return sgd(view, state, hyper)
