@@ -1,9 +1,12 @@
-"""Installation of colossal_bcd: `pip install -e '.[test,examples]'`."""
+"""Installation of colossal_bcd: `pip install -e '.[colossalai]'`; the algorithms alone need no extra."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+COLOSSALAI = ["colossalai>=0.5.0,<0.6", "transformers>=4.51,<5"]
+TRAINER = ["accelerate>=0.26", "peft>=0.13", "transformers>=4.51"]
+LOW_BIT = ["bitsandbytes>=0.50"]
 EXAMPLES = ["click>=8.1", "matplotlib>=3.8", "rich>=13", "tokenizers>=0.21"]
 
 setup(
@@ -15,26 +18,24 @@ setup(
     packages=find_packages(include=["colossal_bcd", "colossal_bcd.*"]),
     package_data={"colossal_bcd": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=[
-        "bitsandbytes>=0.50",
-        "colossalai>=0.5.0,<0.6",
-        "peft>=0.13",
-        "safetensors>=0.4",
-        "torch>=2.5",
-        "tqdm>=4.60",
-        "transformers>=4.51,<5",
-    ],
+    install_requires=["safetensors>=0.4", "torch>=2.5", "tqdm>=4.60"],
     extras_require={
+        "colossalai": COLOSSALAI,
+        "trainer": TRAINER,
+        "low-bit": LOW_BIT,
         "docs": ["mkdocs>=1.6"],
-        "examples": EXAMPLES,
+        "examples": [*COLOSSALAI, *EXAMPLES],
         "test": [
+            *COLOSSALAI,
+            *TRAINER,
+            *LOW_BIT,
             *EXAMPLES,
-            "accelerate>=0.26",
             "badam>=1.4",
             "came_pytorch>=0.1.3",
             "galore_torch>=1.0",
             "hypothesis>=6.100",
             "mypy>=1.14",
+            "pytest-xdist>=3.6",
             "pytest>=8",
             "pytorch_optimizer>=3.3",
             "ruff>=0.9",

@@ -6,6 +6,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from full import waits
+from needs import ignored
 
 from colossal_bcd.testing import start_server
 
@@ -23,12 +25,24 @@ hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
+collect_ignore = ignored()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    mark_full(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+def mark_full(items):
+    """Cases named in `FULL` wait for `make test-full`."""
+    for item in items:
+        if waits(item.nodeid) is not None:
+            item.add_marker("full")
 
 
 def pytest_collection_finish(session):

@@ -95,12 +95,15 @@ def name_of_a_module_besides():
 def test_start_server_imports_what_it_is_told():
     """In a process of its own, whose path the server has to be given."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_testing\n"
-        "from colossal_bcd.testing import run_ranks, start_server\n"
+        "import sys; sys.path[:0] = sys.argv[1:]; import test_testing\n"
+        "from colossal_bcd import testing\nfrom colossal_bcd.testing import run_ranks, start_server\n"
+        "testing.PRELOAD = ('torch', 'colossal_bcd.testing')  # the others take long\n"
         "start_server('block_net')\nprint(run_ranks(1, test_testing.name_of_a_module_besides))"
     )
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code, str(here)], cwd=here.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(here), str(here / "support")], cwd=here.parent, capture_output=True, text=True
+    )
     assert done.stdout == "[True]\n", done.stderr
 
 

@@ -14,20 +14,28 @@ from colossal_bcd.optim.foreign.contract import CLOSE
 from colossal_bcd.testing import run_ranks
 
 NAMES = [name for name in CLASSES if name not in UNAVAILABLE]
+QUICK = [name for name in NAMES if name.startswith("torch.")] + NAMES[::6]
+"""In `make test`; the others are asked on one process by test_contract.py, and here in `make test-full`."""
 BOUND = CLOSE
 """What the trial of halves takes for rounding, as a share of changes, which are below 1 here: AdamS is 2e-6 off, as its
 small denominators enlarge the last place in which vectors of other lengths are rounded; nearly all others are exact."""
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, bool], tuple[str, Any]]:
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, bool], tuple[str, Any]]:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    first, second = run_ranks(2, contract_cases.outcomes, NAMES, folder, timeout=1800)
+    asked = (item for item in request.session.items if item.originalname.startswith("test_every_optimizer_under"))
+    chosen = [item.callspec.params["name"] for item in asked]
+    first, second = run_ranks(2, contract_cases.outcomes, chosen, folder, timeout=1800)
     assert first == second, "ranks agree about what is refused, and hold the same weights"
     return first
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
+)
 def test_every_optimizer_under_a_plugin_equals_one_process_or_is_refused_by_name(
     name: str, results: dict[tuple[str, str, bool], tuple[str, Any]]
 ) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from colossalai.booster import Booster
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import colossal_bcd
 from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block import MomentumCorrection, OptimizerCorrection
+from colossal_bcd.booster import CheckpointFolder, HybridParallelPlugin, LowLevelZeroPlugin
 
 DATA = Path(__file__).parents[1] / "data"
 LR = 1e-2
@@ -164,16 +166,11 @@ class Boosted:
     """A run under a plugin on this and the other ranks."""
 
     def __init__(self, name: str, mesh: str) -> None:
-        from colossalai.booster import Booster
-
-        from colossal_bcd.booster import CheckpointFolder, HybridParallelPlugin, LowLevelZeroPlugin
-
         options = MESHES[mesh]
         plugin = LowLevelZeroPlugin if "stage" in options else HybridParallelPlugin
         self.booster = Booster(plugin=plugin(precision="bf16", **options))
         model = llama()
         self.model, self.optimizer, *_ = self.booster.boost(model, MAKE[name](model))
-        self.folder = CheckpointFolder
 
     def step(self, number: int) -> float:
         group = self.booster.plugin.dp_group if hasattr(self.booster.plugin, "dp_group") else dist.group.WORLD
@@ -187,10 +184,10 @@ class Boosted:
         return total.item() / dist.get_world_size(group)
 
     def save(self, folder: Path) -> None:
-        self.folder(folder).save(self.booster, self.model, self.optimizer, step=BEFORE)
+        CheckpointFolder(folder).save(self.booster, self.model, self.optimizer, step=BEFORE)
 
     def load(self, folder: Path) -> None:
-        self.folder(folder).load(self.booster, self.model, self.optimizer)
+        CheckpointFolder(folder).load(self.booster, self.model, self.optimizer)
 
 
 def go_on(run: Alone | Boosted) -> dict[str, Any]:
