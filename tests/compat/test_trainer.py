@@ -25,6 +25,10 @@ def dataset() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
+UNSAFE = {"save_safetensors": False} if hasattr(TrainingArguments, "save_safetensors") else {}
+"""transformers 5 writes safetensors only."""
+
+
 def block_optimizer(model: Any, **options: Any) -> BlockOptimizer:
     base = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     return BlockOptimizer(
@@ -38,7 +42,7 @@ def trainer_of(model: Any, optimizer: Any, folder: Path, callbacks: Any = (BAdam
             "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2, "use_cpu": True,
             "gradient_accumulation_steps": ACCUMULATION, "save_steps": 4, "logging_steps": 1, "report_to": [],
             "lr_scheduler_type": "linear", "warmup_steps": 2, "max_grad_norm": 0.5, "disable_tqdm": True,
-            "save_safetensors": False, **options,
+            **UNSAFE, **options,
         }
     )  # fmt: skip
     return Trainer(
