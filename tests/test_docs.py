@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from colossal_bcd.optim import ShardedOptimizer, StateSpec
-from colossal_bcd.optim.base import Params, State
+from colossal_bcd.optim import ShardedOptimizer, State, StateSpec
 from colossal_bcd.optim.options import require
-from colossal_bcd.sharding import WAVE_BYTES, Layout, Rounds, ShardView
+from colossal_bcd.sharding import Layout, Rounds, ShardView
 
 
 def test_added_optimizer_of_the_walkthrough_trains():
@@ -17,8 +16,7 @@ def test_added_optimizer_of_the_walkthrough_trains():
     names = {
         name: value
         for name, value in globals().items()
-        if value
-        in (ShardedOptimizer, StateSpec, Params, State, require, WAVE_BYTES, Layout, Rounds, ShardView, dataclass)
+        if value in (ShardedOptimizer, StateSpec, State, require, Layout, Rounds, ShardView, dataclass)
     }
     names |= {"__name__": __name__}
     for block in re.findall(r"```python\n(@dataclass.*?|def .*?|class .*?)```", text, re.DOTALL):

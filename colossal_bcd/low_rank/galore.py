@@ -349,6 +349,8 @@ class GoLore(GaLore):
     ) -> None:
         name = type(self).__name__
         flat.update(flat_options(name, "projection", projection, flat))
+        if "reproject_momentum" in flat:
+            raise TypeError(f"{name} got reproject_momentum, expected none: it is on. Use {name.replace('Go', 'Ga')}.")
         start = flat.pop("random_from_step", random_from_step)
         first = first_random_step(name, rand_ratio, total_steps, start)
         flat.update(random_from_step=first, reproject_momentum=True)

@@ -6,7 +6,7 @@ from optim_cases import errors, make_params, set_grads, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colossal_bcd import CAME, Adafactor, AdamW, BlockOptimizer, Lamb
+from colossal_bcd import CAME, Adafactor, AdamW, BlockOptimizer, GaLoreAdafactor, GaLoreAdamW, GaLoreSGD, Lamb
 from colossal_bcd.optim import base
 from colossal_bcd.optim.state import stack
 from colossal_bcd.sharding import Layout, Mesh
@@ -18,6 +18,12 @@ OPTIMIZERS = {
     "lamb": lambda params, **kwargs: Lamb(params, lr=0.1, weight_decay=0.1, **kwargs),
     "adafactor": lambda params, **kwargs: Adafactor(params, beta1=0.9, **kwargs),
     "came": lambda params, **kwargs: CAME(params, lr=0.1, **kwargs),
+}
+PROJECTION = {"rank": 3, "svd_method": "random", "update_proj_gap": 5}
+GALORE = {
+    "galore-adamw": lambda params, **kwargs: GaLoreAdamW(params, lr=0.1, eps=1e-3, **PROJECTION, **kwargs),
+    "galore-sgd": lambda params, **kwargs: GaLoreSGD(params, lr=0.1, momentum=0.9, **PROJECTION, **kwargs),
+    "galore-adafactor": lambda params, **kwargs: GaLoreAdafactor(params, beta1=0.9, **PROJECTION, **kwargs),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
@@ -41,7 +47,7 @@ def step_with_gaps(optimizer, params, step):
     optimizer.step()
 
 
-@every_optimizer
+@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), *GALORE.values()], ids=[*OPTIMIZERS, *GALORE])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_stacks_give_the_numbers_of_one_at_a_time(monkeypatch, make, gaps):
     results = []
@@ -68,7 +74,7 @@ def test_stochastic_rounding_draws_the_same_bits_in_a_stack(monkeypatch, make):
     assert different <= sum(param.numel() for param in params) // 100
 
 
-@every_optimizer
+@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), *GALORE.values()], ids=[*OPTIMIZERS, *GALORE])
 def test_operations_of_a_step_do_not_grow_with_the_tensors(make):
     counts = []
     for num_tensors in (10, 40):
