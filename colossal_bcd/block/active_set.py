@@ -210,12 +210,11 @@ class NothingActive(list[Any]):
         return super().__getitem__(index)
 
 
-@torch.no_grad()
 def follow(master: Tensor, weight: Tensor) -> None:
     """Take over the weight's values, in place; where the weight is the rounded master, that keeps what rounding lost.
 
     Values are compared, because a write through `param.data` leaves no trace: torch counts writes per tensor, and
-    `data` is another tensor each time.
+    `data` is another tensor each time.  Gradients must not be recorded.
 
     Args:
         master: float32 or wider, or of the weight's dtype.
@@ -223,11 +222,12 @@ def follow(master: Tensor, weight: Tensor) -> None:
     """
     if master.dtype == weight.dtype:
         master.copy_(weight)
-    elif not master.is_contiguous():
+        return
+    chunk = CHUNKS.get(master.device.type, CHUNK)
+    if master.numel() <= chunk or not master.is_contiguous():
         _follow(master, weight)
     else:
         values, written = master.view(-1), weight.reshape(-1)
-        chunk = CHUNKS.get(master.device.type, CHUNK)
         for start in range(0, len(values), chunk):
             _follow(values[start : start + chunk], written[start : start + chunk])
 
@@ -242,9 +242,8 @@ def _follow(master: Tensor, weight: Tensor) -> None:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit; eight bytes are compared at a time, in a third of the time."""
-    aligned = all(
-        t.is_contiguous() and (t.storage_offset() * t.itemsize) % 8 == 0 and t.nbytes % 8 == 0 and t.dim()
-        for t in (one, other)
-    )
-    return torch.equal(one.view(torch.int64), other.view(torch.int64)) if aligned else torch.equal(one, other)
+    """Whether two tensors are equal bit for bit; of large ones eight bytes are compared at a time, in half the time."""
+    dense = one.dim() == 1 and one.is_contiguous() and other.is_contiguous()
+    if dense and one.nbytes % 8 == 0 and (other.storage_offset() * other.itemsize) % 8 == 0:
+        return torch.equal(one.view(torch.int64), other.view(torch.int64))
+    return torch.equal(one, other)

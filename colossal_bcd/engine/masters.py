@@ -64,7 +64,6 @@ class ShardedMasters:
         """Dtype of the parameter's master."""
         return param.dtype if self._low_precision else wide(param.dtype)
 
-    @torch.no_grad()
     def follow(self, param: Parameter, master: Tensor) -> None:
         """Let a master have the weight's values, where that is not the rounded master; every rank takes its own part.
 
