@@ -4,18 +4,20 @@ What a user calls
     plugins        LowLevelZeroPlugin, HybridParallelPlugin and TorchDDPPlugin
     low_level      `LowLevelZeroOptimizer`, for programs without a booster
     stock_plugins  `install`: this package's optimizers under ColossalAI's own plugins
-    distributed, setup_distributed   ColossalAI's distributed optimizers, and the call that tells them what is divided
+    distributed    ColossalAI's distributed optimizers, and the call that tells them what is divided
     explanation    `explain`: a table of what the boosted optimizer does with every parameter
 From the user's optimizer to ours
     casts/         what each optimizer becomes
     boosting       what `boost` checks and does before ColossalAI sees model and optimizer
-    arguments, same_options, fixed_set, lora   arguments of ColossalAI's plugins; ranks that were given the same
-    layouts        which part of which weight each rank has
+    arguments      arguments of ColossalAI's plugins that are refused or without effect
+    adapters       weights of LoRA and ReLoRA
+    layouts        which region of which weight each rank has: the one reader of ColossalAI's marks
 The engine under ColossalAI
     zero           `ZeroOptimizer`: backward, average, step and gather of what trains now
+    gradients      what loss scale, sequence parallelism and clipping do to averages
     stock_surface  what user code reads from ColossalAI's wrappers
-    pipeline, sequence, clipping, loss_scaler, correction, relora   what its modes add to a step
-    checkpoint_io, model_files   `booster.save_optimizer` and `save_model`
+    pipeline       stages that train nothing, or something else than the others
+    checkpoint_io  `booster.save_optimizer` and `save_model`
     cpu_accelerator   ColossalAI on CPUs with gloo
 """
 

@@ -1,26 +1,40 @@
-"""What every plugin does before and after ColossalAI wraps the model."""
+"""What every plugin checks and does before and after ColossalAI wraps the model.
+
+All ranks must have been given the same; engines of torch and ColossalAI train what required grad when they were made,
+and nothing that comes later.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+import enum
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole, prefer_non_reentrant
 from colossal_bcd.block.trained import is_plain, trained_of
+from colossal_bcd.booster.adapters import adopt_adapters
 from colossal_bcd.booster.casts.fitness import Given, require_fit
 from colossal_bcd.booster.casts.registry import cast
-from colossal_bcd.booster.lora import adopt_adapters
-from colossal_bcd.booster.same_options import require_same_options
+from colossal_bcd.engine.agreement import differing, gathered, num_ranks
+
+FOLLOWING = (
+    "Boost with them trainable and freeze them afterwards (torch's DDP then asks for find_unused_parameters=True), or "
+    "use LowLevelZeroPlugin or HybridParallelPlugin of colossal_bcd.booster, which follow."
+)
 
 
-def prepare(model: nn.Module, optimizer: Any, given: Given) -> Optimizer:
+def ready_to_boost(model: nn.Module, optimizer: Any, given: Given) -> Optimizer:
     """Cast the optimizer and settle what would fail later, before the first collective about weights."""
     adopt_adapters(model, optimizer)
     require_same_options(model, optimizer)
@@ -70,3 +84,143 @@ def same_start(model: nn.Module, group: Any, *, buffers: bool = True) -> None:
         source = dist.get_global_rank(group, 0)
         for tensor in [*model.parameters(), *(model.buffers() if buffers else ())]:
             dist.broadcast(tensor.data, source, group=group)
+
+
+def require_same_options(model: nn.Module, optimizer: Any, group: dist.ProcessGroup | None = None) -> None:
+    """Compare what this rank was given with what the others were: one exchange of names and numbers.
+
+    Args:
+        model: not wrapped yet.
+        optimizer: the user's.
+        group: the ranks that must agree, which errors number; None: all.
+    Raises:
+        ValueError: on every rank, naming the ranks and what differs.
+    """
+    if num_ranks(group) == 1:
+        return
+    everyone = gathered(_described(model, optimizer), group)
+    first = everyone[0]
+    for subject in first:
+        different = differing([options.get(subject) for options in everyone])
+        if different:
+            detail = _differences(everyone[different[0]].get(subject, {}), first[subject])
+            raise ValueError(
+                f"boost: the {subject} of ranks {different} differs from that of rank 0: {detail}. Construct the same "
+                "model and optimizer, with the same arguments and seed, on every rank."
+            )
+
+
+def _described(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Any]]:
+    """Subject -> name -> a short value; the same names and values on ranks that agree."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    kinds = {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"}
+    shapes = {name: f"{tuple(param.shape)} {param.dtype}" for name, param in model.named_parameters()}
+    if not isinstance(optimizer, Optimizer):
+        return {"model": shapes, "optimizer": kinds}
+    trained = trained_of(optimizer)
+    base, members = trained.base_optimizer, trained.members
+    options: dict[str, dict[str, Any]] = {
+        "model": shapes,
+        "optimizer": {**kinds, "base": f"{type(base).__module__}.{type(base).__qualname__}", "groups": len(members)},
+    }
+    for index, (group, params) in enumerate(zip(base.param_groups, members, strict=True)):
+        listed = [names.get(id(param), "a parameter of another model") for param in params]
+        options[f"param group {index}"] = {
+            **{name: _plain(value) for name, value in group.items() if name != "params"},
+            "parameters": f"{len(listed)} ({_digest(listed)})",
+        }
+    if not trained.plan.is_whole:
+        identity = trained.plan.identity()
+        blocks = identity.pop("blocks")
+        options["block schedule"] = {
+            **identity,
+            "blocks": [name for name, _ in blocks],
+            "parameters of the blocks": _digest(blocks),
+        }
+    return options
+
+
+def _plain(value: Any) -> str:
+    """What ranks can compare of a value of a param group: nothing of it is an address, which differs on every rank.
+
+    Functions count by their qualified name, and objects of other classes by their type alone.
+    """
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    if value is None or isinstance(
+        value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
+    ):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_plain(key)}: {_plain(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, Set):
+        return "{" + ", ".join(sorted(map(_plain, value))) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(map(_plain, value)) + ")"
+    if isinstance(value, functools.partial):
+        return f"partial({_plain(value.func)}, {_plain(value.args)}, {_plain(value.keywords)})"
+    kind = type(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{kind.__qualname__}{_plain(fields)}"
+    name = getattr(value, "__qualname__", None)
+    if isinstance(name, str):
+        return f"{getattr(value, '__module__', None)}.{name}"
+    return f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def _differences(theirs: dict[str, Any], first: dict[str, Any], limit: int = 3) -> str:
+    names = [name for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
+    shown = ", ".join(f"{name} {theirs.get(name)} instead of {first.get(name)}" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def frozen_in(model: Any, optimizer: Any, *, sharded: bool) -> list[Parameter]:
+    """Parameters that an engine about to be made will not average because they are frozen.
+
+    Args:
+        model: before the engine is made.
+        optimizer: of it.
+        sharded: see `refuse_newcomers`; those of the optimizer are asked for then, else those of the model.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return []
+    module: nn.Module = model.unwrap(unwrap_peft=False) if hasattr(model, "unwrap") else model
+    held = [param for group in optimizer.param_groups for param in group["params"]]
+    return [param for param in (held if sharded else module.parameters()) if not param.requires_grad]
+
+
+def refuse_newcomers(
+    optimizer: Optimizer, frozen: Iterable[Parameter], names: Mapping[int, str], *, sharded: bool
+) -> None:
+    """Let every step look for weights that were thawed or added since the engine was made.
+
+    Their gradients would be those of one rank's batch alone, or be used by nobody.  The step raises ValueError on every
+    rank where they are found.
+
+    Args:
+        optimizer: that makes the steps; its groups are the engine's.
+        frozen: see `frozen_in`.
+        names: of all parameters, by id.
+        sharded: the groups hold tensors of the engine's own, to which no others may come.
+    """
+    frozen = list(frozen)
+    members = {param for group in optimizer.param_groups for param in group["params"]} if sharded else None
+
+    def look(stepped: Optimizer, _args: Any, _kwargs: Any) -> None:
+        held = {param for group in stepped.param_groups for param in group["params"]}
+        late = [param for param in frozen if param.requires_grad and (sharded or param in held)]
+        if members is not None:
+            late += [param for param in held - members if param not in late]
+        if late:
+            listed = [names.get(id(param), f"one of shape {tuple(param.shape)}") for param in late]
+            raise ValueError(
+                f"{len(late)} weights were thawed or added after boosting, such as {listed[0]}; got them in a step of "
+                f"an engine that trains only what required grad when it was made, expected none. {FOLLOWING}"
+            )
+
+    optimizer.register_step_pre_hook(look)

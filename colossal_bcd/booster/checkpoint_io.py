@@ -1,18 +1,26 @@
-"""A plugin's checkpoint io, complete for what this package trains."""
+"""A plugin's checkpoint io, complete for what this package trains.
+
+ColossalAI's writing of models has two faults that are mended here: an error on one rank would leave the others waiting,
+and one kind of weight fails.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from colossalai.checkpoint_io import CheckpointIO
+from colossalai.checkpoint_io import CheckpointIO, general_checkpoint_io, hybrid_parallel_checkpoint_io, utils
+from colossalai.checkpoint_io.index_file import CheckpointIndexFile
+from colossalai.tensor.padded_tensor import api as padding
+from safetensors import SafetensorError
 
-from colossal_bcd.booster.model_files import writing_together
-from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.checkpoint.errors import CheckpointError, raise_together, together
 from colossal_bcd.checkpoint.files import replacing
 from colossal_bcd.checkpoint.load import check_path
 from colossal_bcd.checkpoint.opened import read_torch
@@ -21,6 +29,9 @@ from colossal_bcd.checkpoint.trained import boosted_of
 from colossal_bcd.engine.failures import require_finite, says_where
 
 logger = logging.getLogger(__name__)
+
+ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full or broken disk raises, in Python, in torch and in safetensors."""
 
 
 def checkpoint_io(stock: CheckpointIO) -> CheckpointIO:
@@ -107,3 +118,42 @@ def _complete(cls: Any) -> Any:
             lr_scheduler.load_state_dict(state)
 
     return CompleteCheckpointIO
+
+
+@contextlib.contextmanager
+def writing_together() -> Iterator[None]:
+    """Inside, ranks that cannot write go on with ColossalAI's collectives; at the end, all raise what the first met.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    errors: list[Exception] = []
+    owners: list[Any] = [utils, general_checkpoint_io, hybrid_parallel_checkpoint_io]
+    places = [(owner, "save_state_dict") for owner in owners] + [(CheckpointIndexFile, "write_index_file")]
+    before = [(owner, name, getattr(owner, name)) for owner, name in places]
+    for owner, name, function in before:
+        setattr(owner, name, _holding(function, errors))
+    unpad = padding._hijack_back_detach_and_clone
+    before.append((padding, "_hijack_back_detach_and_clone", unpad))
+    # Of a padded vocabulary that no tensor parallelism divides, ColossalAI unpads a detached copy, which lacks what it
+    # would restore, and raises AttributeError.
+    padding._hijack_back_detach_and_clone = lambda tensor: unpad(tensor) if hasattr(tensor, "_unpad_detach") else tensor
+    try:
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+    raise_together(errors[0] if errors else None)
+
+
+def _holding(function: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
+    def held(*args: Any, **kwargs: Any) -> Any:
+        if errors:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except ERRORS as error:
+            errors.append(error)
+            return None
+
+    return held

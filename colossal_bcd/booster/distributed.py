@@ -1,14 +1,137 @@
-"""ColossalAI's distributed optimizers: its names and calls, our rules."""
+"""ColossalAI's distributed optimizers, its names and calls and our rules; and its call that says what is divided.
+
+ColossalAI itself is not imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from colossal_bcd.booster.setup_distributed import SetupDistributed
+from torch import Tensor
+
+from colossal_bcd.booster.layouts import global_shape, is_divided, shard_layout
 from colossal_bcd.low_rank import GaLoreAdamW8bit
-from colossal_bcd.optim import CAME, Adafactor, Lamb
+from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
 from colossal_bcd.optim.base import Params
+from colossal_bcd.sharding import Layout, Mesh
+
+RankOfSize = tuple[int, int]
+"""This rank among those of an axis, and their number."""
+
+
+class SetupDistributed:
+    """Mixin of a `ShardedOptimizer` with ColossalAI's `setup_distributed`, to come before it in the order of bases."""
+
+    original_groups: Sequence[dict[str, Any]] = ()
+    """The param-group dicts before ColossalAI, which schedulers hold; a pipeline gets new ones from it."""
+
+    def setup_distributed(
+        self,
+        tp_group: Any = None,
+        dp_group: Any = None,
+        shard_to_working_param: Mapping[int, Tensor] | None = None,
+        padding_map: Mapping[int, int] | None = None,
+        is_zero: bool = False,
+    ) -> None:
+        """Bind from what ColossalAI passes.
+
+        Weights may have been divided before or after the optimizer was made; before, what ColossalAI's d_tensor has
+        noted at them says how.
+
+        Args:
+            tp_group: ranks that divide weights, if any.
+            dp_group: ranks that divide masters, if `is_zero`.
+            shard_to_working_param: id of a master -> its weight, where ColossalAI says so.
+            padding_map: not needed, it follows from the shapes.
+            is_zero: masters are flat parts of the weights.
+        Raises:
+            ValueError: the part of a weight that a master is does not follow from these.
+        """
+        assert isinstance(self, ShardedOptimizer)
+        if _is_bound(self, shard_to_working_param or {}):
+            return
+        for index, original in enumerate(self.original_groups):
+            original.update(self.param_groups[index])
+            self.param_groups[index] = original
+        groups = {axis: group for axis, group in (("tp", tp_group), ("zero", dp_group)) if group is not None}
+        places = Mesh(groups)
+        tp = (places.rank("tp"), places.size("tp")) if "tp" in groups else (0, 1)
+        data = (places.rank("zero"), places.size("zero")) if is_zero and "zero" in groups else (0, 1)
+        layouts, device = {}, None
+        for index, (param, weight) in enumerate(_weights(self, shard_to_working_param or {}).items()):
+            shape = global_shape(weight, self._layouts[weight].shape, index)
+            layouts[param] = _layout(index, param, weight, shape, tp, data, is_zero)
+            device = weight.device if device is None else device
+        # Masters may be offloaded, while the groups communicate where the weights are.
+        self.bind(layouts, Mesh(groups, device))
+
+    def _active(self) -> Any:
+        """What the step updates; refuses shards of which nobody has said whose they are."""
+        assert isinstance(self, ShardedOptimizer)
+        for index, param in enumerate(param for group in self.param_groups for param in group["params"]):
+            if is_divided(param) and self._layouts.get(param) == Layout.whole(tuple(param.shape)):
+                raise ValueError(
+                    f"{type(self).__name__}: parameter {index} of shape {tuple(param.shape)} is a shard, expected a "
+                    "whole weight, or a call of setup_distributed(tp_group, ...) before the first step."
+                )
+        return super()._active()  # type: ignore[misc]
+
+
+def _is_bound(optimizer: ShardedOptimizer[Any], working: Mapping[int, Tensor]) -> bool:
+    """Whether an engine of this package has made the masters, and said what they are."""
+    masters = [param for group in optimizer.param_groups for param in group["params"]]
+    known = optimizer.layouts
+    return bool(working) and all(param in known and working.get(id(param), param) not in known for param in masters)
+
+
+def _weights(optimizer: ShardedOptimizer[Any], working: Mapping[int, Tensor]) -> dict[Tensor, Tensor]:
+    """Weight of the model behind every tensor that ColossalAI has put into the param groups."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    known = optimizer.layouts
+    weights = {param: working.get(id(param), param) for param in params}
+    if any(weight not in known for weight in weights.values()):
+        # Stage 0, or one data-parallel rank: ColossalAI passes no map.  Its masters are in the order of the weights.
+        trained = [param for param in known if param.requires_grad]
+        if working or len(trained) != len(params):
+            raise ValueError(
+                f"setup_distributed: got {len(params)} masters for {len(trained)} weights without a map between them, "
+                "expected the map, or one master for each weight. ColossalAI's HybridParallelPlugin gives neither with "
+                "pipeline parallelism at zero_stage=0 or on one data-parallel rank; use "
+                "colossal_bcd.booster.HybridParallelPlugin."
+            )
+        weights = dict(zip(params, trained, strict=True))
+    return weights
+
+
+def _layout(
+    index: int, param: Tensor, weight: Tensor, shape: tuple[int, ...], tp: RankOfSize, data: RankOfSize, is_zero: bool
+) -> Layout:
+    if is_divided(weight) and tp[1] == 1:
+        raise ValueError(
+            f"setup_distributed: parameter {index} is a shard of {tuple(weight.shape)} of a weight of {shape}, got no "
+            "tp_group, expected the ranks that hold the other shards. Pass tp_group."
+        )
+    layout = shard_layout(weight, shape, *tp)
+    if layout.local_shape != tuple(weight.shape):
+        raise ValueError(
+            f"parameter {index}: a shard of {tuple(weight.shape)} does not follow from the global shape {shape} on "
+            f"{tp[1]} tensor-parallel ranks. Pass setup_distributed the tp_group that divides it, or use "
+            "colossal_bcd.booster.HybridParallelPlugin."
+        )
+    if tuple(param.shape) == layout.local_shape and not is_zero:
+        return layout
+    # ColossalAI's ZeRO flattens masters on one data-parallel rank, too, and does not say so.  This package's engine
+    # cuts those of some optimizers by whole rows.
+    for whole_rows in (False, True):
+        part = layout.sliced("zero", *data, whole_rows=whole_rows)
+        if part.local_shape == tuple(param.shape):
+            return part
+    raise ValueError(
+        f"parameter {index}: a master of {tuple(param.shape)} is no part of a shard of {tuple(weight.shape)} on "
+        f"{data[1]} data-parallel ranks: ColossalAI divides it over other ranks (of sequence or expert "
+        "parallelism) than it passes on. Use the plugins of colossal_bcd.booster."
+    )
 
 
 class DistributedLamb(SetupDistributed, Lamb):

@@ -1,11 +1,18 @@
-"""From ColossalAI's sharded models to layouts."""
+"""From what ColossalAI has noted at a model's weights to layouts; the one reader, which does not import ColossalAI.
+
+A weight of shape [4, 6] with d_tensor's mark "dim 0 over tp", and one whose fused sections (q, k, v) carry none:
+
+    rank 0  rows 0, 1           q0 k0 v0      its `shard_fn` says which indices it has: one run of each section
+    rank 1  rows 2, 3           q1 k1 v1
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from colossalai.tensor.d_tensor import get_sharding_spec, is_distributed_tensor
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from colossal_bcd.sharding import Layout, TensorSplit
 
@@ -19,9 +26,6 @@ def shard_layouts(
 ) -> dict[nn.Parameter, Layout]:
     """The tensor-parallel layout of each parameter that is in `shapes` and in `module`.
 
-    Which dim is divided is read from ColossalAI's mark, or, for fused weights, which carry none, from the shapes; the
-    fused sections are those of the module (`split_sizes`); a longer dim 0 than the global one is padding.
-
     Args:
         module: the model after ShardFormer.
         shapes: id of a parameter -> its global shape, taken before ShardFormer (which keeps the parameter objects).
@@ -32,66 +36,95 @@ def shard_layouts(
     Raises:
         ValueError: a required parameter's shard does not follow from its global shape.
     """
-    sections = {
-        param: tuple(child.split_sizes)
-        for child in module.modules()
-        if hasattr(child, "split_sizes")
-        for param in child.parameters(recurse=False)
-    }
     layouts = {}
     for name, param in module.named_parameters():
-        if id(param) in shapes:
-            shape = tuple(shapes[id(param)])
-            if required is not None and id(param) not in required and not _follows(param, shape, tp_size):
-                continue
-            dim = _split_dim(param, shape)
-            layouts[param] = _layout(name, param, shape, dim, tp_rank, tp_size, sections.get(param))
+        shape = tuple(shapes.get(id(param), ()))
+        if id(param) not in shapes:
+            continue
+        layout = shard_layout(param, shape, tp_rank, tp_size)
+        if layout.local_shape == tuple(param.shape):
+            layouts[param] = layout
+        elif required is None or id(param) in required:
+            raise ValueError(
+                f"parameter {name!r}: a shard of {tuple(param.shape)} does not follow from the global shape {shape} on "
+                f"{tp_size} tensor-parallel ranks. Construct the optimizer from the parameters of the model that is "
+                "boosted, before boosting."
+            )
     return layouts
 
 
-def _follows(param: nn.Parameter, shape: tuple[int, ...], tp_size: int) -> bool:
-    """Whether a shard is the whole, or one of `tp_size` parts of it along one dim."""
-    if len(shape) != param.dim():
-        return False
-    divided = [(whole, local) for whole, local in zip(shape, param.shape, strict=True) if whole != local]
-    return not divided or (len(divided) == 1 and divided[0][1] * tp_size >= divided[0][0])
+def shard_layout(weight: Any, shape: tuple[int, ...], rank: int, size: int) -> Layout:
+    """Layout of a weight that ColossalAI has divided, or not.
 
+    Which dim is divided is read from d_tensor's mark, or, for fused weights, which carry none, from the shapes; a
+    longer dim than the global one is padding.  Where the shard does not follow from the shape, the layout's is another.
 
-def _split_dim(param: nn.Parameter, shape: tuple[int, ...]) -> int | None:
-    if is_distributed_tensor(param):
-        divided = list(get_sharding_spec(param).dim_partition_dict)
+    Args:
+        weight: of this rank.
+        shape: of the whole weight without padding.
+        rank: this one among the tensor-parallel ranks.
+        size: their number.
+    """
+    if hasattr(weight, "dist_layout"):
+        divided = list(weight.dist_layout.sharding_spec.dim_partition_dict)
+    elif len(shape) == weight.dim():
+        divided = [dim for dim, length in enumerate(shape) if length != weight.shape[dim]]
     else:
-        divided = [dim for dim, (whole, local) in enumerate(zip(shape, param.shape, strict=True)) if whole != local]
-    assert len(divided) <= 1, f"a parameter divided along dims {divided}"
-    return divided[0] if divided else None
+        divided = []
+    if len(divided) != 1:
+        return Layout.whole(shape)
+    (dim,) = divided
+    sections = _sections(weight, shape[dim], size)
+    padded = weight.shape[dim] * size
+    if padded < shape[dim]:
+        return Layout.whole(shape)
+    split = TensorSplit(
+        axis="tp", dim=dim, rank=rank, size=size, sections=sections, padded=padded if padded != shape[dim] else None
+    )
+    return Layout(shape=shape, split=split)
 
 
-def _layout(
-    name: str,
-    param: nn.Parameter,
-    shape: tuple[int, ...],
-    dim: int | None,
-    tp_rank: int,
-    tp_size: int,
-    sections: tuple[int, ...] | None,
-) -> Layout:
-    if dim is None:
-        layout = Layout.whole(shape)
-    else:
-        length = param.shape[dim] * tp_size
-        split = TensorSplit(
-            axis="tp",
-            dim=dim,
-            rank=tp_rank,
-            size=tp_size,
-            sections=sections if sections is not None and sum(sections) == shape[dim] else None,
-            padded=length if length != shape[dim] else None,
-        )
-        layout = Layout(shape=shape, split=split)
-    if layout.local_shape != tuple(param.shape):
+def is_divided(weight: Any) -> bool:
+    """Whether ColossalAI's d_tensor says that other ranks have other parts of this weight."""
+    layout = getattr(weight, "dist_layout", None)
+    return layout is not None and tuple(layout.global_shape) != tuple(weight.shape)
+
+
+def global_shape(weight: Any, known: tuple[int, ...], index: int) -> tuple[int, ...]:
+    """Shape of the whole weight without padding.
+
+    Args:
+        weight: whole, or a shard.
+        known: its shape when the optimizer was made.
+        index: of the weight, for errors.
+    Raises:
+        ValueError: a fused weight was divided before the optimizer was made, of which ColossalAI notes no shape.
+    """
+    if tuple(weight.shape) != known:
+        return known
+    layout = getattr(weight, "dist_layout", None)
+    if layout is not None:
+        shape = list(layout.global_shape)
+        if hasattr(weight, "_padding_dim"):
+            shape[weight._padding_dim] = weight._origin_length
+        return tuple(shape)
+    if hasattr(weight, "shard_fn") and weight.shard_fn(torch.arange(weight.shape[-1])).shape[0] != weight.shape[-1]:
         raise ValueError(
-            f"parameter {name!r}: a shard of {tuple(param.shape)} does not follow from the global shape {shape} on "
-            f"{tp_size} tensor-parallel ranks. Construct the optimizer from the parameters of the model that is "
-            "boosted, before boosting."
+            f"parameter {index}: a fused weight of shape {known} was divided before the optimizer was made, and its "
+            "whole shape is not noted. Make the optimizer before the model is sharded, or use "
+            "colossal_bcd.booster.HybridParallelPlugin."
         )
-    return layout
+    return known
+
+
+def _sections(weight: Any, length: int, size: int) -> tuple[int, ...] | None:
+    """Lengths of the fused sections of a dim, of which all ranks have equally much; None: it is not fused."""
+    if not (hasattr(weight, "shard_fn") and hasattr(weight, "gather_fn")) or size == 1:
+        return None
+    return runs(weight.shard_fn(torch.arange(length)), size)
+
+
+def runs(indices: Tensor, size: int) -> tuple[int, ...]:
+    """[n] indices along a dim that one of `size` ranks has, one run of each section, as lengths of whole sections."""
+    breaks = (indices.diff() != 1).nonzero().view(-1) + 1
+    return tuple(len(run) * size for run in indices.tensor_split(breaks))

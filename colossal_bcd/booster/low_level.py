@@ -16,11 +16,10 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import is_plain, trained_of
 from colossal_bcd.booster.arguments import SCALER_ARGUMENTS, Arguments, arguments_of, refuse_fp8
-from colossal_bcd.booster.boosting import same_start, thawed
+from colossal_bcd.booster.boosting import require_same_options, same_start, thawed
 from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
-from colossal_bcd.booster.same_options import require_same_options
-from colossal_bcd.booster.setup_distributed import global_shape, is_divided, shard_layout
+from colossal_bcd.booster.layouts import global_shape, is_divided, shard_layout
 from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.config import EngineConfig, LowRankOptions

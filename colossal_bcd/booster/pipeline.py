@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from colossal_bcd.block.trained import Trained
+from colossal_bcd.engine.agreement import gathered
 from colossal_bcd.engine.failures import says_where
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ def plan_stages(optimizer: Trained, held: set[nn.Parameter], pp_group: dist.Proc
     one block is active in the whole pipeline.
     """
     mine = [[optimizer.named_parameters[name] in held for name in block.parameters] for block in optimizer.blocks]
-    everywhere: list[list[list[bool]]] = [[] for _ in range(dist.get_world_size(pp_group))]
-    dist.all_gather_object(everywhere, mine, group=pp_group)
+    everywhere = gathered(mine, pp_group)
     stages = [[stage for stage, has in enumerate(everywhere) if any(has[i])] for i in range(len(mine))]
     ranges: Sequence[tuple[int, int]] | None = optimizer.schedule.ranges
     if not optimizer.ranges_given:

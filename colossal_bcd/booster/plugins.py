@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import is_plain, trained_of
+from colossal_bcd.booster.adapters import LoraPlugin, adopt_adapters, has_adapters, refuse_adapters
 from colossal_bcd.booster.arguments import (
     SCALER_ARGUMENTS,
     arguments_of,
@@ -26,15 +27,12 @@ from colossal_bcd.booster.arguments import (
     refuse_fp8,
     refuse_torch_reducer,
 )
-from colossal_bcd.booster.boosting import prepare, same_start, thawed
+from colossal_bcd.booster.boosting import frozen_in, ready_to_boost, refuse_newcomers, same_start, thawed
 from colossal_bcd.booster.casts.registry import names_of, shapes_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
-from colossal_bcd.booster.fixed_set import frozen_in, refuse_newcomers
 from colossal_bcd.booster.layouts import shard_layouts
-from colossal_bcd.booster.lora import LoraPlugin, adopt_adapters
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, plan_stages, tied_elsewhere
-from colossal_bcd.booster.relora import has_adapters, refuse_adapters
 from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.config import EngineConfig, LowRankOptions
@@ -74,7 +72,7 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
     ) -> Boosted:
         fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
         if fresh:
-            optimizer = prepare(model, optimizer, "parts")
+            optimizer = ready_to_boost(model, optimizer, "parts")
         shapes, names = (shapes_of(model), names_of(model)) if fresh else ({}, {})
         info = param_info_of(optimizer) if fresh else {}
         with thawed(optimizer):
@@ -160,7 +158,7 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
         refuse_adapters(model, self.tp_size)
         if fresh:
             divided = self.zero_stage > 0 or self.tp_size > 1 or self.pp_size > 1
-            optimizer = prepare(model, optimizer, "parts" if divided else "wholes")
+            optimizer = ready_to_boost(model, optimizer, "parts" if divided else "wholes")
         shapes, names = (shapes_of(model), names_of(model)) if fresh else ({}, {})
         info = param_info_of(optimizer) if fresh else {}
         # Weights that several stages share get groups of their own.
@@ -307,7 +305,7 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
         lr_scheduler: Any = None,
     ) -> Boosted:
         if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
-            optimizer = prepare(model, optimizer, "parameters" if is_plain(optimizer) else "wholes")
+            optimizer = ready_to_boost(model, optimizer, "parameters" if is_plain(optimizer) else "wholes")
         names = names_of(model)
         if is_plain(optimizer):
             if self.low_rank is not None:

@@ -21,12 +21,17 @@ from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import is_plain
+from colossal_bcd.booster.boosting import frozen_in, refuse_newcomers
 from colossal_bcd.booster.casts.registry import cast, names_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
-from colossal_bcd.booster.distributed import DistGaloreAwamW, DistributedAdaFactor, DistributedCAME, DistributedLamb
-from colossal_bcd.booster.fixed_set import frozen_in, refuse_newcomers
-from colossal_bcd.booster.setup_distributed import SetupDistributed
+from colossal_bcd.booster.distributed import (
+    DistGaloreAwamW,
+    DistributedAdaFactor,
+    DistributedCAME,
+    DistributedLamb,
+    SetupDistributed,
+)
 from colossal_bcd.low_rank import (
     GaLoreAdafactor,
     GaLoreAdamW,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,15 +22,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.block.trained import Trained, trained_of
-from colossal_bcd.booster.sequence import add_sequence_parallel
+from colossal_bcd.booster.gradients import SequenceSums
 from colossal_bcd.checkpoint.save import Pinned, pinned_state, state_shards
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.config import EngineConfig
-from colossal_bcd.engine.gather import gather_rows
-
-if TYPE_CHECKING:
-    from colossal_bcd.engine.masters import ShardedMasters
-    from colossal_bcd.engine.reducer import GradientReducer
+from colossal_bcd.engine.masters import ShardedMasters, gather_rows
+from colossal_bcd.engine.reducer import GradientReducer
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +40,44 @@ STORES = {
 }
 """ColossalAI's attributes for its bookkeeping, of which there is none here, and what to read instead."""
 
+_STATE_HOOK = (
+    "state is gathered from all ranks here, past the optimizer's own state_dict and load_state_dict. Do what the hook "
+    "would do beside state_dict(), load_state_dict() and booster.save_optimizer."
+)
+REFUSED: dict[str, tuple[type[Exception], str]] = {
+    "link_master_and_working_param": (
+        ValueError,
+        "masters are made here from the weights. Write the weight and call update_master_params(model).",
+    ),
+    "record_param_padding_size": (
+        ValueError,
+        "padding follows from a weight's shape and the number of ranks here. Read it with "
+        "get_param_padding_size(param).",
+    ),
+    "scale_loss": (NotImplementedError, "backward(loss) of a boosted optimizer scales it. Call that alone."),
+    "unscale_grad": (NotImplementedError, "step() undoes the loss scale. To clip before, use clip_grad_by_norm."),
+    **{
+        f"register_{which}_{when}_hook": (ValueError, _STATE_HOOK)
+        for which in ("state_dict", "load_state_dict")
+        for when in ("pre", "post")
+    },
+}
+"""ColossalAI's and torch's methods that have no meaning here: the error of a call, and what to do instead."""
+
 
 def _absent(name: str, instead: str) -> property:
     def refuse(_: Any) -> NoReturn:
         raise AttributeError(f"{name}: gradients are not kept in ColossalAI's stores here. Use {instead}.")
 
     return property(refuse, doc=f"Refused: use {instead}.")
+
+
+def _refused(name: str, error: type[Exception], instead: str) -> Callable[..., NoReturn]:
+    def refuse(_: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise error(f"{name}: {instead}")
+
+    refuse.__name__, refuse.__doc__ = name, f"Refuse: {instead}"
+    return refuse
 
 
 class StockSurface:
@@ -66,14 +95,9 @@ class StockSurface:
     param_to_pg: dict[Parameter, Any]
     mixed_precision_mixin: Any
     _reducer: GradientReducer
+    _sequence: SequenceSums
     _keys: dict[int, int]
     _working_param_groups: dict[int, list[Parameter]]
-
-    pg_to_grad_store = _absent("pg_to_grad_store", STORES["pg_to_grad_store"])
-    pid_to_grad_store = _absent("pid_to_grad_store", STORES["pid_to_grad_store"])
-    pg_to_bucket_store = _absent("pg_to_bucket_store", STORES["pg_to_bucket_store"])
-    pid_to_bucket_store = _absent("pid_to_bucket_store", STORES["pid_to_bucket_store"])
-    pg_to_tensor_bucket = _absent("pg_to_tensor_bucket", STORES["pg_to_tensor_bucket"])
 
     def __del__(self) -> None:
         """Give the weights' hooks back, so that another optimizer can be made for the model."""
@@ -110,13 +134,6 @@ class StockSurface:
         """All masters."""
         yield from self.masters.of.values()
 
-    def link_master_and_working_param(self, master_param: Tensor, working_param: Tensor) -> NoReturn:
-        """Refuse: masters are made by the engine."""
-        raise ValueError(
-            "link_master_and_working_param: masters are made here from the weights. Write the weight and call "
-            "update_master_params(model)."
-        )
-
     # Padding
 
     def get_param_padding_size(self, param: Tensor) -> int:
@@ -135,13 +152,6 @@ class StockSurface:
         """`get_param_padding_map`."""
         return self.get_param_padding_map()
 
-    def record_param_padding_size(self, param: Tensor, padding_size: int) -> NoReturn:
-        """Refuse: padding follows from the shape."""
-        raise ValueError(
-            "record_param_padding_size: padding follows from a weight's shape and the number of ranks here. Read it "
-            "with get_param_padding_size(param)."
-        )
-
     # Averaged gradients, between the end of a backward pass and the step; with loss scaling they have its factor
 
     def get_param_grad(self, working_param: Parameter) -> Tensor | None:
@@ -159,7 +169,7 @@ class StockSurface:
                 work.wait()
             grad = rows.view(-1)
         whole = grad[: working_param.numel()].view(working_param.shape).clone()
-        add_sequence_parallel(self.model, self.tp_pg, [working_param], {working_param: whole})
+        self._sequence.add_up([working_param], {working_param: whole})
         return whole
 
     def get_partitioned_gradients_by_param_id(self, group_id: int, param_id: int) -> list[Tensor]:
@@ -278,16 +288,6 @@ class StockSurface:
         """Handles of the hooks on the weights."""
         return self._reducer.handles
 
-    # Refused
-
-    def scale_loss(self, loss: Tensor) -> NoReturn:
-        """Refuse: `backward` scales the loss."""
-        raise NotImplementedError("scale_loss: backward(loss) of a boosted optimizer scales it. Call that alone.")
-
-    def unscale_grad(self) -> NoReturn:
-        """Refuse: `step` undoes the loss scale."""
-        raise NotImplementedError("unscale_grad: step() undoes the loss scale. To clip before, use clip_grad_by_norm.")
-
     # torch.optim.Optimizer
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
@@ -297,22 +297,6 @@ class StockSurface:
     def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Call `hook(optimizer, args, kwargs)` after each step of the masters, before the weights are gathered."""
         return self._stepping.register_step_post_hook(hook)
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> NoReturn:
-        """Refuse: the state is gathered from all ranks without the optimizer's own `state_dict`."""
-        _refuse_state_hook("register_state_dict_pre_hook")
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> NoReturn:
-        """Refuse: see `register_state_dict_pre_hook`."""
-        _refuse_state_hook("register_state_dict_post_hook")
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> NoReturn:
-        """Refuse: see `register_state_dict_pre_hook`."""
-        _refuse_state_hook("register_load_state_dict_pre_hook")
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> NoReturn:
-        """Refuse: see `register_state_dict_pre_hook`."""
-        _refuse_state_hook("register_load_state_dict_post_hook")
 
     @property
     def _stepping(self) -> Optimizer:
@@ -346,9 +330,9 @@ class StockSurface:
                 f"got a tensor of shape {tuple(param.shape)} that is no weight of this optimizer, expected a parameter "
                 "of model.unwrap()"
             )
-        if param in self._reducer.images and param in self._reducer.grads:
+        if param in self._reducer.low_rank and param in self._reducer.grads:
             raise ValueError(
-                f"the gradient of a projected weight of shape {tuple(param.shape)} is reduced as a low-rank image "
+                f"the gradient of a projected weight of shape {tuple(param.shape)} is reduced as a low-rank one "
                 "between refreshes. Give the plugin low_rank=LowRankOptions(reduce=False) to have whole ones."
             )
         return self._reducer.grads.get(param)
@@ -373,6 +357,12 @@ class StockSurface:
             logger.info("overflow: this step is skipped, the loss scale is now %g", scale)
 
 
+for _name, _instead in STORES.items():
+    setattr(StockSurface, _name, _absent(_name, _instead))
+for _name, (_error, _instead) in REFUSED.items():
+    setattr(StockSurface, _name, _refused(_name, _error, _instead))
+
+
 def param_info_of(optimizer: Any) -> dict[str, Any]:
     """What ColossalAI notes of an optimizer before it shards the model: numbers, ids and shapes of its parameters."""
     trained = trained_of(optimizer)
@@ -386,10 +376,3 @@ def param_info_of(optimizer: Any) -> dict[str, Any]:
         "id2param": {number: key for key, number in numbers.items()},
         "param2shape": {id(param): param.shape for param in trained.parameters()},
     }
-
-
-def _refuse_state_hook(name: str) -> NoReturn:
-    raise ValueError(
-        f"{name}: state is gathered from all ranks here, past the optimizer's own state_dict and load_state_dict. Do "
-        "what the hook would do beside state_dict(), load_state_dict() and booster.save_optimizer."
-    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelZeroOptimizer
 from colossalai.interface import OptimizerWrapper
 from colossalai.shardformer.layer.utils import SeqParallelUtils
@@ -25,43 +26,53 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block.checks import refuse_torch_checkpoint
+from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.block.trained import trained_of
-from colossal_bcd.booster.clipping import clip_by_norm, clip_by_value, require_foreach
-from colossal_bcd.booster.correction import corrections_of
-from colossal_bcd.booster.loss_scaler import LossScaler
-from colossal_bcd.booster.relora import EngineAdapters
-from colossal_bcd.booster.sequence import add_sequence_parallel, part_of_sum
+from colossal_bcd.booster.adapters import EngineAdapters
+from colossal_bcd.booster.gradients import Clipping, LossScaler, SequenceSums
 from colossal_bcd.booster.stock_surface import StockSurface
 from colossal_bcd.checkpoint.load import check_opened
 from colossal_bcd.checkpoint.opened import opened_state
 from colossal_bcd.checkpoint.save import Pinned
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.agreement import require_agreement
-from colossal_bcd.engine.config import EngineConfig, Groups, mesh_of
+from colossal_bcd.engine.config import EngineConfig, Groups, ReducerConfig, mesh_of
 from colossal_bcd.engine.failures import LateCheck, says_where
-from colossal_bcd.engine.importance import squared_weights
-from colossal_bcd.engine.kept_gradients import KeptGradients
-from colossal_bcd.engine.low_rank import LowRankGradients, prefers_whole_rows
-from colossal_bcd.engine.masters import ShardedMasters
-from colossal_bcd.engine.newcomers import Newcomers
-from colossal_bcd.engine.norm import scale_gradients
-from colossal_bcd.engine.quantized import require_quantized_shares
-from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
-from colossal_bcd.engine.unused import Unused
+from colossal_bcd.engine.masters import ShardedMasters, require_quantized_shares
+from colossal_bcd.engine.newcomers import Newcomers, Unused
+from colossal_bcd.engine.norm import scale_gradients, squared_weights
+from colossal_bcd.engine.reducer import GradientReducer
+from colossal_bcd.engine.sinks import Apply, ApplyConfig
+from colossal_bcd.engine.transport import prefers_whole_rows, transport_of
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights, slice_chunk
 from colossal_bcd.optim.options import require_real
-from colossal_bcd.sharding import Layout, Request, sum_of_squares
+from colossal_bcd.sharding import Layout
 
 logger = logging.getLogger(__name__)
 
 
-class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
+class ZeroOptimizer(Clipping, StockSurface, HybridParallelZeroOptimizer, Optimizer):
     """Optimizer wrapper for what the optimizer trains now: all parameters, or the active block of a `BlockOptimizer`.
 
-    It is also a `torch.optim.Optimizer` by type, so that schedulers can be made on it.  It is the `Engine` of what is
-    trained: masters, gradients, hooks and state exist for what is active only, which is everything where the plan is
-    that of a plain optimizer.
+    A step from top to bottom; what is on the left belongs to the engine, and all of it exists for what trains now only:
+
+        backward(loss)         Newcomers.look         were weights thawed or added since the last pass?
+                               transport.expect       which gradients travel in low rank this time
+          hooks of weights     GradientReducer        packs `param.grad` into buckets, frees it, starts collectives
+                               Apply                  (sink) corrects inactive weights as soon as their bucket is there
+          end of the pass      GradientReducer.finish waits; `reducer.grads` has averages, `param.grad` shows them
+        step()                 settle                 averages what `no_sync` has left;  loss scaling may skip the step
+                               SequenceSums.add_up    what sequence parallelism has left partial
+                               transport.load         averages -> `master.grad`, this rank's share of each
+                               scale_gradients        one norm over all axes: loss scale, clipping, importance
+                               optim.step             the user's optimizer on masters: rule, and rounds where it asks
+                               transport.drop         frees `master.grad`
+                               masters.write_back     masters -> weights, gathered from the ranks that share them
+                               switch_if_due          next block: the active set makes masters, `adopt` hooks
+
+    It is also a `torch.optim.Optimizer` by type, so that schedulers can be made on it, and the `Engine` of what
+    is trained: a plain optimizer is a plan of one block.
 
     Args:
         optimizer: the user's, already cast.
@@ -109,11 +120,9 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             chunk=slice_chunk(self._base),
         )
         self._mesh = mesh_of(config, self._device)
-        self._low_rank = LowRankGradients(
-            self._base, config, self.shared_params, SeqParallelUtils.is_sp_partial_derived_param
-        )
-        plain = self.trained.plan.is_whole and not self._low_rank.wanted
-        self._kept = KeptGradients(wanted=plain and config.keep_gradients, max_norm=config.max_norm)
+        self._sequence = SequenceSums(model, self.tp_pg)
+        is_partial, plain = SeqParallelUtils.is_sp_partial_derived_param, self.trained.plan.is_whole
+        self._transport = transport_of(self._base, config, self.shared_params, is_partial, plain=plain)
         self._reducer = GradientReducer([], self._reducer_config())
         self.mixed_precision_mixin = None
         if config.fp16 is not None:
@@ -127,7 +136,9 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         require_quantized_shares(self._base, self.masters, self.layouts, parameter_names)
         if not self.trained.plan.is_whole:
             self._agree()
-        self.trained.attach(self, held=set(self.layouts), corrections=corrections_of(self, self.trained.corrector))
+        corrector = self.trained.corrector
+        source = None if corrector is None else EngineGradients(self, corrector)
+        self.trained.attach(self, held=set(self.layouts), corrections=source)
 
     def release(self) -> None:
         """See `Engine`."""
@@ -145,16 +156,13 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     def load_gradients(self) -> None:
         """Move the averaged gradients to the masters."""
         self._reducer.take_back()
-        images = self._low_rank.take(self._reducer)
-        self._kept.take(self._reducer)
-        self.masters.load_gradients(self._reducer.grads, partitioned=self.config.partition_grad)
-        self._low_rank.hand_over(images, self.masters, self._mesh)
+        self._transport.load(self._reducer, self.masters, self._mesh)
 
     @says_where("gather of weights")
     def write_back(self) -> None:
         """Write the masters into the working parameters of every rank."""
         size = self.config.reduce_bucket_size
-        done = self._low_rank.replicate(self.masters, size)
+        done = self._transport.replicate(self.masters, size)
         defer = set_all_gather_handle if self.config.overlap_allgather else None
         self.masters.write_back(size, defer=defer, done=done)
 
@@ -190,7 +198,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 
     def sync_dp_grads(self) -> None:
         """Average what backward passes under `no_sync` have left; called by ColossalAI after a pipeline's passes."""
-        self._low_rank.expect(self._reducer, self.masters.of)
+        self._transport.expect(self._reducer, self.masters.of)
         self._reducer.finish()
         self._newcomers.join()
         self.show_gradients()
@@ -199,7 +207,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """Average what waits; from here to the step `param.grad` is not read any more."""
         self._reducer.take_back()
         self._newcomers.look()
-        self._low_rank.expect(self._reducer, self.masters.of)
+        self._transport.expect(self._reducer, self.masters.of)
         self._reducer.settle()
         self._newcomers.join()
 
@@ -241,7 +249,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                 self.zero_grad()
                 return
         self.follow_weights()
-        add_sequence_parallel(self.model, self.tp_pg, self.masters.of, self._reducer.grads)
+        self._sequence.add_up(self.masters.of, self._reducer.grads)
         self.load_gradients()
         self._scale_gradients(1.0 if scaler is None else scaler.get_grad_div_scale())
         with says_where("optimizer rule"):
@@ -260,36 +268,10 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._newcomers.settle()
 
     def get_grad_norm(self, norm_type: float = 2, **kwargs: Any) -> float | None:
-        """Euclidean norm of the last step's gradients (and images), before clipping, without the loss scale."""
+        """Euclidean norm of the last step's whole or low-rank gradients, before clipping, without the loss scale."""
         if norm_type != 2:
             raise ValueError(f"get_grad_norm: got norm_type={norm_type}, expected 2, the norm that clipping uses")
         return None if self._current_grad_norm is None else self._current_grad_norm.item()
-
-    def clip_grad_by_norm(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, **kwargs: Any
-    ) -> Tensor:
-        """Clip the averaged gradients of what trains, between the last backward pass and `step`.  All ranks must call.
-
-        The plugin's `max_norm` clips in the step, too.
-
-        Args:
-            max_norm: largest Euclidean norm over all parameters and ranks.
-            norm_type: 2.
-            error_if_nonfinite: raise if the norm is infinite or not a number; waits for the device.
-            kwargs: `foreach`, as of `torch.nn.utils.clip_grad_norm_`, changes nothing.
-        Returns:
-            Scalar: the norm before, without the loss scale.
-        Raises:
-            ValueError: another norm is asked for, or it comes within `no_sync`, or low-rank gradients have no norm.
-            RuntimeError: see `error_if_nonfinite`.
-        """
-        require_foreach("clip_grad_by_norm", kwargs)
-        return clip_by_norm(self, max_norm, norm_type, error_if_nonfinite)
-
-    def clip_grad_by_value(self, clip_value: float, **kwargs: Any) -> None:
-        """Clamp the averaged gradients of what trains to [-clip_value, clip_value], as `clip_grad_by_norm` does."""
-        require_foreach("clip_grad_by_value", kwargs)
-        clip_by_value(self, clip_value)
 
     def update_master_params(self, model: Any) -> None:
         """Take the masters from the working parameters again, after weights were loaded."""
@@ -325,11 +307,6 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         boosted = EngineState(self, self.parameter_names)
         check_opened(boosted, "state dict", opened_state(state_dict)).apply()
 
-    @property
-    def _device(self) -> torch.device:
-        """Where the process groups communicate."""
-        return get_accelerator().get_current_device()
-
     def _publish(self, groups: Sequence[Sequence[Parameter]], of: Mapping[Parameter, Tensor]) -> None:
         """Say what is trained, by param group."""
         self._working_param_groups = {index: list(params) for index, params in enumerate(groups)}
@@ -343,7 +320,8 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 
     def adapter_access(self) -> EngineAdapters:
         """What `ReLoRaModel.merge_and_reinit` needs of this engine, between backward and `step`."""
-        return EngineAdapters(self, self._mesh)
+        self._force_wait_all_gather()
+        return EngineAdapters(self.masters, self._reducer, self.optim.state, self._mesh)
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -366,25 +344,19 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         return self._base._get_lr(*args)
 
     def _drop_gradients(self) -> None:
-        """Free the masters' gradients; zeros without memory go on saying which parameters had one.
-
-        torch keeps gradients until `zero_grad`, and transformers' AdafactorSchedule looks for them.  So does a plain
-        optimizer whose weights are their own masters, on which the next backward pass adds, and where
-        `keep_gradients` asks for it.
-        """
-        self._low_rank.held.clear()
-        self._kept.give_back(self._reducer, self.masters.of, self._current_grad_norm)
-        whole = not self.config.zero_groups and self.trained.plan.is_whole and not self._low_rank.wanted
-        for param, master in self.masters.of.items():
-            if master.grad is None:
-                continue
-            if whole and master.data_ptr() == param.data_ptr():
-                self._reducer.grads[param] = master.grad.view(-1)
-            else:
-                self._consumed = not self._kept.wanted
-            master.grad = master.new_zeros(()).expand_as(master)
-        part_of_sum(self.model, self.tp_pg, self.masters.of, self._reducer.grads)
+        self._consumed |= self._transport.drop(self._reducer, self.masters, self._current_grad_norm)
+        self._sequence.divide(self.masters.of, self._reducer.grads)
         self.show_gradients()
+
+    def correct(self, apply: Apply) -> None:
+        """Average gradients of other parameters, too, for a sink that updates them within backward."""
+        self._reducer.detach()
+        config = self._reducer_config()
+        if apply.is_alone and math.prod(map(dist.get_world_size, config.groups)) == 1:
+            # Nothing is sent: no gradient needs to wait for a bucket to fill.
+            config = replace(config, bucket_size=0)
+        chosen = apply.params.union(self.masters.of)
+        self._reducer = GradientReducer([param for param in self.layouts if param in chosen], config, apply)
 
     def _say_consumed(self) -> None:
         """Say once that gradients of the last step are not added to."""
@@ -425,9 +397,9 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                 "no_sync: stage 2 keeps only a shard of each gradient; accumulate without no_sync, or use stage 1"
             )
         self._newcomers.look()
-        self._low_rank.expect(self._reducer, self.masters.of)
+        self._transport.expect(self._reducer, self.masters.of)
         self._reducer.begin(self.require_grad_sync)
-        self._kept.begin(self._reducer, self.loss_scale)
+        self._transport.rescale(self._reducer, self.loss_scale)
 
     def _after_backward(self) -> None:
         if self.require_grad_sync:
@@ -436,29 +408,59 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
                 self._newcomers.join()
             self.show_gradients()
 
-    @property
-    def loss_scale(self) -> float:
-        """By which gradients are too large until the step."""
-        return 1.0 if self.mixed_precision_mixin is None else self.mixed_precision_mixin.loss_scale
-
     @says_where("norm of gradients")
     def _scale_gradients(self, loss_scale: float) -> None:
         """Undo the loss scale and clip by the global norm of what is active."""
-        squares, grads = dict[Parameter, Request](), []
-        for param, master in self.masters.of.items():
-            if master.grad is None:
-                continue
-            image = self._low_rank.held.get(param)
-            grads.append(master.grad if image is None else image)
-            if image is not None:
-                squares[param] = self._low_rank.square_sum(param)
-            elif param not in self._tied_elsewhere:
-                layout = self.masters.layout(param)
-                squares[param] = sum_of_squares(master.grad.view(-1)[: layout.num_local], layout.axes)
+        found = ((param, self._transport.gradient(param, master)) for param, master in self.masters.of.items())
+        grads = {param: grad for param, grad in found if grad is not None}
+        squares = {
+            param: self._transport.square_sum(param, grad, self.masters.layout(param))
+            for param, grad in grads.items()
+            if param not in self._tied_elsewhere
+        }
         settings = self._mesh, self._device, self.config.max_norm, loss_scale
-        self._current_grad_norm = scale_gradients(grads, squares, *settings, self.trained.importance)
+        self._current_grad_norm = scale_gradients(list(grads.values()), squares, *settings, self.trained.importance)
         self.late_check.note(self._current_grad_norm)
 
     def _force_wait_all_gather(self) -> None:
         for param in self.masters.of:
             wait_all_gather_handle(param)
+
+
+class EngineGradients:
+    """The `GradientSource` of an engine, whose reducer is made anew at every switch, with a sink for what is inactive.
+
+    Args:
+        engine: brings the averages.
+        state: what updates the weights.
+    Raises:
+        ValueError: sequence parallelism leaves gradients that are shares of a sum.
+    """
+
+    def __init__(self, engine: ZeroOptimizer, state: CorrectionState) -> None:
+        shard_config = getattr(engine.model, "shard_config", None)
+        if shard_config is not None and shard_config.enable_sequence_parallelism:
+            raise ValueError(
+                f"sgd_mode: got {state.mode!r} with sequence parallelism "
+                f"({shard_config.sequence_parallelism_mode!r}), whose gradients are partial sums within backward. Use "
+                "sgd_mode='disabled' or enable_sequence_parallelism=False."
+            )
+        self._engine = engine
+        state.bind(engine.layouts, engine._mesh)
+        scaler = engine.mixed_precision_mixin
+        self._config = ApplyConfig(
+            corrector=state,
+            by_pipeline=engine.pp_pg is not None,
+            tied=frozenset(param for shared in engine.shared_params for param in shared.values()),
+            loss_scale=None if scaler is None else lambda: scaler.loss_scale,
+            tp_group=engine.tp_pg,
+        )
+
+    def activate(self, params: Sequence[Parameter]) -> None:
+        self._engine.correct(Apply(params, self._config))
+
+    def settle(self) -> None:
+        self._engine._reducer.settle()
+
+    def clear(self) -> None:
+        self._engine._reducer.clear()

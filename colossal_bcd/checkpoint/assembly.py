@@ -14,9 +14,9 @@ from torch import Tensor
 from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.trained import Contributor
 from colossal_bcd.checkpoint.contributors import contributors_of
-from colossal_bcd.checkpoint.errors import gathered, num_ranks
 from colossal_bcd.checkpoint.trained import Boosted, TrainedTensor
 from colossal_bcd.checkpoint.values import MARK, agreed, digest_of, shared_state, taken_apart, words_of
+from colossal_bcd.engine.agreement import gathered, num_ranks
 from colossal_bcd.engine.config import communication_device
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.state.filed import FiledTensor, constant_names, filed_like, filed_tensors, numbers_of, read

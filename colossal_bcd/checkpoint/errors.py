@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
 
-import torch.distributed as dist
-
+from colossal_bcd.engine.agreement import gathered, num_ranks
 from colossal_bcd.engine.failures import wait_patiently
-
-T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -55,19 +51,6 @@ def raise_together(error: Exception | None, said: Mapping[str, str] | None = Non
                     f"{subject}: got {theirs.get(subject)} on rank {rank}, expected {first[subject]} as on rank 0. "
                     "Load from a file system that all ranks share."
                 )
-
-
-def num_ranks() -> int:
-    """How many processes there are; 1 where torch.distributed is not used."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gathered(mine: T) -> list[T]:
-    """What every rank gives, by rank; all ranks must call."""
-    everyone = [mine] * num_ranks()
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def describe(error: Exception) -> str:

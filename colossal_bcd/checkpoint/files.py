@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colossal_bcd.checkpoint.errors import CheckpointError, num_ranks, together
+from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.engine.agreement import num_ranks
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

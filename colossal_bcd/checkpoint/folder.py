@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from colossal_bcd.checkpoint.errors import CheckpointError, gathered, together
+from colossal_bcd.checkpoint.errors import CheckpointError, together
 from colossal_bcd.checkpoint.files import (
     ASIDE,
     check_file,
@@ -29,6 +29,7 @@ from colossal_bcd.checkpoint.files import (
 from colossal_bcd.checkpoint.load import Loading, check_path
 from colossal_bcd.checkpoint.save import index_name
 from colossal_bcd.checkpoint.trained import boosted_of
+from colossal_bcd.engine.agreement import gathered
 from colossal_bcd.engine.config import communication_device
 from colossal_bcd.engine.failures import require_finite, says_where
 

@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.checkpoint.assembly import MASTER, WRITER
 from colossal_bcd.checkpoint.contributors import contributors_of
-from colossal_bcd.checkpoint.errors import CheckpointError, gathered, together
+from colossal_bcd.checkpoint.errors import CheckpointError, together
 from colossal_bcd.checkpoint.files import verify
 from colossal_bcd.checkpoint.foreign import ParameterList, adopt
 from colossal_bcd.checkpoint.manifest import load_hyper, load_scaler
 from colossal_bcd.checkpoint.opened import Checkpoint, open_checkpoint
 from colossal_bcd.checkpoint.trained import Boosted, TrainedTensor
 from colossal_bcd.checkpoint.values import MARK, load_shared, put_together, words_of
+from colossal_bcd.engine.agreement import gathered
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import CHUNK, completed, num_chunks
 from colossal_bcd.optim.state.filed import FiledTensor, allocate, filed_tensors, write

@@ -1,7 +1,17 @@
-"""What averages gradients and keeps ranks in step, on torch alone.
+"""What averages gradients, has the masters and writes weights back, on torch alone; a host such as booster/ drives it.
 
-reducer: averages of gradients in buckets.  correction: those of inactive parameters, which are applied at once.
-agreement: one check that ranks agree.  faults: time limits, and errors that say in which round a rank was lost.
-replicas: all of it for processes that no engine serves, with forward_watch, which sees their forward passes and puts
-torch's DDP to rest, and same_replicas, which compares them at the start.
+From backward to the step
+    reducer        averages of gradients in buckets, from hooks on
+    sinks          the other sink of averages: corrections of inactive parameters, applied at once
+    transport      whether gradients travel whole, stay, or travel in low rank
+    masters        this rank's share of what trains, and the gather of weights from it
+    norm           one norm of gradients over all axes, and norms of blocks
+    newcomers      weights that were thawed or added, and those that no batch uses
+What keeps ranks together
+    agreement      one check that ranks have the same
+    failures       time limits, errors that say in which round a rank was lost, steps that were not finite
+    config         what a host decides
+Without a host
+    replicas       all of it for processes that train replicas: torch's DDP, accelerate, plain loops
+    forward_watch  sees their forward passes, and puts torch's DDP to rest
 """

@@ -1,8 +1,16 @@
-"""One small collective that turns ranks that would diverge into one error on all of them."""
+"""Ranks that would diverge get one error, the same on all of them.
+
+gathered            what every rank gives, by rank
+is_equal            whether a few integers are the same on all ranks, by one small all-reduce
+require_agreement   the same, with an error that names the ranks that differ
+fingerprints_of     integers for the bits of tensors;  digest: one for any value
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,60 +22,75 @@ _CHUNK = 2**20
 _FACTOR, _SHIFT = 0x5851F42D4C957F2D, 0x14057B7EF767814F
 """Odd numbers: products of int64 wrap, and no bit of a value is lost in them."""
 
+T = TypeVar("T")
+Group = dist.ProcessGroup | None
+"""Ranks; None: all."""
+
+
+def num_ranks(group: Group = None) -> int:
+    """How many processes there are; 1 where torch.distributed is not used."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def gathered(mine: T, group: Group = None) -> list[T]:
+    """What every rank gives, by rank; all ranks must call."""
+    everyone = [mine] * num_ranks(group)
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def is_equal(fingerprint: Sequence[int], device: torch.device, groups: Sequence[Group] = (None,)) -> bool:
+    """Whether all ranks have the same; every rank gets the same answer.
+
+    Args:
+        fingerprint: integers below 2**62 in magnitude, as many on every rank.
+        device: where the groups communicate.
+        groups: process groups of this rank, whose product are the ranks.
+    """
+    mine = torch.tensor(fingerprint, dtype=torch.int64, device=device)
+    extremes = torch.cat([mine, -mine])
+    for group in groups:
+        if num_ranks(group) > 1:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return torch.equal(extremes[: len(mine)], -extremes[len(mine) :])
+
 
 def require_agreement(
     subject: str,
     fingerprint: list[int],
     device: torch.device,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     remedy: str = SAME_CONSTRUCTION,
 ) -> None:
     """Compare a fingerprint over all ranks.
 
     Args:
         subject: what it describes, for the message.
-        fingerprint: integers below 2**62 in magnitude, as many on every rank.
+        fingerprint: see `is_equal`.
         device: where the group's backend communicates.
-        group: the ranks; None: all.
+        group: the ranks.
         remedy: end of the message.
     Raises:
         ValueError: on every rank, if any two ranks differ.
     """
-    if is_equal(fingerprint, device, group):
+    if is_equal(fingerprint, device, (group,)):
         return
-    everyone: list[list[int] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, fingerprint, group=group)
-    reference = everyone[0]
-    different = [rank for rank, other in enumerate(everyone) if other != reference]
+    everyone = gathered(fingerprint, group)
     raise ValueError(
-        f"{subject}: ranks {different} differ from rank 0 (fingerprints {everyone}), expected all ranks to agree. "
-        f"{remedy}"
+        f"{subject}: ranks {differing(everyone)} differ from rank 0 (fingerprints {everyone}), expected all ranks to "
+        f"agree. {remedy}"
     )
 
 
-def is_equal(fingerprint: list[int], device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether all ranks have the same; for the arguments see `require_agreement`."""
-    mine = torch.tensor(fingerprint, dtype=torch.int64, device=device)
-    extremes = torch.cat([mine, -mine])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    largest, smallest = extremes[: len(mine)], -extremes[len(mine) :]
-    return torch.equal(largest, smallest)
+def differing(everyone: Sequence[Any]) -> list[int]:
+    """Ranks that gave something else than rank 0."""
+    return [rank for rank, other in enumerate(everyone) if other != everyone[0]]
 
 
-def all_agree(fingerprint: list[int], groups: Sequence[dist.ProcessGroup], device: torch.device) -> bool:
-    """Whether a fingerprint is the same on all ranks of the product of some groups; every rank gets the same answer.
-
-    Args:
-        fingerprint: see `require_agreement`.
-        groups: process groups of this rank.
-        device: where they communicate.
-    """
-    mine = torch.tensor(fingerprint, dtype=torch.int64, device=device)
-    extremes = torch.cat([mine, -mine])
-    for group in groups:
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    return torch.equal(extremes[: len(mine)], -extremes[len(mine) :])
+def digest(value: Any) -> int:
+    """An integer below 2**62 for a value whose `repr` says all of it."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2
 
 
 @torch.no_grad()
@@ -77,8 +100,8 @@ def fingerprints_of(tensors: Sequence[Tensor], device: torch.device) -> list[int
     found = [torch.zeros((), dtype=torch.int64, device=device)]
     for tensor in tensors:
         if tensor.device not in factors:
-            places = torch.arange(_CHUNK, device=tensor.device)
-            factors[tensor.device] = places.mul_(_FACTOR).add_(_SHIFT).bitwise_or_(1)
+            numbers = torch.arange(_CHUNK, device=tensor.device)
+            factors[tensor.device] = numbers.mul_(_FACTOR).add_(_SHIFT).bitwise_or_(1)
         found.append(_fingerprint(tensor, factors[tensor.device]).to(device))
     return torch.stack(found)[1:].bitwise_and_(2**61 - 1).tolist()
 

@@ -63,6 +63,30 @@ class EngineConfig:
     """Arguments of the loss scaler; None is no loss scaling."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReducerConfig:
+    """How gradients are averaged."""
+
+    groups: tuple[dist.ProcessGroup, ...]
+    """The data-parallel group, or the groups whose product it is."""
+    partition: bool
+    """Keep only this rank's row (ZeRO stage 2) instead of the whole gradient."""
+    bucket_size: int
+    """Largest number of values in one collective; a larger parameter is a bucket of its own."""
+    overlap: bool
+    """Start a bucket's collective as soon as backward has filled it."""
+    communication_dtype: torch.dtype | None = None
+    """Dtype on the wire, of low-rank gradients, too; None is the gradient's."""
+    whole_rows: bool = False
+    """See `slice_length`; the same as the masters'."""
+    votes: bool = False
+    """Say in the first bucket of a pass whether this rank has `joining`; with no parameters in a bucket of its own."""
+    device: torch.device | None = None
+    """Where the groups communicate, for a bucket without parameters."""
+    chunk: int = 1
+    """See `slice_length`; the same as the masters'."""
+
+
 def mesh_of(config: EngineConfig, device: torch.device) -> Mesh:
     """The process groups of this rank by axis; `data`: ranks with other batches, whether masters are sharded or not.
 

@@ -137,26 +137,42 @@ def _is_of_backend(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistBackendError) or any(sign in text for sign in signs)
 
 
+class Late:
+    """A scalar that is found on the device during a step, and read on the host one step later, so that nobody waits."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def send(self, value: Tensor | None) -> None:
+        """Take this step's on its way to the host; None: there is none."""
+        self._value, self._arrived = value, None
+        if value is not None and value.device.type == "cuda":
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> float | None:
+        """That of the step before."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return None if self._value is None else self._value.item()
+
+
 class LateCheck:
-    """Finds steps whose gradients were not finite one step later, so that no step waits for the device.
+    """Finds steps whose gradients were not finite one step later.
 
     Where no loss scaling skips such a step, its weights are lost: what follows must not train on, nor be saved.
     """
 
     def __init__(self) -> None:
         self._num_steps = 0
-        self._norm: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._norm = Late()
 
     def note(self, norm: Tensor) -> None:
-        """Take the norm of a step's gradients, the same number on every rank, on its way to the host."""
+        """Take the norm of a step's gradients, the same number on every rank."""
         self._num_steps += 1
-        if norm.device.type != "cuda":
-            self._norm = norm
-            return
-        self._norm = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        self._norm.send(norm)
 
     def raise_if_bad(self) -> None:
         """Look at the step before.
@@ -164,12 +180,8 @@ class LateCheck:
         Raises:
             FloatingPointError: on every rank, its gradients were infinite or not numbers.
         """
-        if self._norm is None:
-            return
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        norm, self._arrived = self._norm.item(), None
-        if not math.isfinite(norm):
+        norm = self._norm.read()
+        if norm is not None and not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradients of step {self._num_steps} were not finite (their norm is {norm}), and so are the "
                 "weights since then. Start again from the last checkpoint, with a smaller step size or clipping "

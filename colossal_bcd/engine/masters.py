@@ -1,9 +1,14 @@
-"""Master weights of what is trained, sharded over ZeRO ranks.  W: ranks that share them (1: not sharded)."""
+"""Master weights of what is trained, sharded over ZeRO ranks, and the gather of weights from them.
+
+W: ranks that share masters (1: not sharded).
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,8 +16,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.active_set import ActiveSet, follow
-from colossal_bcd.engine.gather import Defer, gather_weights
+from colossal_bcd.optim.foreign.bitsandbytes_states import (
+    describe_misaligned,
+    misaligned,
+    remember_weights,
+    require_whole_chunks,
+)
 from colossal_bcd.sharding import Layout, wide
+from colossal_bcd.sharding.packing import pack
+
+logger = logging.getLogger(__name__)
 
 
 class ShardedMasters:
@@ -138,3 +151,121 @@ class ShardedMasters:
         """[length] this rank's part of a flat tensor; zeros where it reaches beyond the end."""
         part = tensor[self.shard * length : (self.shard + 1) * length]
         return torch.nn.functional.pad(part, (0, length - part.numel())) if part.numel() < length else part
+
+
+class PendingGather:
+    """One bucket on its way; `wait` writes it into the parameters, once."""
+
+    def __init__(
+        self, params: Sequence[Parameter], lengths: Sequence[int], row: Tensor, buffer: Tensor, work: dist.Work | None
+    ) -> None:
+        self._params, self._lengths, self._buffer, self._work = params, lengths, buffer, work
+        # A collective under way does not own what it sends.
+        self._row = row
+        self._written = [(param._version, param.data_ptr()) for param in params]
+
+    def wait(self) -> None:
+        """Block until the bucket has arrived and its parameters hold the new values.
+
+        Raises:
+            ValueError: one was written meanwhile, from its values before the step.
+        """
+        if self._work is None:
+            return
+        self._work.wait()
+        self._work = None
+        for param, written in zip(self._params, self._written, strict=True):
+            if written != (param._version, param.data_ptr()):
+                raise ValueError(
+                    f"overlap_allgather: a weight of shape {tuple(param.shape)} was written from outside while the "
+                    "step's new values were on their way to it, expected that after optimizer.wait_for_weights()."
+                )
+        offset = 0
+        for param, length in zip(self._params, self._lengths, strict=True):
+            rows = self._buffer[:, offset : offset + length].reshape(-1)
+            param.data.copy_(rows[: param.numel()].view(param.shape))
+            offset += length
+        del self._row, self._buffer
+
+
+Defer: TypeAlias = Callable[[Parameter, PendingGather], None]
+
+
+def gather_weights(
+    pairs: Sequence[tuple[Parameter, Tensor]],
+    groups: Sequence[dist.ProcessGroup],
+    bucket_size: int,
+    *,
+    defer: Defer | None,
+) -> None:
+    """Write every rank's part of every parameter into the parameters of all ranks.
+
+    Args:
+        pairs: working parameter and this rank's flat part of it [ceil(n / W)], in the same order on every rank.
+        groups: the process groups whose product, W ranks, divides the parts.
+        bucket_size: largest number of values that a rank sends in one collective.
+        defer: return at once, and hand each parameter's gather to this, which has to wait for it before its use; None:
+            wait here.
+    """
+    for bucket in pack(pairs, lambda pair: pair[1].numel(), bucket_size, lambda pair: pair[0].dtype):
+        _gather(bucket, groups, defer)
+
+
+def _gather(bucket: list[tuple[Parameter, Tensor]], groups: Sequence[dist.ProcessGroup], defer: Defer | None) -> None:
+    params = [param for param, _ in bucket]
+    lengths = [part.numel() for _, part in bucket]
+    row = torch.cat([part.to(params[0].device, params[0].dtype) for _, part in bucket])
+    buffer, work = gather_rows(row, groups)
+    pending = PendingGather(params, lengths, row, buffer, work)
+    if defer is None:
+        pending.wait()
+        return
+    for param in params:
+        defer(param, pending)
+
+
+def gather_rows(row: Tensor, groups: Sequence[dist.ProcessGroup]) -> tuple[Tensor, dist.Work | None]:
+    """Begin to collect one row of each rank.
+
+    Args:
+        row: [n], the same length on every rank; must stay alive until the work is done.
+        groups: see `gather_weights`.
+    Returns:
+        [W, n], filled when the work is done, and the work.
+    """
+    sizes = [dist.get_world_size(group) for group in groups]
+    ranks = [dist.get_rank(group) for group in groups]
+    buffer = row.new_empty(math.prod(sizes), len(row))
+    work = None
+    # The innermost group fills its block of rows first; each outer group then exchanges whole blocks.
+    send = row
+    for level in reversed(range(len(groups))):
+        block = math.prod(sizes[level:])
+        first = sum(rank * math.prod(sizes[i + 1 :]) for i, rank in enumerate(ranks[:level]))
+        receive = buffer[first : first + block].view(-1)
+        work = dist.all_gather_into_tensor(receive, send.view(-1), group=groups[level], async_op=level == 0)
+        send = receive
+    return buffer, work
+
+
+def require_quantized_shares(
+    optimizer: Any, masters: ShardedMasters, layouts: Mapping[Parameter, Layout], names: Mapping[int, str]
+) -> None:
+    """Let overrides follow the weights, and say once which weights cannot train as on one process.
+
+    Args:
+        optimizer: any, before its param groups hold masters; only those of bitsandbytes change.
+        masters: of the engine.
+        layouts: tensor-parallel layout of every weight on this rank.
+        names: of every weight by id.
+    Raises:
+        ValueError: what is overridden needs whole weights.
+    """
+    remember_weights(optimizer, [group["params"] for group in optimizer.param_groups])
+    divided = any(layout.split is not None and layout.split.size > 1 for layout in layouts.values())
+    require_whole_chunks(optimizer, names, divided or masters.num_shards > 1)
+    # One rank of each pipeline stage.
+    others = [layout for layout in layouts.values() if layout.split is not None and layout.split.rank > 0]
+    params = misaligned(optimizer, layouts)
+    if params and masters.shard == 0 and not others:
+        logger.warning(describe_misaligned(optimizer, params, names))

@@ -8,19 +8,19 @@ newcomers neither waits for the device nor sends anything more; it learns of ran
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.compiled import CompiledGraphs
 from colossal_bcd.block.trained import NO_NEWCOMERS
-from colossal_bcd.engine.agreement import all_agree
-from colossal_bcd.engine.late import LateFlag
+from colossal_bcd.engine.agreement import digest, is_equal
+from colossal_bcd.engine.failures import Late
 from colossal_bcd.engine.reducer import GradientReducer
 from colossal_bcd.optim.foreign.contract import examine
 
@@ -39,7 +39,8 @@ class Newcomers:
     def __init__(self, engine: Any) -> None:
         # Without a circle, so that an engine is freed, and its hooks with it, as soon as nobody holds it.
         self._engine = weakref.proxy(engine)
-        self._differ = LateFlag()
+        self._differ: Tensor | None = None
+        self._late = Late()
 
     @property
     def members(self) -> list[list[Parameter]]:
@@ -80,7 +81,8 @@ class Newcomers:
         reducer, engine = self._engine._reducer, self._engine
         asked, reducer.asked = reducer.asked, ()
         if reducer.votes is not None:
-            self._differ.add((reducer.votes > 0).all())
+            differ = (reducer.votes > 0).all()
+            self._differ = differ if self._differ is None else self._differ | differ
         if not asked:
             return
         if reducer.votes is not None and bool(reducer.votes[1] > 0):
@@ -108,7 +110,8 @@ class Newcomers:
 
     def end_step(self) -> None:
         """Send on its way to the host whether ranks differed in this step."""
-        self._differ.send()
+        self._late.send(self._differ)
+        self._differ = None
 
     def raise_if_different(self) -> None:
         """Look at the step before.
@@ -116,7 +119,7 @@ class Newcomers:
         Raises:
             ValueError: on all ranks with other batches, some had newcomers and some had none.
         """
-        if self._differ.arrived():
+        if self._late.read():
             raise ValueError(self._difference(f"in the step before, this rank had {self._described(self._waiting())}"))
 
     def _waiting(self) -> list[Parameter]:
@@ -191,8 +194,7 @@ class Newcomers:
 
     def _require_same(self, params: Sequence[Parameter]) -> None:
         names = sorted(self._name(param) for param in params)
-        digest = int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
-        if not all_agree([len(names), digest], self._engine.config.data_groups, self._engine._device):
+        if not is_equal([len(names), digest(names)], self._engine._device, self._engine.config.data_groups):
             raise ValueError(self._difference(f"this rank has {self._described(params)}"))
 
     def _difference(self, mine: str) -> str:
@@ -208,3 +210,37 @@ class Newcomers:
 
     def _name(self, param: Tensor) -> str:
         return self._engine.parameter_names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
+
+
+class Unused:
+    """Says once that weights were left as they are, because no batch of a step used them.
+
+    Args:
+        names: of all parameters, by id.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = names
+        self._said = False
+
+    def note(self, trained: Collection[Parameter], grads: Collection[Parameter]) -> None:
+        """Compare what trains with what had a gradient on any rank; both are known on the host.
+
+        Args:
+            trained: parameters that have masters.
+            grads: those of which there is an averaged gradient.
+        """
+        if self._said:
+            return
+        unused = [self._names.get(id(param), "?") for param in trained if param.requires_grad and param not in grads]
+        if not unused:
+            return
+        self._said = True
+        if dist.get_rank() == 0:
+            logger.warning(
+                "%s trained parameters had no gradient on any rank in this step, such as %s, and stay as they are "
+                "until they have one. That is right where no batch used them. If the model uses gradient "
+                "checkpointing, pass use_reentrant=False: the reentrant kind cuts the graph above frozen layers.",
+                len(unused),
+                unused[0],
+            )

@@ -1,15 +1,24 @@
-"""Clips gradients by their global norm in the step, together with the loss scale."""
+"""Norms of whole gradients, which clip them, and of whole blocks, from the shares that ranks have."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.importance import Importance
-from colossal_bcd.sharding import Mesh, Request, Sum, resolve
+from colossal_bcd.block.importance import Importance, squared_norms
+from colossal_bcd.engine.masters import ShardedMasters
+from colossal_bcd.sharding import Layout, Mesh, Request, Sum, resolve
+
+
+def total_of(squares: Sequence[Tensor], device: torch.device) -> Tensor:
+    """[1] the sum of squared norms, each a scalar, in this pipeline stage."""
+    return (torch.stack(list(squares)).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)).view(
+        1
+    )
 
 
 @torch.no_grad()
@@ -25,7 +34,7 @@ def scale_gradients(
     """Undo the loss scale and clip by the global norm of what is active, in place: one packed sum per axis.
 
     Args:
-        grads: what the step takes: gradients, and images of gradients.
+        grads: what the step takes: whole and low-rank gradients.
         squares: requests for their squared norms by parameter; what another pipeline stage counts is not among them.
         mesh: of the optimizer.
         device: where the process groups communicate.
@@ -36,10 +45,7 @@ def scale_gradients(
         The norm before clipping, without the loss scale.
     """
     answers = dict(zip(squares, resolve(list(squares.values()), mesh), strict=True))
-    totals = (
-        torch.stack(list(answers.values())).sum() if answers else torch.zeros((), dtype=torch.float64, device=device)
-    )
-    totals = totals.view(1)
+    totals = total_of(list(answers.values()), device)
     if importance is not None and importance.by_gradient:
         totals = torch.cat([totals, importance.by_block(answers, totals)])
     (totals,) = resolve([Sum(totals, ("pp",))], mesh)
@@ -54,3 +60,38 @@ def scale_gradients(
     elif loss_scale != 1:
         torch._foreach_mul_(list(grads), 1 / loss_scale)
     return norm
+
+
+@torch.no_grad()
+def squared_weights(
+    blocks: Sequence[Sequence[Parameter]],
+    masters: ShardedMasters,
+    mesh: Mesh,
+    device: torch.device,
+    tied_elsewhere: Set[Parameter],
+) -> Tensor:
+    """[number of blocks] float64 squared norms of the weights in the model, in one all-reduce over all ranks.
+
+    Args:
+        blocks: working parameters of each block that are on this rank.
+        masters: say which part of each this rank counts.
+        mesh: of the optimizer.
+        device: where the process groups communicate.
+        tied_elsewhere: parameters that another pipeline stage counts.
+    """
+    parts = [
+        [masters.weight_of(param).reshape(-1)[: masters.layout(param).num_local] for param in params]
+        for params in (
+            [param for param in block if param not in tied_elsewhere and _counts(masters.layout(param), mesh)]
+            for block in blocks
+        )
+    ]
+    squares = squared_norms(parts, device)
+    dist.all_reduce(squares)
+    return squares
+
+
+def _counts(layout: Layout, mesh: Mesh) -> bool:
+    """Whether this rank's part of a parameter counts: replicas of it do not."""
+    divided = {"data": "zero" in layout.axes, "tp": "tp" in layout.axes}
+    return all(divided[axis] or mesh.rank(axis) == 0 for axis in divided)

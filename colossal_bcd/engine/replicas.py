@@ -17,26 +17,32 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.block.replicas import ReplicaClient
-from colossal_bcd.engine.agreement import fingerprints_of, require_agreement
-from colossal_bcd.engine.correction import CorrectingReducer, CorrectionConfig
+from colossal_bcd.engine.agreement import differing, digest, fingerprints_of, gathered, is_equal, require_agreement
+from colossal_bcd.engine.config import ReducerConfig
 from colossal_bcd.engine.failures import says_where
-from colossal_bcd.engine.forward_watch import ForwardWatch, in_backward
-from colossal_bcd.engine.reducer import GradientReducer, ReducerConfig
-from colossal_bcd.engine.same_replicas import require_plain, require_same_replicas
+from colossal_bcd.engine.forward_watch import PLUGINS, ForwardWatch, in_backward
+from colossal_bcd.engine.reducer import GradientReducer
+from colossal_bcd.engine.sinks import Apply, ApplyConfig
 from colossal_bcd.sharding import LowRankGradient, wide
 
+SAME_REPLICAS = (
+    "Seed before the model and the optimizer are made, load the same checkpoint everywhere, or wrap the model in "
+    "torch's DistributedDataParallel, which copies the weights of the first process. Processes that are no replicas of "
+    "each other are given data_group=None, or data_group=the process group of those that are."
+)
 BUCKET = 12 * 2**20
 """Values in one collective."""
 
@@ -64,7 +70,7 @@ class ReplicaAverages:
         self._client, self._choice, self._corrector = weakref.ref(client), choice, corrector
         self._active: tuple[Parameter, ...] = ()
         self._corrected: tuple[Parameter, ...] = ()
-        self._images: dict[Parameter, LowRankGradient] = {}
+        self._low_rank: dict[Parameter, LowRankGradient] = {}
         self._group: dist.ProcessGroup | None = None
         self._reducer: GradientReducer | None = None
         self._handles: list[Any] = []
@@ -79,7 +85,7 @@ class ReplicaAverages:
         corrected: Sequence[Parameter] = (),
         images: Mapping[Parameter, LowRankGradient] | None = None,
     ) -> None:
-        self._active, self._corrected, self._images = tuple(active), tuple(corrected), dict(images or {})
+        self._active, self._corrected, self._low_rank = tuple(active), tuple(corrected), dict(images or {})
         self._dismantle()
         if dist.is_initialized():
             self._build()
@@ -88,11 +94,10 @@ class ReplicaAverages:
         if self._reducer is None:
             self._build()
         assert self._reducer is not None
-        correcting = self._reducer if isinstance(self._reducer, CorrectingReducer) else None
-        if self._num_rounds == 0 or self._waits or (correcting is not None and correcting.incomplete):
+        if self._num_rounds == 0 or self._waits or self._reducer.incomplete:
             self._round(last=True)
-        elif correcting is not None:
-            correcting.start_over()
+        else:
+            self._reducer.start_over()
         self._num_rounds, self._pass_running = 0, False
 
     def clear(self) -> None:
@@ -175,7 +180,7 @@ class ReplicaAverages:
         if not self._checked and self._group is not None:
             require_same_replicas(client, self._group, self._active[0].device)
         self._checked = True
-        if last and isinstance(reducer, CorrectingReducer):
+        if last:
             reducer.close()
         else:
             reducer.finish()
@@ -196,25 +201,20 @@ class ReplicaAverages:
         trained = (*self._active, *self._corrected)
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in trained]
         groups = () if self._group is None else (self._group,)
-        # Images are in float32 or wider, also of 16-bit gradients.
-        dtypes = {wide(param.dtype) for param in self._images}
+        # Low-rank gradients are in float32 or wider, also of 16-bit gradients.
+        dtypes = {wide(param.dtype) for param in self._low_rank}
         config = ReducerConfig(
             groups=groups,
             partition=False,
             bucket_size=BUCKET if groups else 0,
-            overlap=False,
+            overlap=self._corrector is not None,
             communication_dtype=max(dtypes, key=lambda dtype: dtype.itemsize, default=None),
         )
-        if self._corrector is None:
-            self._reducer = GradientReducer(self._active, config)
-            self._reducer.expect(self._images)
-            return
-        corrections = CorrectionConfig(
-            corrector=self._corrector, by_pipeline=False, tied=frozenset(), loss_scale=None, tp_group=None
-        )
-        self._reducer = CorrectingReducer(
-            self._active, self._corrected, list(client.replica_names()), replace(config, overlap=True), corrections
-        )
+        apply = None if self._corrector is None else Apply(self._corrected, ApplyConfig(corrector=self._corrector))
+        members = {*self._active, *self._corrected}
+        order = self._active if apply is None else [param for param in client.replica_names() if param in members]
+        self._reducer = GradientReducer(order, config, apply)
+        self._reducer.expect(self._low_rank)
 
     def _chosen_group(self) -> dist.ProcessGroup | None:
         group = self._choice
@@ -241,3 +241,48 @@ def _on_param(averages: weakref.ref[ReplicaAverages], param: Tensor) -> None:
     found = averages()
     if found is not None:
         found.begin_pass()
+
+
+def require_plain(names: Mapping[Parameter, str]) -> None:
+    """Refuse parameters that other libraries have sharded.
+
+    Raises:
+        ValueError: one is a DTensor, or DeepSpeed's.
+    """
+    for param, name in names.items():
+        if isinstance(param, DTensor) or hasattr(param, "ds_id") or hasattr(param, "_fqns"):
+            raise ValueError(
+                f"BlockOptimizer on several processes: parameter {name!r} is a {type(param).__name__} of which this "
+                "process has a part, expected whole parameters on every process. Use torch's DDP instead of FSDP or "
+                f"DeepSpeed's ZeRO-3, or {PLUGINS}, which shards what trains."
+            )
+
+
+def require_same_replicas(client: ReplicaClient, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Compare names, shapes, dtypes, bits of all weights, and what trains when: one small collective.
+
+    Raises:
+        ValueError: on every rank, what differs.
+    """
+    names = client.replica_names()
+    shapes = [f"{name} {tuple(param.shape)} {param.dtype}" for param, name in names.items()]
+    weights = fingerprints_of(list(names), device)
+    plan = client.fingerprint()
+    if is_equal([digest(shapes), digest(plan), digest(weights)], device, (group,)):
+        return
+    everyone = gathered((shapes, plan, weights), group)
+    different = differing(everyone)
+    raise ValueError(
+        f"replicas: {_difference(everyone[different[0]], everyone[0])} on ranks {different} and on rank 0, expected "
+        f"equal replicas. {SAME_REPLICAS}"
+    )
+
+
+def _difference(theirs: Any, first: Any) -> str:
+    if theirs[0] != first[0]:
+        got, expected = set(theirs[0]) - set(first[0]), set(first[0]) - set(theirs[0])
+        return f"got other parameters ({sorted(got)[:3]} instead of {sorted(expected)[:3]})"
+    if theirs[2] != first[2]:
+        wrong = [name for name, a, b in zip(first[0], theirs[2], first[2], strict=True) if a != b]
+        return f"got other weights in {len(wrong)} of {len(first[0])} parameters, such as {wrong[0].split()[0]!r},"
+    return "got other blocks, or another schedule or progress in it,"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from colossal_bcd import Lamb
-from colossal_bcd.booster.setup_distributed import _sections
+from colossal_bcd.booster.layouts import runs
 from colossal_bcd.booster.stock_plugins import cast_for_stock_plugin, distributed_class
 from colossal_bcd.testing import run_ranks
 
@@ -128,4 +128,4 @@ def test_sections_are_read_from_what_each_rank_holds(sections: tuple[int, ...]) 
     whole = torch.arange(sum(sections))
     for rank in range(2):
         held = torch.cat([part.chunk(2)[rank] for part in whole.split(sections)])
-        assert _sections(held, 2) == sections
+        assert runs(held, 2) == sections

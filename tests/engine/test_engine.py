@@ -130,3 +130,12 @@ def test_engine_trains_the_adapters_of_the_active_block(stage: int) -> None:
             for name in ("q_proj", "v_proj")
             for side in "AB"
         )
+
+
+def test_engine_journey_of_a_gradient_is_short() -> None:
+    """From backward through the hooks and the step to the weight: each file is one that a newcomer has to open."""
+    for files in run_ranks(2, engine_cases.files_of_a_step):
+        assert "engine/reducer.py" in files
+        assert "optim/adamw.py" in files
+        assert len([name for name in files if name.startswith(("engine/", "booster/"))]) <= 8, files
+        assert len(files) <= 32, files

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 import block_cases
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from block_cases import LAYERS, PERIOD
 from colossalai.booster import Booster
 
+import colossal_bcd
 from colossal_bcd import BlockOptimizer
 from colossal_bcd.booster import LowLevelZeroPlugin, estimate
 from colossal_bcd.testing import CollectiveCounter, PeakBytes, live_bytes
@@ -43,13 +46,13 @@ def bytes_by_phase(stage: int, precision: str = "bf16") -> dict[str, float]:
     phases["after backward"] = live_bytes() - before
     engine.step()
     engine.zero_grad()
-    make_master = engine.masters._new
+    make_master = engine.masters.make_master
 
     def watched(param: Any) -> Any:
         phases.setdefault("before new masters", live_bytes() - before)
         return make_master(param)
 
-    engine.masters._new = watched
+    engine.masters.make_master = watched
     advance(model, engine, booster, 2)
     phases["after switch"] = live_bytes() - before
     guess = estimate(engine)
@@ -198,3 +201,32 @@ def lora(stage: int) -> dict[str, Any]:
     after = dict(model.unwrap(unwrap_peft=False).named_parameters())
     moved = {name for name, old in before.items() if not torch.equal(old, after[name].to(old.dtype))}
     return {"blocks": len(wrapped.blocks), "moved": sorted(moved)}
+
+
+def files_of_a_step() -> list[str]:
+    """The package's files that run between the call of backward and the end of the step, within a block's period.
+
+    The base optimizer is this package's AdamW on bfloat16 weights under stage 2.
+    """
+    model = block_cases.build(dtype=torch.bfloat16)
+    base = colossal_bcd.AdamW(model.parameters(), lr=1e-2)
+    prefixes = [[f"model.layers.{index}."] for index in range(LAYERS)]
+    wrapped = BlockOptimizer(base, list(model.named_parameters()), block_prefix_list=prefixes, switch_block_every=9)
+    booster = Booster(plugin=LowLevelZeroPlugin(stage=2, precision="bf16"))
+    model, engine, *_ = booster.boost(model, wrapped)
+    advance(model, engine, booster, 0)
+    loss = models.loss(model, block_cases.batch_of(1, dist.get_rank(), different=True))
+    root, seen = str(Path(colossal_bcd.__file__).parent), set[str]()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            seen.add(frame.f_code.co_filename.removeprefix(root + "/"))
+
+    # On a CPU autograd runs in the thread that calls backward.
+    sys.setprofile(note)
+    try:
+        booster.backward(loss, engine)
+        engine.step()
+    finally:
+        sys.setprofile(None)
+    return sorted(seen)

@@ -111,7 +111,7 @@ def trained(
             else:
                 losses.append(backward(model, engine, booster, step * accumulate + part))
         losses.append(backward(model, engine, booster, step * accumulate + accumulate - 1))
-        images.append(len(engine._reducer.images))
+        images.append(len(engine._reducer.low_rank))
         engine.step()
         norms.append(engine.get_grad_norm())
         engine.zero_grad()
@@ -174,7 +174,7 @@ def injected(options: dict[str, Any], hyper: dict[str, Any], steps: int) -> dict
                 grad = torch.randint(-40, 41, layout.shape, generator=generator) * (3 / 32)
                 param.grad = layout.shard(grad.to(param.dtype))
             engine.sync_dp_grads()
-            images.append(len(engine._reducer.images))
+            images.append(len(engine._reducer.low_rank))
             engine.step()
             engine.zero_grad()
         counts.append(images)
@@ -259,7 +259,7 @@ def overflow(stage: int) -> dict[str, Any]:
         overflows = step == 2 and dist.get_rank() == 1
         before = [param.detach().clone() for param in engine.layouts]
         backward(model, engine, booster, step, float("inf") if overflows else 1.0)
-        images.append(len(engine._reducer.images))
+        images.append(len(engine._reducer.low_rank))
         engine.step()
         engine.zero_grad()
         if step == 2:
@@ -290,7 +290,7 @@ def clipped(plugin: str, options: dict[str, Any]) -> dict[str, Any]:
     engine.optim.register_step_pre_hook(watch)
     for step in range(3):
         booster.backward(models.loss(model, models.tokens(step)), engine)
-        images.append(len(engine._reducer.images))
+        images.append(len(engine._reducer.low_rank))
         engine.step()
         norms.append(engine.get_grad_norm())
         engine.zero_grad()
@@ -364,7 +364,7 @@ def pipelined(options: dict[str, Any], steps: int) -> dict[str, Any]:
                 engine,
                 return_loss=True,
             )
-            images.append(len(engine._reducer.images))
+            images.append(len(engine._reducer.low_rank))
             engine.step()
             engine.zero_grad()
             norms.append(engine.get_grad_norm())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from colossal_bcd import compat
 from colossal_bcd.booster import LowLevelZeroOptimizer, install
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
-from colossal_bcd.booster.setup_distributed import global_shape, shard_layout
+from colossal_bcd.booster.layouts import global_shape, shard_layout
 
 STEPS = 5
 LR = 1e-2

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from colossal_bcd.block import BlockOptimizer
-from colossal_bcd.booster.casts import galore as registry_galore
-from colossal_bcd.booster.casts.ratio import cast_ratio
+from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
+from colossal_bcd.booster.distributed import require_options
+from colossal_bcd.low_rank import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from colossal_bcd.names import plain_name
 from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import require_sound
@@ -132,6 +132,45 @@ def _required_lr(optimizer: Any, group: Group) -> dict[str, Any]:
     )
 
 
+CLAMPED = {"clamp": True}
+"""The originals take as many singular vectors as there are, if these are fewer than the rank."""
+
+
+def _galore_adamw(optimizer: Any, group: Group) -> dict[str, Any]:
+    return CLAMPED
+
+
+def _galore_adafactor(optimizer: Any, group: Group) -> dict[str, Any]:
+    """As for other Adafactors: relative_step ignores the group's lr, which may be a scheduler's."""
+    if group["relative_step"]:
+        return {"lr": None, **CLAMPED}
+    return {"lr": 0.0, **CLAMPED} if group["lr"] is None and group is optimizer.defaults else CLAMPED
+
+
+def _galore_torch_8bit(optimizer: Any, group: Group) -> dict[str, Any]:
+    """It passes percentile_clipping and block_wise by place, where bitsandbytes 0.50 has max_unorm and skip_zeros."""
+    args = vars(optimizer.args)
+    return _galore_8bit(
+        optimizer,
+        {"percentile_clipping": args.get("max_unorm", 100), "block_wise": args.get("skip_zeros", True), **args},
+    )
+
+
+def _colossalai_8bit(optimizer: Any, group: Group) -> dict[str, Any]:
+    if group is optimizer.defaults:  # once, not for every group
+        logger.warning(
+            "ColossalAI's GaLore multiplies every tensor-parallel shard by the first rows of the basis, trains without "
+            "ZeRO and writes a gradient to grad.pt; it is cast to the GaLore of the paper, which projects the whole "
+            "matrix and does neither"
+        )
+    return _galore_8bit(optimizer, {"percentile_clipping": 100, "block_wise": True, **vars(optimizer.args)})
+
+
+def _galore_8bit(optimizer: Any, args: Group) -> dict[str, Any]:
+    options = {"is_paged": optimizer.is_paged, **args}
+    return {**require_options(type(optimizer).__name__, options), **CLAMPED}
+
+
 CASTS: dict[str, tuple[Any, Callable[[Any, Group], dict[str, Any]]]] = {
     "colossalai.nn.optimizer.Lamb": (Lamb, _colossalai_lamb),
     "colossalai.nn.optimizer.DistributedLamb": (Lamb, _colossalai_lamb),
@@ -144,7 +183,12 @@ CASTS: dict[str, tuple[Any, Callable[[Any, Group], dict[str, Any]]]] = {
     "came_pytorch.CAME": (CAME, _required_lr),
     "colossalai.nn.optimizer.CAME": (CAME, _required_lr),
     "colossalai.nn.optimizer.DistributedCAME": (CAME, _required_lr),
-    **registry_galore.CASTS,
+    # The names of the classes themselves; the package exports them as GaLoreAdamW and so on.
+    "galore_torch.AdamW": (GaLoreAdamW, _galore_adamw),
+    "galore_torch.AdamW8bit": (GaLoreAdamW8bit, _galore_torch_8bit),
+    "galore_torch.Adafactor": (GaLoreAdafactor, _galore_adafactor),
+    "colossalai.nn.optimizer.GaLoreAdamW8bit": (GaLoreAdamW8bit, _colossalai_8bit),
+    "colossalai.nn.optimizer.DistGaloreAwamW": (GaLoreAdamW8bit, _colossalai_8bit),
 }
 """Qualified name -> our class, and what differs from the keys of a group (or of the defaults)."""
 
@@ -182,7 +226,7 @@ def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
     cls = type(optimizer)
     home, unchanged = _origin(cls)
     if unchanged and home in ("badam.BlockOptimizerRatio", "block_optim.SparseGradOptimizer"):
-        ours = cast_ratio(optimizer)
+        ours = _cast_ratio(optimizer)
         _share(optimizer, ours)
         return ours
     if home in CASTS and unchanged:
@@ -209,6 +253,48 @@ def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
             why,
         )
     return optimizer
+
+
+def _cast_ratio(theirs: Any) -> BlockOptimizerRatio:
+    """Ours with hyper-parameters, names and param-group dicts of `badam.BlockOptimizerRatio`, whose hooks are removed.
+
+    Raises:
+        ValueError: it has taken steps.
+    """
+    if theirs.global_step:
+        raise ValueError(
+            f"BlockOptimizerRatio has taken {theirs.global_step} steps, whose moments a cast would lose, expected "
+            "none. Boost before the first step."
+        )
+    named = list(theirs.named_parameters_list)
+    for _, param in named:
+        hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+        for number in [number for number, hook in hooks.items() if hook is theirs.sparse_hook]:
+            del hooks[number]
+    ratios = {name: theirs.sparse_dict[param].get("update_ratio") for name, param in named}
+    ours = BlockOptimizerRatio(
+        theirs.param_groups,
+        named,
+        theirs.update_ratio,
+        theirs.verbose,
+        theirs.switch_every,
+        theirs.preserve_threshold,
+        {name: ratio for name, ratio in ratios.items() if ratio is not None},
+        theirs.mask_mode,
+        optimizer_defaults={name: theirs.defaults[name] for name in ("lr", "betas", "eps") if name in theirs.defaults},
+        keep_mask=theirs.keep_mask,
+        # Theirs has frozen already what it does not include.
+        include_embedding=True,
+        include_lm_head=True,
+    )
+    small = [name for name, param in named if param.requires_grad and param.numel() < theirs.preserve_threshold]
+    if small:
+        logger.warning(
+            "badam's preserve_threshold has no effect; here tensors of fewer than %d values train whole, such as %s",
+            theirs.preserve_threshold,
+            small[0],
+        )
+    return ours
 
 
 def _origin(cls: type) -> tuple[str | None, bool]:

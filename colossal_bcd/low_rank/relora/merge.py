@@ -8,7 +8,7 @@ moments, which may be sharded, are put together; every rank then does the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from colossal_bcd.low_rank.projector import singular_bases
 from colossal_bcd.low_rank.relora.layer import ReLoRaLinear
-from colossal_bcd.optim.state.quantized import dequantize, quantize_into
+from colossal_bcd.optim.state.filed import FiledTensor, filed_like, read, write
+from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, Sum, Task, resolve, run_rounds, wide
 from colossal_bcd.sharding.low_rank import cost_of_basis
 from colossal_bcd.sharding.packing import least_loaded
@@ -200,28 +201,27 @@ def _moments(state: Mapping[str, Any]) -> list[str]:
     return [entry for entry in FIRST_MOMENTS if isinstance(state.get(entry), Tensor)]
 
 
-def _whole(site: AdapterAccess, factor: Parameter, entry: str) -> Sum:
-    """Request a first moment in the factor's shape, whichever part of it this rank holds."""
-    layout, values = site.layout(factor), _values(site, factor, entry)
+def _filed(site: AdapterAccess, factor: Parameter, name: str) -> FiledTensor:
+    """How a first moment is stored."""
+    state = site.state(factor)
+    filed = filed_like(name, state[name], site.layout(factor))
+    if f"{name}_absmax" not in state:
+        return filed
+    return replace(filed, dtype=torch.float32, spec=StateSpec(kind="elementwise", bits=8))
+
+
+def _whole(site: AdapterAccess, factor: Parameter, name: str) -> Sum:
+    """Request a first moment in the factor's shape, whichever part of it this rank has."""
+    layout, values = site.layout(factor), read(_filed(site, factor, name), site.state(factor))
     whole = torch.zeros(layout.numel, dtype=values.dtype, device=values.device)
     whole[layout.positions(0, layout.num_local, values.device)] = values
     return Sum(whole.view(layout.shape), layout.axes)
 
 
-def _values(site: AdapterAccess, factor: Parameter, entry: str) -> Tensor:
-    state, layout = site.state(factor), site.layout(factor)
-    values: Tensor = state[entry].reshape(-1)[: layout.num_local]
-    return dequantize(values, state[f"{entry}_absmax"]) if f"{entry}_absmax" in state else values
-
-
-def _store(site: AdapterAccess, factor: Parameter, entry: str, whole: Tensor) -> None:
-    state, layout = site.state(factor), site.layout(factor)
+def _store(site: AdapterAccess, factor: Parameter, name: str, whole: Tensor) -> None:
+    layout = site.layout(factor)
     values = whole.reshape(-1)[layout.positions(0, layout.num_local, whole.device)]
-    stored = state[entry].view(-1)[: layout.num_local]
-    if f"{entry}_absmax" in state:
-        quantize_into(stored, state[f"{entry}_absmax"], values)
-    else:
-        stored.copy_(values)
+    write(_filed(site, factor, name), site.state(factor), values)
 
 
 def _item(layer: ReLoRaLinear) -> int:

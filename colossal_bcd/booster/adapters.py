@@ -1,18 +1,22 @@
-"""Adapters that `booster.enable_lora` made after the optimizer."""
+"""Adapters: those that `booster.enable_lora` made after the optimizer, and the factors of a ReLoRaModel."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from colossalai.accelerator import get_accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import is_plain, trained_of
+from colossal_bcd.engine.masters import ShardedMasters
+from colossal_bcd.engine.reducer import GradientReducer
+from colossal_bcd.low_rank.relora.layer import ReLoRaLinear
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.sharding import Layout, Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -99,3 +103,66 @@ def _adapters(model: nn.Module) -> Iterator[tuple[Parameter, Parameter | None]]:
             for copy in module.modules_to_save.values():
                 for name, param in copy.named_parameters():
                     yield param, origins.get(name)
+
+
+class EngineAdapters:
+    """The `AdapterAccess` of an engine; made between backward and the step.
+
+    The engine does not know the full gradients: they are of weights that it does not train.  `merge_and_reinit`
+    averages them over the engine's data-parallel ranks, and gives the engine the gradients of the factors that follow
+    from them, averaged already, in place of those that backward has left.
+    """
+
+    def __init__(
+        self, masters: ShardedMasters, reducer: GradientReducer, states: Mapping[Tensor, Any], mesh: Mesh
+    ) -> None:
+        self._masters, self._reducer, self._states, self.mesh = masters, reducer, states, mesh
+        reducer.take_back()
+        if reducer.unfinished:
+            reducer.finish()
+
+    def holds(self, factor: Parameter) -> bool:
+        return factor in self._masters.of
+
+    def layout(self, factor: Parameter) -> Layout:
+        return self._masters.layout(factor)
+
+    def state(self, factor: Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self._states.get(self._masters.of[factor], {})
+        return state
+
+    def restart(self, factor: Parameter, grad: Tensor) -> None:
+        factor.data.zero_()
+        self._masters.of[factor].zero_()
+        factor.grad = None
+        share = self.layout(factor).shard(grad) if self._reducer.config.partition else grad
+        self._reducer.grads[factor] = share.reshape(-1)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether some layer trains in low rank while its weight is frozen and merged into."""
+    return any(isinstance(module, ReLoRaLinear) for module in model.modules())
+
+
+def refuse_adapters(model: nn.Module, tp_size: int) -> None:
+    """Refuse a model that ColossalAI's sharding of layers would take for one with plain linear layers.
+
+    Args:
+        model: not sharded yet.
+        tp_size: tensor-parallel ranks.
+    Raises:
+        ValueError: some layer trains in low rank, or has adapters of peft that tensor parallelism would drop.
+    """
+    if has_adapters(model):
+        raise ValueError(
+            "HybridParallelPlugin: got a model with ReLoRaLinear layers, which ColossalAI's ShardFormer cannot divide, "
+            "expected one without. Use LowLevelZeroPlugin, or train the model as it is with colossal_bcd.GoLoreAdamW, "
+            "which is the same method on any mesh."
+        )
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "lora_A")), None)
+    if adapted is not None and tp_size > 1:
+        raise ValueError(
+            f"HybridParallelPlugin: got a model with LoRA adapters, such as {adapted!r}, and tp_size={tp_size}, whose "
+            "layers ColossalAI replaces without their adapters; expected tp_size=1. Use LowLevelZeroPlugin, or "
+            "tp_size=1 with zero_stage=1 or 2."
+        )
