@@ -19,72 +19,53 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
-    from colossal_bcd.low_rank import (
-        GaLoreAdafactor,
-        GaLoreAdamW,
-        GaLoreAdamW8bit,
-        GaLoreSGD,
-        GoLoreAdafactor,
-        GoLoreAdamW,
-        GoLoreAdamW8bit,
-        GoLoreSGD,
-        Projection,
-    )
-    from colossal_bcd.low_rank.param_groups import param_groups
-    from colossal_bcd.memory import estimate
-    from colossal_bcd.optim import CAME, SGD, Adafactor, AdamW, Lamb, Storage
+    from colossal_bcd.block import BlockOptimizer as BlockOptimizer
+    from colossal_bcd.block import BlockOptimizerRatio as BlockOptimizerRatio
+    from colossal_bcd.low_rank import GaLoreAdafactor as GaLoreAdafactor
+    from colossal_bcd.low_rank import GaLoreAdamW as GaLoreAdamW
+    from colossal_bcd.low_rank import GaLoreAdamW8bit as GaLoreAdamW8bit
+    from colossal_bcd.low_rank import GaLoreSGD as GaLoreSGD
+    from colossal_bcd.low_rank import GoLoreAdafactor as GoLoreAdafactor
+    from colossal_bcd.low_rank import GoLoreAdamW as GoLoreAdamW
+    from colossal_bcd.low_rank import GoLoreAdamW8bit as GoLoreAdamW8bit
+    from colossal_bcd.low_rank import GoLoreSGD as GoLoreSGD
+    from colossal_bcd.low_rank import Projection as Projection
+    from colossal_bcd.low_rank.param_groups import param_groups as param_groups
+    from colossal_bcd.memory import estimate as estimate
+    from colossal_bcd.optim import CAME as CAME
+    from colossal_bcd.optim import SGD as SGD
+    from colossal_bcd.optim import Adafactor as Adafactor
+    from colossal_bcd.optim import AdamW as AdamW
+    from colossal_bcd.optim import Lamb as Lamb
+    from colossal_bcd.optim import Lion as Lion
+    from colossal_bcd.optim import Storage as Storage
 
 _HOMES = {
-    "Adafactor": "colossal_bcd.optim",
-    "AdamW": "colossal_bcd.optim",
-    "CAME": "colossal_bcd.optim",
-    "GaLoreAdafactor": "colossal_bcd.low_rank",
-    "GaLoreAdamW": "colossal_bcd.low_rank",
-    "GaLoreAdamW8bit": "colossal_bcd.low_rank",
-    "GaLoreSGD": "colossal_bcd.low_rank",
-    "GoLoreAdafactor": "colossal_bcd.low_rank",
-    "GoLoreAdamW": "colossal_bcd.low_rank",
-    "GoLoreAdamW8bit": "colossal_bcd.low_rank",
-    "GoLoreSGD": "colossal_bcd.low_rank",
-    "Lamb": "colossal_bcd.optim",
-    "Projection": "colossal_bcd.low_rank",
-    "SGD": "colossal_bcd.optim",
-    "Storage": "colossal_bcd.optim",
     "BlockOptimizer": "colossal_bcd.block",
-    "param_groups": "colossal_bcd.low_rank.param_groups",
     "BlockOptimizerRatio": "colossal_bcd.block",
+    "Projection": "colossal_bcd.low_rank",
+    "Storage": "colossal_bcd.optim",
     "estimate": "colossal_bcd.memory",
+    "param_groups": "colossal_bcd.low_rank.param_groups",
 }
 
-__all__ = [
-    "Adafactor",
-    "AdamW",
-    "CAME",
-    "GaLoreAdafactor",
-    "GaLoreAdamW",
-    "GaLoreAdamW8bit",
-    "GaLoreSGD",
-    "GoLoreAdafactor",
-    "GoLoreAdamW",
-    "GoLoreAdamW8bit",
-    "GoLoreSGD",
-    "Lamb",
-    "Projection",
-    "SGD",
-    "Storage",
-    "BlockOptimizer",
-    "param_groups",
-    "BlockOptimizerRatio",
-    "estimate",
-]
+
+def _optimizers() -> dict[str, Any]:
+    """Every registered optimizer by its public name (see `optim.register`)."""
+    register = importlib.import_module("colossal_bcd.optim.register")
+    return {name: each.cls for name, each in register.registered("colossal_bcd.optim", "colossal_bcd.low_rank").items()}
 
 
 def __getattr__(name: str) -> Any:
+    # Nothing is imported with the package: each name is looked up when it is first asked for.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__all__":
+        return sorted([*_HOMES, *_optimizers()])
+    if not name.startswith("_") and name in (optimizers := _optimizers()):
+        return optimizers[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import is_plain
 from colossal_bcd.booster.boosting import frozen_in, refuse_newcomers
-from colossal_bcd.booster.casts.registry import cast, names_of
+from colossal_bcd.booster.casts.registry import OPTIMIZERS, cast, names_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.distributed import (
@@ -32,17 +32,7 @@ from colossal_bcd.booster.distributed import (
     DistributedLamb,
     SetupDistributed,
 )
-from colossal_bcd.low_rank import (
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GaLoreAdamW8bit,
-    GaLoreSGD,
-    GoLoreAdafactor,
-    GoLoreAdamW,
-    GoLoreAdamW8bit,
-    GoLoreSGD,
-)
-from colossal_bcd.optim import CAME, Adafactor, AdamW, Lamb, ShardedOptimizer
+from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh
 
 CALLERS: tuple[ModuleType, ...] = (
@@ -52,17 +42,6 @@ CALLERS: tuple[ModuleType, ...] = (
     moe_hybrid_parallel_plugin,
 )
 """Modules in which ColossalAI looks its cast function up."""
-
-GALORE = (
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GaLoreAdamW8bit,
-    GaLoreSGD,
-    GoLoreAdafactor,
-    GoLoreAdamW,
-    GoLoreAdamW8bit,
-    GoLoreSGD,
-)
 
 
 def install() -> None:
@@ -106,7 +85,7 @@ def _table() -> dict[Any, Any]:
     """Optimizer -> ours, with the constructor that those who read ColossalAI's table call."""
     stock = colossalai_optimizers
     return {
-        **{cls: cls for cls in (AdamW, Lamb, Adafactor, CAME, *GALORE)},
+        **{each.cls: each.cls for each in OPTIMIZERS.values()},
         **{cls: cls for cls in (DistributedLamb, DistributedAdaFactor, DistributedCAME, DistGaloreAwamW)},
         **dict.fromkeys((stock.Lamb, stock.DistributedLamb), DistributedLamb),
         **dict.fromkeys((stock.Adafactor, stock.DistributedAdaFactor), DistributedAdaFactor),

@@ -14,6 +14,7 @@ from colossal_bcd.optim.adafactor import Adafactor
 from colossal_bcd.optim.adamw import AdamW, AdamWHyper, AdamWRule, Order, adamw
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.options import OPTIONAL, Bits, require
+from colossal_bcd.optim.register import register, registered
 from colossal_bcd.optim.sgd import SGD
 from colossal_bcd.optim.state.quantized import require_library
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
@@ -53,16 +54,19 @@ class AdamW8bitHyper(AdamWRule):
         require(self.state_bits in (8, 32), "state_bits", self.state_bits, "8 or 32")
 
 
+@register("GaLoreAdamW")
 class GaLoreAdamW(GaLore, AdamW):
     """AdamW on low-rank projections of the gradients, on any mesh (see `GaLore`, `GaLoreAdamWHyper`)."""
 
     hyper_type = GaLoreAdamWHyper
 
 
+@register("GaLoreSGD")
 class GaLoreSGD(GaLore, SGD):
     """SGD with momentum on low-rank projections of the gradients, on any mesh (see `GaLore`, `SGDHyper`)."""
 
 
+@register("GaLoreAdafactor")
 class GaLoreAdafactor(GaLore, Adafactor):
     """Adafactor on low-rank projections of the gradients, on any mesh (see `GaLore`, `AdafactorHyper`).
 
@@ -95,6 +99,7 @@ class AdamW8bit(ShardedOptimizer[AdamW8bitHyper]):
         return adamw(view, state, hyper)
 
 
+@register("GaLoreAdamW8bit")
 class GaLoreAdamW8bit(GaLore, AdamW8bit):
     """AdamW with 8-bit moments on low-rank projections of the gradients, as galore_torch's (see `GaLore`).
 
@@ -105,17 +110,36 @@ class GaLoreAdamW8bit(GaLore, AdamW8bit):
     temporary_bytes = 12
 
 
+@register("GoLoreAdamW")
 class GoLoreAdamW(GoLore, GaLoreAdamW):
     """`GaLoreAdamW` with late random bases (see `GoLore`)."""
 
 
+@register("GoLoreSGD")
 class GoLoreSGD(GoLore, GaLoreSGD):
     """`GaLoreSGD` with late random bases (see `GoLore`)."""
 
 
+@register("GoLoreAdafactor")
 class GoLoreAdafactor(GoLore, GaLoreAdafactor):
     """`GaLoreAdafactor` with late random bases (see `GoLore`)."""
 
 
+@register("GoLoreAdamW8bit")
 class GoLoreAdamW8bit(GoLore, GaLoreAdamW8bit):
     """`GaLoreAdamW8bit` with late random bases (see `GoLore`)."""
+
+
+def _make_forms() -> None:
+    """Make the two forms of optimizers whose own files ask for them (`register(..., low_rank=True)`)."""
+    for name, each in registered("colossal_bcd.optim").items():
+        if not each.low_rank:
+            continue
+        base = each.cls
+        for form, transformation in (("GaLore", GaLore), ("GoLore", GoLore)):
+            text = f"{name} on low-rank projections of the gradients, on any mesh (see `{form}`, `{name}Hyper`)."
+            made: Any = type(f"{form}{name}", (transformation, base), {"__module__": __name__, "__doc__": text})
+            globals()[made.__name__] = base = register(made.__name__)(made)
+
+
+_make_forms()

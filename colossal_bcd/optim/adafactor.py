@@ -12,6 +12,7 @@ from torch import Tensor
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
 from colossal_bcd.optim.options import Storage, plain_number, require
+from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
 from colossal_bcd.sharding import Rounds, View
 
@@ -93,6 +94,7 @@ def adafactor(view: View, state: State, hyper: AdafactorHyper) -> Rounds:
     yield from view.subtract(update, decay=lr * hyper.weight_decay if hyper.weight_decay else 0.0)
 
 
+@register("Adafactor")
 class Adafactor(ShardedOptimizer[AdafactorHyper]):
     """Adafactor on any mesh: two collectives per axis and step, whatever the number of parameters.
 

@@ -8,6 +8,7 @@ from typing import Literal
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
 from colossal_bcd.optim.options import OPTIONAL, RoundingOptions, Storage, require, require_adam
+from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
 from colossal_bcd.sharding import Rounds, View
 
@@ -56,6 +57,7 @@ def adamw(view: View, state: State, hyper: AdamWRule) -> Rounds:
     yield from view.subtract(direction, lr=lr, decay=decay, decay_first=hyper.order == "torch")
 
 
+@register("AdamW")
 class AdamW(ShardedOptimizer[AdamWHyper]):
     """AdamW on any mesh, without communication; its hyper-parameters are those of `AdamWHyper`."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
 from colossal_bcd.optim.options import Storage, require
+from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
 from colossal_bcd.sharding import Rounds, View
 
@@ -73,6 +74,7 @@ def came(view: View, state: State, hyper: CAMEHyper) -> Rounds:
     yield from view.subtract(update, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
 
 
+@register("CAME")
 class CAME(ShardedOptimizer[CAMEHyper]):
     """CAME on any mesh: three collectives per axis and step, whatever the number of parameters.
 

@@ -10,6 +10,7 @@ import torch
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
 from colossal_bcd.optim.options import Storage, require, require_adam
+from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
 from colossal_bcd.sharding import Rounds, ShardView
 
@@ -66,6 +67,7 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     view.param.addcmul_(direction.mul_(root), root, value=-lr)
 
 
+@register("Lamb")
 class Lamb(ShardedOptimizer[LambHyper]):
     """LAMB on any mesh: one collective per axis and step, whatever the number of parameters.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.math import heavy_ball_
 from colossal_bcd.optim.options import Storage, require
+from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
 from colossal_bcd.sharding import Rounds, View
 
@@ -52,6 +53,7 @@ def sgd(view: View, state: State, hyper: SGDHyper) -> Rounds:
     yield from view.subtract(direction, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay, decay_first=False)
 
 
+@register("SGD")
 class SGD(ShardedOptimizer[SGDHyper]):
     """SGD on any mesh, without communication; its hyper-parameters are those of `SGDHyper`."""
 

@@ -15,7 +15,18 @@ import references
 import torch
 import torch.distributed as dist
 
-from colossal_bcd import CAME, SGD, Adafactor, AdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreSGD, Lamb
+from colossal_bcd import (
+    CAME,
+    SGD,
+    Adafactor,
+    AdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreLion,
+    GaLoreSGD,
+    Lamb,
+    Lion,
+)
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, TensorSplit
 from colossal_bcd.testing import CollectiveCounter, PeakBytes
@@ -55,6 +66,7 @@ PROJECTION = {"rank": 3, "clamp": True, "update_proj_gap": 3, "svd_method": "ran
 TABLE = {
     "adamw": Row(optimizer=AdamW, reference=references.adamw),
     "sgd": Row(optimizer=SGD, reference=references.sgd, hyper={"momentum": 0.9}, decays=("decay",)),
+    "lion": Row(optimizer=Lion, reference=references.lion, decays=("decay",)),
     "lamb": Row(optimizer=Lamb, reference=references.lamb, rounds=1),
     "lamb-v3": Row(
         optimizer=Lamb, reference=references.lamb, hyper={"bias_correction": False}, rounds=1, decays=("decay",)
@@ -92,6 +104,15 @@ TABLE = {
         optimizer=GaLoreSGD,
         reference=galore_references.galore_sgd,
         hyper={**PROJECTION, "momentum": 0.9, "nesterov": True},
+        rounds=1,
+        zero_rounds=1,
+        left_rounds=(1, 2),
+        decays=("decay",),
+    ),
+    "galore-lion": Row(
+        optimizer=GaLoreLion,
+        reference=galore_references.galore_lion,
+        hyper=PROJECTION,
         rounds=1,
         zero_rounds=1,
         left_rounds=(1, 2),

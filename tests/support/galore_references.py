@@ -51,6 +51,11 @@ def sgd(grad, state, weight, *, lr, momentum=0.0, dampening=0.0, nesterov=False)
     return lr * (grad + momentum * state["m"] if nesterov else state["m"]), None
 
 
+def lion(grad, state, weight, *, lr, betas=(0.9, 0.99)):
+    """Decays before the step, as Lion does."""
+    return -references.lion(torch.zeros_like(grad), grad, state, lr=lr, betas=betas), lr
+
+
 def adafactor(
     grad, state, weight, *, lr, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None, scale_parameter=True
 ):
@@ -92,15 +97,16 @@ def galore(
         left, right = state["bases"]
         step, _lr = inner(left.T @ matrix @ right, state, weight, lr=lr, **hyper)
         step = scale * (left @ step @ right.T).reshape(shape)
-    if _lr is not None:  # Adafactor decays first
+    if _lr is not None:  # Adafactor and Lion decay first
         return weight - _lr * weight_decay * weight - step
     return (weight - step) * (1 - lr * weight_decay)
 
 
-INNER = {"adamw": adamw, "adamw8bit": adamw_8bit, "sgd": sgd, "adafactor": adafactor}
+INNER = {"adamw": adamw, "adamw8bit": adamw_8bit, "sgd": sgd, "adafactor": adafactor, "lion": lion}
 galore_adamw = functools.partial(galore, adamw)
 galore_8bit = functools.partial(galore, adamw_8bit)
 galore_sgd = functools.partial(galore, sgd)
+galore_lion = functools.partial(galore, lion)
 
 
 def galore_adafactor(weight, grad, state, *, relative_step=False, **hyper):

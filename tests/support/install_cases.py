@@ -25,9 +25,10 @@ from colossal_bcd import CAME, BlockOptimizer, Lamb, compat
 from colossal_bcd import Adafactor as OurAdafactor
 from colossal_bcd.booster import LowLevelZeroPlugin as OurLowLevelZeroPlugin
 from colossal_bcd.booster import install
+from colossal_bcd.booster.casts import registry
 from colossal_bcd.booster.cpu_accelerator import HostAccelerator
 from colossal_bcd.booster.layouts import shard_layouts
-from colossal_bcd.booster.stock_plugins import GALORE, distributed_class
+from colossal_bcd.booster.stock_plugins import distributed_class
 from colossal_bcd.sharding import Layout
 from colossal_bcd.testing import CollectiveCounter
 from support.errors import largest_error
@@ -243,7 +244,14 @@ def table_entries() -> dict[str, Any]:
         assert ours.param_groups[0]["min_8bit_size"] == 17
         kind = isinstance(ours, compat.DistGaloreAwamW)
         found[cls.__name__] = kind, ours.param_groups[0]["lr"], hasattr(ours, "setup_distributed")
-    ours_of = (*sources, Lamb, OurAdafactor, CAME, compat.DistGaloreAwamW, *GALORE)
+    ours_of = (
+        *sources,
+        Lamb,
+        OurAdafactor,
+        CAME,
+        compat.DistGaloreAwamW,
+        *(each.cls for each in registry.OPTIMIZERS.values()),
+    )
     return {**found, "ours": all(table[cls] is distributed_class(cls) for cls in ours_of)}
 
 

@@ -33,6 +33,14 @@ def sgd(weight, grad, state, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.
     return (weight - lr * direction) * (1 - lr * weight_decay)
 
 
+def lion(weight, grad, state, *, lr, betas=(0.9, 0.99), weight_decay=0.0):
+    """Algorithm 2 of arXiv 2302.06675."""
+    m = state.get("m", torch.zeros_like(grad))
+    update = torch.sign(betas[0] * m + (1 - betas[0]) * grad)
+    state["m"] = betas[1] * m + (1 - betas[1]) * grad
+    return weight - lr * weight_decay * weight - lr * update
+
+
 def lamb(weight, grad, state, *, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, bias_correction=True, adam=False):
     """Algorithm 2 of arXiv 1904.00962 with phi the identity; a trust ratio with a norm of zero is one."""
     m, v, t = moments(grad, state, betas)

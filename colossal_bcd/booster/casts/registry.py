@@ -17,11 +17,15 @@ from colossal_bcd.low_rank import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from colossal_bcd.names import plain_name
 from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import require_sound
+from colossal_bcd.optim.register import registered
 
 logger = logging.getLogger(__name__)
 
 Group = Mapping[str, Any]
 """A param group, or the defaults of all groups."""
+
+OPTIMIZERS = registered("colossal_bcd.optim", "colossal_bcd.low_rank")
+"""Every optimizer of this package by its public name, with what its file says that it replaces."""
 
 _BITS = ("", "8bit", "32bit")
 
@@ -171,7 +175,12 @@ def _galore_8bit(optimizer: Any, args: Group) -> dict[str, Any]:
     return {**require_options(type(optimizer).__name__, options), **CLAMPED}
 
 
+def _same(optimizer: Any, group: Group) -> dict[str, Any]:
+    return {}
+
+
 CASTS: dict[str, tuple[Any, Callable[[Any, Group], dict[str, Any]]]] = {
+    **{source: (each.cls, _same) for each in OPTIMIZERS.values() for source in each.replaces},
     "colossalai.nn.optimizer.Lamb": (Lamb, _colossalai_lamb),
     "colossalai.nn.optimizer.DistributedLamb": (Lamb, _colossalai_lamb),
     "colossalai.nn.optimizer.FusedLAMB": (Lamb, _fused_lamb),
@@ -229,9 +238,10 @@ def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
         ours = _cast_ratio(optimizer)
         _share(optimizer, ours)
         return ours
-    if home in CASTS and unchanged:
+    lacking = "" if home is None else _lacking(optimizer, home)
+    if home in CASTS and unchanged and not lacking:
         return _converted(optimizer, *CASTS[home])
-    if home is not None and unchanged:
+    if home is not None and unchanged and not lacking:
         package, _, name = home.rpartition(".")
         if name in BLOCKWISE.get(package, ()):
             raise ValueError(
@@ -246,6 +256,7 @@ def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
             )
     elif not isinstance(optimizer, ShardedOptimizer) and not measured:
         why = "is unknown here" if home is None else f"overrides the step of {home}, so it is not cast"
+        why = f"has {lacking}, so it is not cast" if lacking else why
         logger.warning(
             "%s.%s %s and left as it is: right only if its update of a value needs that value alone",
             cls.__module__,
@@ -295,6 +306,16 @@ def _cast_ratio(theirs: Any) -> BlockOptimizerRatio:
             small[0],
         )
     return ours
+
+
+def _lacking(optimizer: Any, home: str) -> str:
+    """The option of an optimizer with which it computes what ours, which `register` names for it, does not."""
+    options = next((each.replaces[home] for each in OPTIMIZERS.values() if home in each.replaces), {})
+    for name, value in options.items():
+        for source in [vars(optimizer)] if name in vars(optimizer) else optimizer.param_groups:
+            if source.get(name, value) != value:
+                return f"{name}={source[name]!r}"
+    return ""
 
 
 def _origin(cls: type) -> tuple[str | None, bool]:
