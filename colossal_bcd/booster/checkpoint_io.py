@@ -147,7 +147,7 @@ def writing_together() -> Iterator[None]:
 
 
 def _holding(function: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
-    def held(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         if errors:
             return None
         try:
@@ -156,4 +156,4 @@ def _holding(function: Callable[..., Any], errors: list[Exception]) -> Callable[
             errors.append(error)
             return None
 
-    return held
+    return guarded

@@ -186,12 +186,12 @@ class StockSurface:
     def get_working_grad_by_param_id(self, param_id: int) -> Tensor | None:
         """This rank's slice of an averaged gradient, or None."""
         param = self._param_of(param_id)
-        return None if self._average_of(param) is None else self._slices(param)[self._own_slice]
+        return None if self._average_of(param) is None else self._slices(param)[self._this_slice]
 
     def get_working_grads_by_group_id(self, group_id: int) -> list[Tensor]:
         """This rank's slices of the averaged gradients in a param group."""
         params = self._working_param_groups[group_id]
-        return [self._slices(param)[self._own_slice] for param in params if self._average_of(param) is not None]
+        return [self._slices(param)[self._this_slice] for param in params if self._average_of(param) is not None]
 
     def get_param_id_for_grad(self, grad: Tensor) -> int | None:
         """Id of the weight of which a tensor is (part of) the averaged gradient, or None."""
@@ -305,8 +305,8 @@ class StockSurface:
         return optimizer
 
     @property
-    def _own_slice(self) -> int:
-        """Place of this rank's slice in what `_slices` returns."""
+    def _this_slice(self) -> int:
+        """Index of this rank's slice in what `_slices` returns."""
         return 0 if self.config.partition_grad or not self.config.zero_groups else self.masters.shard
 
     def _master_of(self, param: Any) -> Tensor:
