@@ -101,11 +101,6 @@ def test_imports_of_torch_distributed_stay_where_communication_is(path):
     assert allowed or not reaches
 
 
-@pytest.mark.parametrize("path", FILES, ids=by_path)
-def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 500
-
-
 @pytest.mark.parametrize(
     ("source", "names"),
     [

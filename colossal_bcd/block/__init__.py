@@ -13,6 +13,7 @@ correction/             BREAD's cheap updates of what is not active
 ratio/                  the form that trains a share of the values of every tensor
 replicas                several processes without an engine
 state_dict, rates       state dict on one process; learning rates after a switch
+copying                 copies and pickles of a block optimizer
 checks, untrained, log  refusals; warnings of what nothing trains; lines for users
 compiled, gradient_checkpointing    graphs of torch.compile and checkpoints follow what trains
 """

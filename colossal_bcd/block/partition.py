@@ -72,7 +72,7 @@ def partition(
         _require_trainable("include_embedding", "an embedding", embedding, trainable)
     if include_lm_head:
         # A tied head that is in the embedding's block is trained as asked, with no block of its own.
-        tied = _named_like("head", names, aliases).intersection(embedding)
+        tied = _names_like("head", names, aliases).intersection(embedding)
         _require_trainable("include_lm_head", "a head", [*head, *tied], trainable)
     if not layers:
         raise ValueError(
@@ -153,7 +153,7 @@ def _by_role(
     """Parameters of each layer, of the embedding and of the head, the latter two empty unless included."""
     layers: dict[str, list[str]] = {}
     embedding, head = [], []
-    embeddings, heads = (_named_like(kind, names, aliases) for kind in ("embedding", "head"))
+    embeddings, heads = (_names_like(kind, names, aliases) for kind in ("embedding", "head"))
     for name in names:
         where = role_of(name)
         if name in embeddings and include_embedding:
@@ -165,7 +165,7 @@ def _by_role(
     return layers, embedding, head
 
 
-def _named_like(kind: str, names: Sequence[str], aliases: Mapping[str, str]) -> set[str]:
+def _names_like(kind: str, names: Sequence[str], aliases: Mapping[str, str]) -> set[str]:
     """Canonical names of the parameters one of whose names is of that kind."""
     return {aliases.get(name, name) for name in itertools.chain(names, aliases) if role_of(name).kind == kind}
 

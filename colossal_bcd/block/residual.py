@@ -115,7 +115,7 @@ class Residuals:
         flat, masters, weights = residual.view(-1), master.reshape(-1), weight.reshape(-1)
         for start in range(0, len(flat), CHUNK):
             part = slice(start, start + CHUNK)
-            flat[part] = _cut_off(masters[part], weights[part].to(master.device), self._options.bits)
+            flat[part] = _lost_bits(masters[part], weights[part].to(master.device), self._options.bits)
         self.of[param] = residual
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class Residuals:
             master.copy_(values.view(master.shape))
 
 
-def _cut_off(master: Tensor, weight: Tensor, bits: int) -> Tensor:
+def _lost_bits(master: Tensor, weight: Tensor, bits: int) -> Tensor:
     """[n] residual; zero where the weight is not the rounded master, or no finite number."""
     rounded = (master.to(weight.dtype) == weight) & weight.isfinite()
     distance = _ordinal(master, weight.dtype) - _ordinal(weight.float(), weight.dtype)

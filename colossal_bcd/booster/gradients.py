@@ -156,7 +156,7 @@ class Clipping:
         """Requests for the squared norms, but for those that another pipeline stage counts; in the masters' order."""
         masters, partition = self.masters, self.config.partition_grad
         wanted = {param: of for param in masters.of if param in grads and (of := self._reducer.low_rank.get(param))}
-        shares = {p: of.held(grads[p], partitioned=partition and of.divided) for p, of in wanted.items()}
+        shares = {p: of.of_slice(grads[p], partitioned=partition and of.divided) for p, of in wanted.items()}
         whole = resolve([of.complete(shares[param]) for param, of in wanted.items()], self._mesh)
         squares: list[Request] = [of.square_sum(grad) for of, grad in zip(wanted.values(), whole, strict=True)]
         for param in masters.of:

@@ -1,6 +1,10 @@
 """Names and signatures of the packages that this one replaces: change the import line, keep the call.
 
-One file per predecessor.
+badam    the block optimizer of BAdam and BREAD, and how they divide a model
+ratio    the parameter-ratio form of both
+galore   param groups as of the GaLore repositories
+golore   GoLore's ReLoRA form
+trainer  callbacks for the Trainer of transformers
 """
 
 from typing import TYPE_CHECKING, Any

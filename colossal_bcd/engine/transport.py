@@ -180,7 +180,7 @@ class LowRankGradients(WholeGradients):
         """Add up low-rank gradients over shards and hand them to the optimizer; masters say only that there is one."""
         self._wanted = {param: low_rank for param, low_rank in reducer.low_rank.items() if param in reducer.grads}
         shares = {
-            param: low_rank.held(reducer.grads.pop(param), partitioned=self._partition and low_rank.divided)
+            param: low_rank.of_slice(reducer.grads.pop(param), partitioned=self._partition and low_rank.divided)
             for param, low_rank in self._wanted.items()
         }
         super().load(reducer, masters, mesh)

@@ -323,7 +323,7 @@ class LowRankGradient:
     @cached_property
     def part_numel(self) -> int:
         """Values of the largest rank's part, where the low-rank gradient is divided."""
-        return max(math.prod(part.local_shape) for part in self._parts)
+        return max(math.prod(part.local_shape) for part in self._slices)
 
     def of(self, grad: Tensor) -> Tensor:
         """Low-rank gradient of this rank's shard, flat, in the dtype of the bases.
@@ -340,12 +340,12 @@ class LowRankGradient:
     def rows(self, flat: Tensor) -> Tensor:
         """[W, part_numel] what each rank needs of the shard's low-rank gradient, padded with zeros."""
         matrix = flat.view(self.shape)
-        buffer = matrix.new_zeros(len(self._parts), self.part_numel)
-        for row, part in zip(buffer, self._parts, strict=True):
+        buffer = matrix.new_zeros(len(self._slices), self.part_numel)
+        for row, part in zip(buffer, self._slices, strict=True):
             row[: math.prod(part.local_shape)] = self._part(matrix, part).reshape(-1)
         return buffer
 
-    def held(self, flat: Tensor, *, partitioned: bool) -> Tensor:
+    def of_slice(self, flat: Tensor, *, partitioned: bool) -> Tensor:
         """[a, b] this rank's part.
 
         Args:
@@ -372,7 +372,7 @@ class LowRankGradient:
             rows: [W, part_numel] by rank, as `padded` makes them.
         """
         matrix = rows.new_zeros(self.shape)
-        for row, part in zip(rows, self._parts, strict=True):
+        for row, part in zip(rows, self._slices, strict=True):
             self._part(matrix, part).copy_(row[: math.prod(part.local_shape)].view(part.local_shape))
         return matrix
 
@@ -391,7 +391,7 @@ class LowRankGradient:
         return matrix[:, part.columns] if self.side == "left" else matrix
 
     @cached_property
-    def _parts(self) -> tuple[LowRank, ...]:
+    def _slices(self) -> tuple[LowRank, ...]:
         return _by_slice(self.layout, self.side, self.rank)
 
 

@@ -246,7 +246,7 @@ def totals(layout: Layout) -> Region:
     return _runs(_without(layout, (last - 1, last)), segments.first, segments.count)
 
 
-def image(layout: Layout, side: Side, rank: int) -> Region:
+def low_rank_region(layout: Layout, side: Side, rank: int) -> Region:
     """The matrix's low-rank gradient, as `LowRank` divides it; whole: [R, q], [q, C] or [q, q]."""
     if side == "full":
         return whole((rank, rank))

@@ -8,7 +8,7 @@ from conformance_cases import Sizes
 
 from colossal_bcd.optim.state.quantized import dequantize, quantize_into, restore_into
 from colossal_bcd.sharding import FlatSlice, Layout, LowRank
-from colossal_bcd.sharding.regions import covers, elements, image
+from colossal_bcd.sharding.regions import covers, elements, low_rank_region
 from colossal_bcd.testing import run_ranks
 
 TOLERANCE = 1e-12
@@ -62,7 +62,7 @@ def test_every_row_of_a_low_rank_image_is_on_one_rank(length):
         layout = Layout(shape=(5, 10), slice=piece)
         low_rank = LowRank(layout, "right", 1)
         held += range(low_rank.rows.start, low_rank.rows.stop)
-        assert torch.equal(image(layout, "right", 1).pick(parts), parts[low_rank.rows].view(-1))
+        assert torch.equal(low_rank_region(layout, "right", 1).pick(parts), parts[low_rank.rows].view(-1))
     assert held == list(range(5))
 
 

@@ -63,7 +63,7 @@ def sharded(sizes: Sizes, hyper: dict[str, Any], partitioned: bool, whole_rows: 
             if mesh.communicates(("zero",)):
                 mesh.all_reduce(sent, "zero")
             part = sent[zero_rank] if partitioned and image.divided else sent
-            held[param] = image.held(part, partitioned=partitioned and image.divided)
+            held[param] = image.of_slice(part, partitioned=partitioned and image.divided)
             param.grad = param.new_zeros(()).expand_as(param)
         complete = resolve([wanted[param].complete(held[param]) for param in wanted], mesh)
         images = dict(zip(wanted, complete, strict=True))

@@ -160,7 +160,7 @@ class Selected:
             row[: last - first] = flat[first:last]
         return buffer
 
-    def held(self, flat: Tensor, *, partitioned: bool) -> Tensor:
+    def of_slice(self, flat: Tensor, *, partitioned: bool) -> Tensor:
         """Those of this rank's slice, from its row of `rows` if `partitioned`, else from those of the shard."""
         first, last = self._bounds[0 if self.layout.slice is None else self.layout.slice.rank]
         return flat[: last - first] if partitioned else flat[first:last]

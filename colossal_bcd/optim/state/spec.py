@@ -17,8 +17,8 @@ from colossal_bcd.sharding.regions import (
     Region,
     columns,
     elements,
-    image,
     low_rank_columns,
+    low_rank_region,
     low_rank_rows,
     rows,
     totals,
@@ -92,7 +92,7 @@ class StateSpec:
             return whole(self.shape)
         assert self.kind != "block", "the scales of 8-bit storage are in no file"
         if self.side is not None:
-            kind = {"low_rank": image, "row": low_rank_rows, "column": low_rank_columns}[self.kind]
+            kind = {"low_rank": low_rank_region, "row": low_rank_rows, "column": low_rank_columns}[self.kind]
             held_rank = {"left": 0, "right": -1, "full": 0}[self.side]
             return kind(layout.as_matrix(), self.side, self.shape[held_rank])
         if self.kind == "row":
