@@ -51,11 +51,8 @@ class Boosted:
 
     @property
     def rule(self) -> str:
-        """Name of the algorithm: the class that has its update."""
-        if isinstance(self.base, ShardedOptimizer):
-            rule = getattr(type(self.base), "inner", type(self.base).update)
-            return str(rule.__qualname__.partition(".")[0])
-        return type(self.base).__name__
+        """Name of the algorithm, which subclasses share."""
+        return self.base.rule_name if isinstance(self.base, ShardedOptimizer) else type(self.base).__name__
 
     @property
     def scaler(self) -> Any:

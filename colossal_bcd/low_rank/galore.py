@@ -119,6 +119,11 @@ class GaLore(ReducedGradientOptimizer):
         made: Rounds = self._projected(rule, view.weight, state, hyper)
         return made if is_projected(view.weight.layout, hyper) else rule(view, state, hyper)
 
+    @property
+    def rule_name(self) -> str:
+        rule: Any = super().update  # type: ignore[safe-super]
+        return f"GaLore{rule.__qualname__.partition('.')[0]}"
+
     def _projected(self, rule: Any, view: ShardView, state: State, hyper: Any) -> Rounds:
         """The update of projected parameters (arXiv 2403.03507, algorithm 2)."""
         low_rank, turn = low_rank_layout(view.layout, hyper), self.turn(view.keys[0])

@@ -174,6 +174,11 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         """The groups over which rules communicate."""
         return self._mesh
 
+    @property
+    def rule_name(self) -> str:
+        """Name of the algorithm, as checkpoints have it: the class that defines the update."""
+        return type(self).update.__qualname__.partition(".")[0]
+
     def layout_of(self, param: Tensor) -> Layout:
         """Which part of its parameter a tensor of the param groups is."""
         return self._layouts[param]

@@ -74,3 +74,13 @@ def test_golore_takes_its_first_random_step_from_the_value_too():
 def test_unknown_arguments_name_the_nearest(cls, key, meant):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{key}'; did you mean '{meant}'"):
         cls(weights(), **{key: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("AdamW", "AdamW"), ("GaLoreSGD", "GaLoreSGD"), ("GoLoreAdamW8bit", "GaLoreAdamW8bit")]
+)
+def test_subclasses_share_the_name_of_their_rule(name, rule):
+    """Checkpoints have it: GoLore loads those of GaLore, and none of another inner rule."""
+    options = {"rank": 2} if "Lore" in name else {}
+    options |= {"total_steps": 3} if name.startswith("GoLore") else {}
+    assert CLASSES[name](weights(), **options).rule_name == rule
