@@ -1,4 +1,4 @@
-"""What training holds on one rank beyond the weights, from layouts and declared state; nothing is allocated.
+"""What training needs on one rank beyond the weights, from layouts and declared state; nothing is allocated.
 
 Tensors may be on the meta device, and no process group is needed.
 """
@@ -31,19 +31,19 @@ class Estimate:
     """
 
     masters: int
-    """Of what trains now, where it is not the weight itself, and of adapters that wait."""
+    """Masters of what trains now, where they are not the weights themselves, and of adapters that wait."""
     state: int
-    """Of the base optimizer."""
+    """State of the base optimizer."""
     gradients: int
-    """After backward; those that are reduced as low-rank images are counted whole."""
+    """Gradients after backward; low-rank gradients are counted whole."""
     step_gradients: int
-    """The same as the step takes them."""
+    """Gradients as the step takes them."""
     temporaries: int
-    """Of the rules that run at the same time; not counted of optimizers of other packages."""
+    """Temporaries of the rules that run together; zero for optimizers of other packages, where they are unknown."""
     residuals: int
-    """What `residual="keep"` keeps once every block has trained."""
+    """Residuals that `residual="keep"` keeps once every block has trained."""
     correction_state: int
-    """Once everything was corrected."""
+    """State of the correction once everything was corrected."""
     waiting: int
     """Gradients of inactive parameters that wait for the last micro-batch (`accumulation_steps`)."""
 
@@ -106,7 +106,7 @@ def estimate(
     if layouts is not None:
         of = {param: layouts[param] for param in of if param in layouts}
     keys = {param: key for key, param in enumerate(itertools.chain.from_iterable(members))}
-    held = {
+    by_param = {
         param: _Trained(param.dtype, group, keys[param], of[param])
         for group, params in zip(base.param_groups, members, strict=True)
         for param in params
@@ -119,33 +119,33 @@ def estimate(
         plan = dataclasses.replace(plan, schedule=dataclasses.replace(plan.schedule, mode="ascending", drawn=()))
     epoch = max(stop - start for start, stop in trained.schedule.ranges)
     turns = [turn * trained.schedule.period for turn in range(epoch)]
-    estimates = [_of_block(trained, plan, counter, held, num_steps) for num_steps in turns]
+    estimates = [_of_block(trained, plan, counter, by_param, num_steps) for num_steps in turns]
     state = 0
     if trained.corrector is not None:
         ever = {name for num_steps in turns for name in plan.corrected_names(num_steps)}
-        params = [param for name, param in trained.named_parameters.items() if name in ever and param in held]
-        state = sum(trained.corrector.num_bytes(param, held[param].layout) for param in params)
+        params = [param for name, param in trained.named_parameters.items() if name in ever and param in by_param]
+        state = sum(trained.corrector.num_bytes(param, by_param[param].layout) for param in params)
     return dataclasses.replace(max(estimates, key=lambda each: each.peak), correction_state=state)
 
 
 def _of_block(
-    trained: Trained, plan: Plan, counter: _Counter, held: Mapping[Any, _Trained], num_steps: int
+    trained: Trained, plan: Plan, counter: _Counter, by_param: Mapping[Any, _Trained], num_steps: int
 ) -> Estimate:
     def found(names: Iterable[str]) -> set[Any]:
-        return {param for param in map(trained.named_parameters.get, names) if param in held}
+        return {param for param in map(trained.named_parameters.get, names) if param in by_param}
 
     corrector = trained.corrector
     active = found(plan.active_names(num_steps))
     kept = found(plan.trained()) & trained.kept - active
     bits = 0 if trained.residual is None else trained.residual.bits
-    left = [held[param] for param in found(plan.trained()) - active - kept if counter.has_copy(held[param])]
+    left = [by_param[param] for param in found(plan.trained()) - active - kept if counter.has_copy(by_param[param])]
     corrected = found(plan.corrected_names(num_steps))
     waits = corrector is not None and corrector.accumulation_steps > 1
     return counter.estimate(
-        [held[param] for param in active],
-        kept=[held[param] for param in kept],
+        [by_param[param] for param in active],
+        kept=[by_param[param] for param in kept],
         residuals=sum(counter.numel(each) for each in left) * bits // 8,
-        waiting=2 * sum(math.prod(held[param].layout.local_shape) for param in corrected) * waits,
+        waiting=2 * sum(math.prod(by_param[param].layout.local_shape) for param in corrected) * waits,
     )
 
 
@@ -154,7 +154,7 @@ class _Counter:
 
     Args:
         base: the optimizer that trains.
-        num_shards, partition_grad, master_weights: see `estimate`.
+        num_shards, partition_grad, master_weights: as of `estimate`.
     """
 
     def __init__(self, base: Optimizer, num_shards: int, partition_grad: bool, master_weights: bool) -> None:
@@ -163,53 +163,56 @@ class _Counter:
         self._whole_rows = isinstance(base, ShardedOptimizer) and not base.is_elementwise
 
     def estimate(self, active: Iterable[_Trained], kept: Iterable[_Trained] = (), **others: int) -> Estimate:
-        """Of what is active, and of what keeps masters and state besides."""
+        """Estimate what is active, and what keeps masters and state besides."""
         active, kept = list(active), list(kept)
-        entire = sum(math.prod(held.layout.local_shape) * held.dtype.itemsize for held in active)
-        parts = sum(self.numel(held) * held.dtype.itemsize for held in active)
+        entire = sum(math.prod(member.layout.local_shape) * member.dtype.itemsize for member in active)
+        parts = sum(self.numel(member) * member.dtype.itemsize for member in active)
         return Estimate(
-            masters=sum(self.numel(held) * self._dtype(held).itemsize for held in active + kept if self.has_copy(held)),
+            masters=sum(map(self._wide_bytes, filter(self.has_copy, active + kept))),
             state=sum(map(self._state, active + kept)),
             gradients=parts if self._partition_grad else entire,
-            step_gradients=sum(self.numel(held) * self._dtype(held).itemsize for held in active),
+            step_gradients=sum(map(self._wide_bytes, active)),
             temporaries=self._temporaries(active),
             correction_state=0,
             **{"residuals": 0, "waiting": 0, **others},
         )
 
-    def numel(self, held: _Trained) -> int:
-        """Values of this rank's part, padding included."""
-        return self._layout(held).max_local
+    def numel(self, member: _Trained) -> int:
+        """Count the values on this rank, padding included."""
+        return self._layout(member).max_local
 
-    def has_copy(self, held: _Trained) -> bool:
+    def has_copy(self, member: _Trained) -> bool:
         """Whether the master is another tensor than the weight."""
-        return self._num_shards > 1 or self._dtype(held) != held.dtype
+        return self._num_shards > 1 or self._dtype(member) != member.dtype
 
-    def _dtype(self, held: _Trained) -> torch.dtype:
-        return wide(held.dtype) if self._master_weights else held.dtype
+    def _wide_bytes(self, member: _Trained) -> int:
+        return self.numel(member) * self._dtype(member).itemsize
 
-    def _layout(self, held: _Trained) -> Layout:
+    def _dtype(self, member: _Trained) -> torch.dtype:
+        return wide(member.dtype) if self._master_weights else member.dtype
+
+    def _layout(self, member: _Trained) -> Layout:
         if self._num_shards == 1:
-            return held.layout
-        return held.layout.sliced("zero", 0, self._num_shards, whole_rows=self._whole_rows)
+            return member.layout
+        return member.layout.sliced("zero", 0, self._num_shards, whole_rows=self._whole_rows)
 
-    def _state(self, held: _Trained) -> int:
+    def _state(self, member: _Trained) -> int:
         if isinstance(self._base, ShardedOptimizer):
-            hyper = self._base.hyper_of(held.group, held.key)
-            specs = self._base.state_spec(self._layout(held), hyper)
-            return sum(spec.num_bytes(self._dtype(held)) for spec in specs.values())
-        per_value, in_all = _probe(self._base, held.group)
-        return self.numel(held) * per_value * self._dtype(held).itemsize + in_all
+            hyper = self._base.hyper_of(member.group, member.key)
+            specs = self._base.state_spec(self._layout(member), hyper)
+            return sum(spec.num_bytes(self._dtype(member)) for spec in specs.values())
+        per_value, in_all = _probe(self._base, member.group)
+        return self.numel(member) * per_value * self._dtype(member).itemsize + in_all
 
     def _temporaries(self, active: Sequence[_Trained]) -> int:
-        """Of the largest wave of rules, as `run_rounds` lets them run together; unknown of other packages' rules."""
+        """Count those of the largest wave of rules, as `run_rounds` lets them run together."""
         if not isinstance(self._base, ShardedOptimizer):
             return 0
         alone, together, stacked = [0], [0], 0
         limit = min(STACK_BYTES, self._base.wave_bytes)
-        for held in active:
-            layout = self._layout(held)
-            hyper, dtype = self._base.hyper_of(held.group), self._dtype(held)
+        for member in active:
+            layout = self._layout(member)
+            hyper, dtype = self._base.hyper_of(member.group), self._dtype(member)
             num_bytes = self._base.task_bytes(layout, hyper, dtype)
             if self._base.stacks and self._base.task_bytes(layout, hyper, dtype, 2) <= limit:
                 num_bytes = self._base.task_bytes(layout, hyper, dtype, 2) // 2
