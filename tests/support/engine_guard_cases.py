@@ -95,8 +95,8 @@ def lamb_bytes_at_switch() -> float:
     before = live_bytes()
     model, engine, booster = block_cases.boosted("zero", OPTIONS["zero"], base="lamb", model=model)
     seen: list[float] = []
-    make_master = engine.masters._new
-    engine.masters._new = lambda param: (seen.append(live_bytes() - before), make_master(param))[1]
+    make_master = engine.masters.make_master
+    engine.masters.make_master = lambda param: (seen.append(live_bytes() - before), make_master(param))[1]
     for step in range(PERIOD):
         advance(model, engine, booster, step)
     return seen[0]

@@ -283,7 +283,7 @@ def clipped(plugin: str, options: dict[str, Any]) -> dict[str, Any]:
     norms, given, images = [], [], []
 
     def watch(*_: Any) -> None:
-        held = engine._low_rank.held
+        held = engine._transport._grads
         whole = [master.grad for param, master in engine.masters.of.items() if param not in held]
         given.append(math.sqrt(sum(part.double().square().sum().item() for part in [*held.values(), *whole])))
 
