@@ -33,6 +33,8 @@ class LionHyper(Storage):
 def lion(view: View, state: State, hyper: LionHyper) -> Rounds:
     """One Lion update; asks for nothing."""
     sign = lion_direction(state["exp_avg"], view.grad, hyper.betas)
+    # torch's sign of NaN is 0, which would hide it; nothing times NaN or infinity is NaN.
+    sign.add_(state["exp_avg"], alpha=0.0)
     yield from view.subtract(sign, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
 
 

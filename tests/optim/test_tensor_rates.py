@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import colossal_bcd.compat
-import colossal_bcd.optim
 from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block import OptimizerCorrection
 from colossal_bcd.optim import ShardedOptimizer
@@ -27,10 +26,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Adafactor": {"relative_step": False, "weight_decay": 0.1},
     "CAME": {"weight_decay": 0.1},
     "SGD": {"weight_decay": 0.1, "momentum": 0.9},
+    "Lion": {"weight_decay": 0.1},
     "GaLoreAdamW": PROJECTED,
     "GaLoreAdamW8bit": PROJECTED,
     "GaLoreAdafactor": {**PROJECTED, "relative_step": False},
     "GaLoreSGD": {**PROJECTED, "momentum": 0.9, "weight_decay": 0.1},
+    "GaLoreLion": PROJECTED,
+    "GoLoreLion": LATE,
     "GoLoreAdamW": LATE,
     "GoLoreAdamW8bit": LATE,
     "GoLoreAdafactor": {**LATE, "relative_step": False},
@@ -46,7 +48,7 @@ STEPS = 5
 
 def public() -> Iterator[type[ShardedOptimizer]]:
     """Every optimizer that a user can construct, but those that choose by ratio, which take a model."""
-    for module in (colossal_bcd.optim, colossal_bcd.low_rank, colossal_bcd.compat):
+    for module in (colossal_bcd, colossal_bcd.compat):
         for name in module.__all__:
             cls = getattr(module, name)
             if (
