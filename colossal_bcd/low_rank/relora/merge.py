@@ -60,7 +60,7 @@ class LocalAdapters:
         self.mesh = Mesh.world(DATA)
         self._optimizer = optimizer
         # A BlockOptimizer keeps masters of low-precision weights apart, and follows weights that are written.
-        self._masters: Mapping[Tensor, Tensor] = getattr(getattr(optimizer, "masters", None), "tensors", {})
+        self._masters: Mapping[Tensor, Tensor] = getattr(getattr(optimizer, "active_set", None), "masters", {})
         groups = optimizer.param_groups if optimizer is not None else []
         self._held = {param for group in groups for param in group["params"]}
 
