@@ -76,7 +76,8 @@ def test_residual_of_8_bits_is_right_to_a_512th_of_the_last_place(values, dtype)
     step = (beyond.double() - near.double()).abs()
     error = (again.double() - master.double()).abs()
     half_way = (size - near.double()).abs() >= step * (127.5 / 256)
-    assert (error <= step * torch.where(half_way, 2.0**-8, 2.0**-9)).all()
+    # What comes back is a float32 number: half a step of these is lost where a weight's steps are small, too.
+    assert (error <= step * torch.where(half_way, 2.0**-8, 2.0**-9) + size * 2.0**-24).all()
     assert torch.equal(again.to(dtype), weight)
 
 
