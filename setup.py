@@ -34,6 +34,7 @@ setup(
             "came_pytorch>=0.1.3",
             "galore_torch>=1.0",
             "hypothesis>=6.100",
+            "lion-pytorch>=0.2",
             "mypy>=1.14",
             "pytest-xdist>=3.6",
             "pytest>=8",
