@@ -116,13 +116,15 @@ class GaLore(ReducedGradientOptimizer):
 
     def update(self, view: View, state: State, hyper: Any) -> Rounds:
         rule: Any = super().update  # type: ignore[safe-super]
-        made: Rounds = self._projected(rule, view.weight, state, hyper)
-        return made if is_projected(view.weight.layout, hyper) else rule(view, state, hyper)
+        if is_projected(view.weight.layout, hyper):
+            return self._projected(rule, view.weight, state, hyper)
+        made: Rounds = rule(view, state, hyper)
+        return made
 
     @property
     def rule_name(self) -> str:
         rule: Any = super().update  # type: ignore[safe-super]
-        return f"GaLore{rule.__qualname__.partition('.')[0]}"
+        return f"GaLore{rule.__qualname__.split('.')[-2]}"
 
     def _projected(self, rule: Any, view: ShardView, state: State, hyper: Any) -> Rounds:
         """The update of projected parameters (arXiv 2403.03507, algorithm 2)."""
@@ -353,11 +355,12 @@ class GoLore(GaLore):
         **flat: Any,
     ) -> None:
         name = type(self).__name__
+        if random_from_step is not None:
+            flat["random_from_step"] = random_from_step
         flat.update(flat_options(name, "projection", projection, flat))
         if "reproject_momentum" in flat:
             raise TypeError(f"{name} got reproject_momentum, expected none: it is on. Use {name.replace('Go', 'Ga')}.")
-        start = flat.pop("random_from_step", random_from_step)
-        first = first_random_step(name, rand_ratio, total_steps, start)
+        first = first_random_step(name, rand_ratio, total_steps, flat.get("random_from_step"))
         flat.update(random_from_step=first, reproject_momentum=True)
         super().__init__(params, *values, storage=storage, wave_bytes=wave_bytes, **flat)
 

@@ -15,7 +15,7 @@ from colossal_bcd.optim.adamw import AdamW, AdamWHyper, AdamWRule, Order, adamw
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.options import OPTIONAL, Bits, require
 from colossal_bcd.optim.register import register, registered
-from colossal_bcd.optim.sgd import SGD
+from colossal_bcd.optim.sgd import SGD, SGDHyper
 from colossal_bcd.optim.state.quantized import require_library
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
 from colossal_bcd.sharding import Rounds, View
@@ -34,6 +34,20 @@ class GaLoreAdamWHyper(Projection, AdamWHyper):
     """Debias both moments."""
     order: Order = field(default="galore", metadata=OPTIONAL)
     """As of `AdamWHyper`."""
+
+
+@dataclass(frozen=True)
+class GaLoreSGDHyper(Projection, SGDHyper):
+    """Hyper-parameters of one param group."""
+
+    _: KW_ONLY
+    decoupled_weight_decay: bool = field(default=True, metadata=OPTIONAL)
+    """As of `SGDHyper`; True."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decoupled = self.decoupled_weight_decay
+        require(decoupled, "decoupled_weight_decay", decoupled, "True where gradients are projected")
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,9 @@ class GaLoreAdamW(GaLore, AdamW):
 
 @register("GaLoreSGD")
 class GaLoreSGD(GaLore, SGD):
-    """SGD with momentum on low-rank projections of the gradients, on any mesh (see `GaLore`, `SGDHyper`)."""
+    """SGD with momentum on low-rank projections of the gradients, on any mesh (see `GaLore`, `GaLoreSGDHyper`)."""
+
+    hyper_type = GaLoreSGDHyper
 
 
 @register("GaLoreAdafactor")

@@ -29,8 +29,8 @@ from colossal_bcd.optim.state.storage import (
     StoredState,
     StoredWeights,
     count_step,
+    not_rounded,
     require_storable,
-    rounds_nothing,
     stored_temporaries,
 )
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
@@ -177,7 +177,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
     @property
     def rule_name(self) -> str:
         """Name of the algorithm, as checkpoints have it: the class that defines the update."""
-        return type(self).update.__qualname__.partition(".")[0]
+        return type(self).update.__qualname__.split(".")[-2]
 
     def layout_of(self, param: Tensor) -> Layout:
         """Which part of its parameter a tensor of the param groups is."""
@@ -352,14 +352,15 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def _warn_of_rounding(self, active: list[Member]) -> None:
         """Say once that there is nothing to round."""
-        if self._warned or not rounds_nothing(active):
+        exact = None if self._warned else not_rounded(active)
+        if exact is None:
             return
         self._warned = True
         logger.warning(
             '%s: rounding="stochastic" has no effect on %s weights, such as float32 masters, which are not rounded. '
             "Under a plugin pass master_weights=False.",
             type(self).__name__,
-            active[0].param.dtype,
+            exact,
         )
 
     def _task(self, members: list[Member]) -> Task:

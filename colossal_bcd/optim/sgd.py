@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.math import heavy_ball_
-from colossal_bcd.optim.options import Storage, require
+from colossal_bcd.optim.options import OPTIONAL, Storage, require
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
 from colossal_bcd.sharding import Rounds, View
@@ -23,9 +23,13 @@ class SGDHyper(Storage):
     dampening: float = 0.0
     """Part of every later gradient that does not enter the buffer."""
     weight_decay: float = 0.0
-    """Decoupled, unlike torch's: after the update the weight shrinks by lr * weight_decay."""
+    """Multiple of the weight that is added to its gradient."""
     nesterov: bool = False
     """Step along gradient + momentum * buffer instead of along the buffer."""
+    _: KW_ONLY
+    decoupled_weight_decay: bool = field(default=False, metadata=OPTIONAL)
+    """Instead of that the weight shrinks by lr * weight_decay after the update, as in galore_torch's SGD; the low-rank
+    forms know this decay only, as a projected gradient has no value for each value of the weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,13 +48,16 @@ class SGDHyper(Storage):
 
 def sgd(view: View, state: State, hyper: SGDHyper) -> Rounds:
     """One step of SGD; asks for nothing."""
-    direction = view.grad
+    decoupled, direction = hyper.decoupled_weight_decay, view.grad
+    if hyper.weight_decay and not decoupled:
+        direction = direction.add(view.weight.param, alpha=hyper.weight_decay)
     if hyper.momentum:
         grad, first = direction, state.step == 1
         direction = heavy_ball_(state["momentum_buffer"], grad, hyper.momentum, hyper.dampening, first)
         if hyper.nesterov:
             direction = grad.add(direction, alpha=hyper.momentum)
-    yield from view.subtract(direction, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay, decay_first=False)
+    decay = hyper.lr * hyper.weight_decay if decoupled else 0.0
+    yield from view.subtract(direction, lr=hyper.lr, decay=decay, decay_first=False)
 
 
 @register("SGD")

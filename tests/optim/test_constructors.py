@@ -1,6 +1,8 @@
 """Constructors: few parameters, options as values or under flat keys, and refusals that name what was meant."""
 
+import copy
 import inspect
+import pickle
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,25 @@ def test_golore_takes_its_first_random_step_from_the_value_too():
     assert (group["random_from_step"], group["reproject_momentum"]) == (4, True)
     with pytest.raises(TypeError, match="reproject_momentum"):
         GoLoreAdamW(weights(), rank=2, total_steps=3, reproject_momentum=False)
+    # The value's step won without a word.
+    with pytest.raises(TypeError, match="GoLoreAdamW: got projection= and random_from_step beside it"):
+        GoLoreAdamW(weights(), projection=Projection(rank=2, random_from_step=4), random_from_step=7)
+
+
+def test_projected_sgd_refuses_a_decay_that_it_cannot_have():
+    GaLoreSGD(weights(), rank=2, decoupled_weight_decay=True)
+    with pytest.raises(ValueError, match="decoupled_weight_decay: got False, expected True"):
+        GaLoreSGD(weights(), rank=2, decoupled_weight_decay=False)
+
+
+@pytest.mark.parametrize("name", ["Lion", "GaLoreLion", "GoLoreLion", "GaLoreSGD"])
+def test_classes_that_are_made_by_a_table_can_be_pickled(name):
+    extra = {"rank": 2} if "Lore" in name else {}
+    extra |= {"random_from_step": 4} if "GoLore" in name else {}
+    optimizer = CLASSES[name](weights(), lr=0.1, **extra)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(copied) is CLASSES[name]
+        assert copied.defaults.items() >= optimizer.defaults.items()  # torch adds one of its own
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from optim_cases import OPTIMIZERS, SHAPES, errors, make_params, set_grads, trai
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colossal_bcd import AdamW, Lamb
+from colossal_bcd import SGD, AdamW, Lamb
 from colossal_bcd.optim import base
 from colossal_bcd.optim.state import stack
 from colossal_bcd.testing import PeakBytes
@@ -28,6 +28,22 @@ def test_adamw_equals_torch_to_the_last_bits(weight_decay, hyper):
 def test_adamw_defaults_are_torchs():
     ours, theirs = AdamW(make_params()), torch.optim.AdamW(make_params())
     assert ours.defaults.items() <= theirs.defaults.items()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "hyper",
+    [{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}],
+    ids=["plain", "momentum", "dampening", "nesterov"],
+)
+def test_sgd_equals_torch_to_the_last_bits(weight_decay, hyper):
+    """The decay shrank the weight after the step, under torch's names."""
+    ours, theirs = make_params(), make_params()
+    hyper = {"lr": 0.1, "weight_decay": weight_decay, **hyper}
+    one = train(SGD(ours, **hyper), ours)
+    other = train(torch.optim.SGD(theirs, foreach=False, **hyper), theirs)
+    assert max(errors(one, other)) <= 2**-51
+    assert max(errors(one, make_params())) > 1e-3
 
 
 @pytest.mark.parametrize("adam", [False, True])

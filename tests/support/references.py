@@ -23,14 +23,14 @@ def adamw(weight, grad, state, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay
     return weight - lr * weight_decay * weight - lr * m_hat / (torch.sqrt(v_hat) + eps)
 
 
-def sgd(weight, grad, state, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False):
-    """torch.optim.SGD, with a decay of the new weight that no momentum remembers."""
+def sgd(weight, grad, state, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, decoupled=False):
+    """torch.optim.SGD; decoupled, the new weight decays instead, which no momentum remembers."""
     state["t"] = state.get("t", 0) + 1
-    direction = grad
+    direction = grad = grad if decoupled else grad + weight_decay * weight
     if momentum:
         state["m"] = grad if state["t"] == 1 else momentum * state["m"] + (1 - dampening) * grad
         direction = grad + momentum * state["m"] if nesterov else state["m"]
-    return (weight - lr * direction) * (1 - lr * weight_decay)
+    return (weight - lr * direction) * (1 - lr * weight_decay if decoupled else 1)
 
 
 def lion(weight, grad, state, *, lr, betas=(0.9, 0.99), weight_decay=0.0):

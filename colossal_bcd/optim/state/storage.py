@@ -128,7 +128,9 @@ def count_step(group: dict[str, Any]) -> None:
         group["num_steps"] = group.get("num_steps", 0) + 1
 
 
-def rounds_nothing(members: Sequence[Member]) -> bool:
-    """Whether stochastic rounding is asked for of weights that are not rounded."""
+def not_rounded(members: Sequence[Member]) -> torch.dtype | None:
+    """Dtype of weights whose stochastic rounding is asked for, if none of them is of a dtype that is rounded."""
     asked = [m for m in members if isinstance(m.hyper, RoundingOptions) and m.hyper.rounding == "stochastic"]
-    return bool(asked) and not any(member.param.dtype in LOW_PRECISION for member in asked)
+    if not asked or any(member.param.dtype in LOW_PRECISION for member in asked):
+        return None
+    return asked[0].param.dtype
