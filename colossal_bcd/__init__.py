@@ -57,14 +57,17 @@ def _optimizers() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    # Nothing is imported with the package: each name is looked up when it is first asked for.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    # Nothing is imported with the package: each name is looked up when it is first asked for, and then stays.
     if name == "__all__":
         return sorted([*_HOMES, *_optimizers()])
-    if not name.startswith("_") and name in (optimizers := _optimizers()):
-        return optimizers[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        found = getattr(importlib.import_module(_HOMES[name]), name)
+    elif not name.startswith("_") and name in (optimizers := _optimizers()):
+        found = optimizers[name]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -33,5 +33,6 @@ def __getattr__(name: str) -> Any:
     if not name.startswith("_"):
         optimizers = importlib.import_module("colossal_bcd.optim.register").registered(__name__)
         if name in optimizers:
-            return optimizers[name].cls
+            found = globals()[name] = optimizers[name].cls
+            return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
