@@ -96,7 +96,7 @@ def test_imports_of_libraries_are_torch_outside_booster(path):
 @pytest.mark.parametrize("path", FILES, ids=by_path)
 def test_imports_of_torch_distributed_stay_where_communication_is(path):
     reaches = any(name == "torch.distributed" or name.startswith("torch.distributed.") for name in imported(path))
-    files = {"sharding/mesh.py", "sharding/rounds.py", "testing.py"}
+    files = {"sharding/dtensor.py", "sharding/mesh.py", "sharding/rounds.py", "testing.py"}
     allowed = by_path(path) in files or part_of(path) in {"engine", "checkpoint", "booster"}
     assert allowed or not reaches
 

@@ -6,6 +6,7 @@ rounds    rules ask, one collective per axis answers
 matrix    row and column statistics of a ragged slice (with a picture)
 view      what a rule sees of a parameter or of its low-rank gradient
 low_rank  projections of sharded gradients, and what travels instead of whole ones
+dtensor   layouts and local values of torch's DTensors
 packing   which items travel together, and which rank does what
 regions   which part of a full tensor a rank's tensor is, for files
 """

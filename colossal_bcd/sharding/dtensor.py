@@ -1,0 +1,176 @@
+"""Which part of which tensor a DTensor is: what FSDP2 and `parallelize_module` have sharded, as a `Layout`.
+
+A weight of shape (6, 4) on two by two ranks, sharded by rows over tp first and then by FSDP:
+
+    placements  [_StridedShard(0, split_factor=2), Shard(0)]  on  [fsdp, tp]
+    layout      split of dim 0 over "tp", flat slice of the shard over "zero"
+
+    (tp, zero)   (0,0)   rows 0, 1      A slice of whole rows is as long as the longest; the last ranks store fewer rows
+                 (0,1)   row  2         or none, and no padding, so that a local tensor has `num_local` values.
+                 (1,0)   rows 3, 4
+                 (1,1)   row  5
+
+Replicas (HSDP) and meshes of one rank drop out.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit
+from colossal_bcd.sharding.mesh import Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is one of torch's distributed tensors."""
+    # Where nobody has imported them there are none; a torch without torch.distributed cannot.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_values(tensor: Tensor) -> Tensor:
+    """What this rank stores of a tensor, detached and sharing memory.
+
+    Returns:
+        Of a DTensor the local one, in its own shape and without padding (`Layout.num_local` values); else the tensor.
+    """
+    if not is_dtensor(tensor):
+        return tensor.detach()
+    # With gradients enabled the local tensor would be a node of the graph.
+    with torch.no_grad():
+        return tensor.to_local().detach()
+
+
+class MeshAxes:
+    """Names for the process groups of device meshes: "zero" or "tp", by their ranks, in the order of appearance.
+
+    Equal sets of ranks are one axis, whichever meshes they are of, so that a round is one collective for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._names: dict[tuple[int, ...], str] = {}
+        self._device: torch.device | None = None
+
+    def name(self, kind: str, mesh: DeviceMesh, dim: int) -> str:
+        """The axis of a dim of a device mesh.
+
+        Args:
+            kind: the name that it gets if its ranks are new; "zero" becomes "zero2" for another set of ranks.
+            mesh: that this process is in.
+            dim: of the mesh.
+        """
+        group = mesh.get_group(dim)
+        ranks = tuple(dist.get_process_group_ranks(group))
+        if ranks not in self._names:
+            count = sum(name.rstrip("0123456789") == kind for name in self._groups)
+            self._names[ranks] = kind if count == 0 else f"{kind}{count + 1}"
+            self._groups[self._names[ranks]] = group
+            if mesh.device_type != "cpu":
+                index = torch.get_device_module(mesh.device_type).current_device()
+                self._device = torch.device(mesh.device_type, index)
+        return self._names[ranks]
+
+    def mesh(self) -> Mesh:
+        """The groups of all axes that were named; offloaded tensors travel through the device of their mesh."""
+        return Mesh(self._groups, self._device)
+
+
+def layout_of(tensor: Tensor, axes: MeshAxes) -> Layout:
+    """Which part of a tensor this rank has.
+
+    Args:
+        tensor: a DTensor, or a plain tensor, which is whole.
+        axes: names the axes of the layout.
+    Raises:
+        ValueError: the placements are partial sums, or divide the tensor in another way than one dim and then rows.
+    """
+    shape = tuple(tensor.shape)
+    if not is_dtensor(tensor):
+        return Layout.whole(shape)
+    mesh, coordinate, dims = tensor.device_mesh, tensor.device_mesh.get_coordinate(), _divided(tensor)
+    if coordinate is None:
+        raise ValueError(
+            f"layout of a DTensor of shape {shape}: this process is not in its {mesh}. Give each process the "
+            "parameters of its own mesh only."
+        )
+    split = piece = None
+    for index in dims:
+        dim, size, rank, shard = _dim(tensor.placements[index]), mesh.size(index), coordinate[index], list(shape)
+        if split is not None:
+            shard[split.dim] //= split.size
+        if index == dims[-1] and dim == 0:
+            length = -(-shard[0] // size) * math.prod(shard[1:])
+            piece = FlatSlice(axis=axes.name("zero", mesh, index), rank=rank, size=size, length=length)
+        elif shard[dim] % size:
+            raise ValueError(
+                f"{_subject(tensor)} divides {shard[dim]} along dim {dim} by {size} ranks, expected a multiple: "
+                "only rows that nothing divides further may be uneven. Pad the dim, or leave the parameter whole."
+            )
+        else:
+            split = TensorSplit(axis=axes.name("tp", mesh, index), dim=dim, rank=rank, size=size)
+    return Layout(shape=shape, split=split, slice=piece)
+
+
+def _divided(tensor: DTensor) -> list[int]:
+    """Dims of the device mesh that divide a tensor, in the order in which they do: at most two, rows last."""
+    # A private name of torch, but the only one for what `fully_shard` makes of what tensor parallelism has sharded.
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    found: list[int] = []
+    for index, placement in enumerate(placements):
+        if placement.is_partial():
+            raise ValueError(
+                f"{_subject(tensor)} is a sum that is not added up, expected parts or copies. "
+                "Call redistribute(placements=...) with Shard or Replicate first."
+            )
+        if isinstance(placement, (Shard, _StridedShard)):
+            if mesh.size(index) > 1:
+                found.append(index)
+        elif not placement.is_replicate():
+            raise ValueError(f"{_subject(tensor)} has a {type(placement).__name__}, expected Shard or Replicate.")
+    for index in found:
+        # Parts are joined by the numbers of the ranks in their groups, which follow from the ranks alone.
+        if not bool((mesh.mesh.diff(dim=index) > 0).all()):
+            raise ValueError(
+                f"{_subject(tensor)} is on a mesh of ranks {mesh.mesh.tolist()}, expected ascending ranks along dim "
+                f"{index}. Make the mesh by init_device_mesh."
+            )
+    # A strided one divides what the other one of rows has left, if it is strided by that.
+    strided = {
+        i: each.split_factor for i, each in enumerate(placements) if i in found and isinstance(each, _StridedShard)
+    }
+    found.sort(key=lambda index: (_dim(placements[index]) == 0, index in strided))
+    rows = [index for index in found if _dim(placements[index]) == 0]
+    behind = math.prod(mesh.size(index) for index in rows if index not in strided)
+    if (
+        len(found) > 2
+        or (len(found) == 2 and not rows)
+        or any(index not in rows or factor != behind for index, factor in strided.items())
+    ):
+        raise ValueError(
+            f"{_subject(tensor)} divides it in another way than one dim and then rows of what is left. Shard it over "
+            "one tensor-parallel dim and one of fully_shard, or leave the parameter whole."
+        )
+    return found
+
+
+def _dim(placement: Placement) -> int:
+    """The dim of the tensor that a Shard divides."""
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim
+
+
+def _subject(tensor: DTensor) -> str:
+    return f"layout of a DTensor of shape {tuple(tensor.shape)}: {tuple(tensor.placements)}"
