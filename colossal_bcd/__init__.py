@@ -7,6 +7,7 @@ block/       block coordinate descent: blocks, schedule, `BlockOptimizer`; corre
 engine/      averages gradients, has the masters and writes weights back, on torch alone
 checkpoint/  files that do not depend on the mesh
 booster/     all of it under ColossalAI's booster
+fsdp/        all of it over torch's own sharded weights
 compat/      names and calls of the packages that this one replaces
 memory       `estimate`: bytes per rank before anything is allocated
 names        what a parameter's name says

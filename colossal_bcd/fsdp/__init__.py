@@ -1,0 +1,29 @@
+"""torch's own sharded weights (FSDP2, DTensor), which is ZeRO-3, without ColossalAI.
+
+Plain optimizers of this package need nothing of this folder: made over the parameters of a sharded model they read
+their layouts from the DTensors (see `sharding.dtensor`).
+
+cpu             `enable_cpu`: FSDP2 on CPUs with gloo, for versions of torch that need help there
+torch_private   names of torch's FSDP that are not public, or not in one place in all versions
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colossal_bcd.fsdp.cpu import enable_cpu
+
+_HOMES = {
+    "enable_cpu": "colossal_bcd.fsdp.cpu",
+}
+__all__ = [
+    "enable_cpu",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
