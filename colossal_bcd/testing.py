@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from colossal_bcd.sharding.dtensor import is_dtensor, local_values
+
 PRELOAD = (
     "torch",
     "transformers.models.llama.modeling_llama",
@@ -171,6 +173,9 @@ _COUNTED = {
     "scatter": "tensor",
     "all_gather_into_tensor": "output_tensor",
     "reduce_scatter_tensor": "input",
+    # torch 2.13's names for these two, which its FSDP2 calls.
+    "all_gather_single": "output_tensor",
+    "reduce_scatter_single": "input",
     "all_gather": "tensor_list",
     "reduce_scatter": "input_list",
     "all_to_all_single": "input",
@@ -202,6 +207,8 @@ class CollectiveCounter:
 
     def __enter__(self) -> CollectiveCounter:
         for name, payload in _COUNTED.items():
+            if not hasattr(dist, name):
+                continue
             self._originals[name] = getattr(dist, name)
             self._replace(name, self._counting(self._originals[name], payload))
         return self
@@ -247,12 +254,14 @@ class CollectiveCounter:
 def storages(*roots: Any) -> dict[int, int]:
     """Storages behind the tensors in nested containers: address -> bytes, each storage once.
 
-    Tensors of the device "meta", which those of torch's compiler are, occupy no memory and are left out.
+    DTensors count with what this rank stores of them.  Tensors of the device "meta", which those of torch's compiler
+    are, occupy no memory and are left out.
     """
     found: dict[int, int] = {}
     for leaf in tree_leaves(roots):
         if isinstance(leaf, Tensor) and torch._C._has_storage(leaf):
-            storage = leaf.untyped_storage()
+            # A DTensor's own storage has no memory; the local tensor's has.
+            storage = (local_values(leaf) if is_dtensor(leaf) else leaf).untyped_storage()
             if storage.device.type != "meta" and storage.nbytes() > 0:
                 found[storage.data_ptr()] = storage.nbytes()
     return found
@@ -304,7 +313,7 @@ class PeakBytes(TorchDispatchMode):
         # A collection in the middle of the walk would take tensors away from under it.
         gc.collect()
         for item in gc.get_objects():
-            if issubclass(type(item), Tensor) and item.layout == torch.strided:
+            if issubclass(type(item), Tensor) and item.layout == torch.strided and not is_dtensor(item):
                 self._watch(item.untyped_storage(), 0)
         super().__enter__()
         return self
@@ -312,7 +321,7 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not is_dtensor(leaf):
                 storage = leaf.untyped_storage()
                 self._watch(storage, storage.nbytes())
         return result

@@ -10,9 +10,9 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 FULL: dict[str, tuple[str, ...]] = {
-    # Ragged slices are tp1-zero3, divided matrices tp2-zero1, both tp2-zero2.
-    "optim/test_conformance.py::TestMesh": ("tp1-zero[124]-*", "tp2-zero[34]-*"),
-    "optim/test_conformance.py::TestMeshAndRow": ("tp1-zero[124]-*", "tp2-zero[34]-*"),
+    # Ragged slices are tp1-zero3 and fsdp3, divided matrices tp2-zero1, both tp2-zero2 and tp2-fsdp2.
+    "optim/test_conformance.py::TestMesh": ("tp1-zero[124]-*", "tp2-zero[34]-*", "fsdp[24]-*"),
+    "optim/test_conformance.py::TestMeshAndRow": ("tp1-zero[124]-*", "tp2-zero[34]-*", "fsdp[24]-*"),
     "optim/test_adafactor.py::test_adafactor_and_came_equal_the_originals_on_meshes": ("tp2-zero1", "tp1-zero2"),
     "optim/test_quantized.py::test_moments_on_meshes_stay_within_the_bound_and_replicas_are_equal": ("tp1-zero3",),
     "optim/test_rounding.py::test_meshes_and_replicas_draw_the_same_bits": ("tp2-zero1", "tp1-zero3"),

@@ -92,10 +92,10 @@ def divide_sums() -> None:
     module = module_of_fsdp("_fsdp_collectives")
     original = private(module, "_get_gradient_divide_factors", "FSDP2 on CPUs")
 
-    def factors(scattered: dist.ProcessGroup, reduced: dist.ProcessGroup | None, dtype: torch.dtype) -> Any:
+    def divisors(scattered: dist.ProcessGroup, reduced: dist.ProcessGroup | None, dtype: torch.dtype) -> Any:
         found = original(scattered, reduced, dtype)
         if found != (None, None):
             return found
         return 1.0, float(scattered.size() * (1 if reduced is None else reduced.size()))
 
-    module._get_gradient_divide_factors = factors  # type: ignore[attr-defined]
+    module._get_gradient_divide_factors = divisors  # type: ignore[attr-defined]

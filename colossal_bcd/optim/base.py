@@ -23,6 +23,7 @@ from colossal_bcd.optim.options import (
     require_real,
     signature_of,
 )
+from colossal_bcd.optim.replaced import require_in_model
 from colossal_bcd.optim.state.spec import State, StateSpec
 from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
 from colossal_bcd.optim.state.storage import (
@@ -34,6 +35,7 @@ from colossal_bcd.optim.state.storage import (
     stored_temporaries,
 )
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
+from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of, local_values, placed_like
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,9 @@ HyperT = TypeVar("HyperT")
 class ShardedOptimizer(Optimizer, Generic[HyperT]):
     """Base of the optimizers of this package.
 
-    Constructed like any `torch.optim.Optimizer`, it trains whole tensors on one process.  `bind` tells it which part of
-    which parameter its tensors are; the same rule then runs on the parts.
+    Constructed like any `torch.optim.Optimizer`, it trains whole tensors on one process, and DTensors over their mesh:
+    `fully_shard` the model first, then make the optimizer of its parameters.  Of other tensors `bind` tells it which
+    part of which parameter they are; the same rule then runs on the parts.
 
     Args:
         params: parameters, or param groups as plain dicts.
@@ -91,6 +94,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         self._layouts: dict[Tensor, Layout] = {}
         self._keys: dict[Tensor, int] = {}
         self._mesh = Mesh()
+        self._axes = MeshAxes()
+        self._in_model = False
         self.wave_bytes = wave_bytes
         self._warned = False
         self._handed: Mapping[Tensor, Tensor] | None = None
@@ -120,19 +125,25 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         super().add_param_group(param_group)
         try:
             require_real(type(self).__name__, members_with_names(self.param_groups[-1], len(self._keys)))
+            self._read_layouts(self.param_groups[-1]["params"])
         except ValueError:
             self.param_groups.pop()
             raise
         for param in self.param_groups[-1]["params"]:
-            self._layouts[param] = Layout.whole(tuple(param.shape))
             self._keys[param] = len(self._keys)
 
     def extend_group(self, index: int, params: Sequence[Tensor]) -> None:
-        """Add whole parameters to the end of a param group, before the optimizer is bound or has taken a step."""
+        """Add whole parameters, or DTensors, to the end of a param group, before a `bind` and the first step."""
+        self._read_layouts(params)
         self.param_groups[index]["params"].extend(params)
         everything = [param for group in self.param_groups for param in group["params"]]
-        self._layouts.update({param: Layout.whole(tuple(param.shape)) for param in params})
         self._keys = {param: key for key, param in enumerate(everything)}
+
+    def _read_layouts(self, params: Sequence[Tensor]) -> None:
+        """Take note of which part of a parameter each tensor is: of DTensors what they say, all of others."""
+        self._layouts.update({param: layout_of(param, self._axes) for param in params})
+        if any(map(is_dtensor, params)):
+            self._mesh = self._axes.mesh()
 
     def bind(self, layouts: Mapping[Tensor, Layout], mesh: Mesh, keys: Mapping[Tensor, int] | None = None) -> None:
         """Say which part of which parameter each tensor of the param groups is.
@@ -140,7 +151,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         State of tensors that are no longer in a group is dropped; state of the others is kept.
 
         Args:
-            layouts: one layout for every tensor in the param groups; the tensor has its `local_shape`.
+            layouts: one layout for every tensor in the param groups; the tensor has its `local_shape`, or is a slice's
+                data alone, flat.
             mesh: a group for every axis that the layouts name.
             keys: number of each tensor's parameter, the same on every rank and mesh; None: its index in the groups.
         Raises:
@@ -155,7 +167,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
                 mesh.communicates((axis,))
         self._layouts = {param: layouts[param] for param in params}
         self._keys = {param: index if keys is None else keys[param] for index, param in enumerate(params)}
-        self._mesh = mesh
+        self._mesh, self._in_model = mesh, True
         for param in [param for param in self.state if param not in self._layouts]:
             del self.state[param]
         for state in self.state.values():
@@ -213,6 +225,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         Subclasses extend this and not `step`: torch runs hooks in the `step` of every class that was constructed, so
         one that calls another's would run them twice.
         """
+        self._require_in_model()
         active = self._active()
         for group in self.param_groups:
             count_step(group)
@@ -254,7 +267,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_mesh", Mesh())
+        for name, value in (("_mesh", Mesh()), ("_axes", MeshAxes()), ("_in_model", False)):
+            self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_warned", False)
         self.__dict__.setdefault("_handed", None)
 
@@ -300,6 +314,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
                         "of which tensor it is. Use the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
                     )
                 self._check(index, param, self._layouts[param])
+                if is_dtensor(param) and self._handed is None:
+                    param.grad = placed_like(grad, param, f"{type(self).__name__}: the gradient of parameter {index}")
                 require_real(type(self).__name__, [(f"number {index}", param)])
                 if grad.is_sparse:
                     raise ValueError(
@@ -311,13 +327,29 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
                 active.append(Member(param, layout, hyper, key, step, number, num_steps))
         return active
 
+    def _require_in_model(self) -> None:
+        """At the first step, refuse parameters that `fully_shard` has taken out of their model."""
+        if self._in_model or self._handed is not None:
+            return
+        named, known = [], 0
+        for group in self.param_groups:
+            named += members_with_names(group, known)
+            known += len(group["params"])
+        require_in_model(type(self).__name__, [(name, param) for name, param in named if param.grad is None])
+        self._in_model = True
+
     def _grad(self, param: Tensor) -> Tensor | None:
         return param.grad if self._handed is None else self._handed.get(param)
 
     def _check(self, index: int, param: Tensor, layout: Layout) -> None:
-        if tuple(param.shape) != layout.local_shape:
+        shape, data = tuple(param.shape), (layout.num_local,)
+        if is_dtensor(param):
+            fits = shape == layout.shape and local_values(param).numel() == layout.num_local
+        else:
+            fits = shape == layout.local_shape or (layout.slice is not None and shape == data)
+        if not fits:
             raise ValueError(
-                f"{type(self).__name__}: parameter {index} has shape {tuple(param.shape)}, but its layout says "
+                f"{type(self).__name__}: parameter {index} has shape {shape}, but its layout says "
                 f"{layout.local_shape} (part of {layout.shape}). If another library sharded it after construction, use "
                 "the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
             )
@@ -375,7 +407,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         weights = StoredWeights(members, self.stacks)
         stored = StoredState(members, states, self.state_spec(first.layout, first.hyper), self.stacks)
         keys = tuple(member.key for member in members)
-        view = ShardView(first.layout, weights.values, self._gradients(members), keys)
+        lead = (len(members),) if self.stacks else ()
+        view = ShardView(first.layout, weights.values, self._gradients(members), keys, lead)
         seen = stored.seen(view)
         yield from self.update(view, seen, first.hyper)
         stored.write_back(view, seen)
@@ -384,4 +417,5 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
     def _gradients(self, members: list[Member]) -> list[Tensor]:
         """Whole gradients; none where an engine has handed over a low-rank one instead."""
         grads = [self._grad(member.param) for member in members if not self.has_low_rank(member.key)]
-        return [grad.contiguous() for grad in grads if grad is not None]
+        stored = [local_values(grad) if is_dtensor(grad) else grad for grad in grads if grad is not None]
+        return [grad.contiguous() for grad in stored]

@@ -51,6 +51,30 @@ def local_values(tensor: Tensor) -> Tensor:
         return tensor.to_local().detach()
 
 
+def placed_like(grad: Tensor, param: DTensor, subject: str) -> DTensor:
+    """A gradient whose placements are those of its parameter, by one collective where they are others.
+
+    Backward may leave partial sums, as sequence parallelism does of the weights of norms.  Placements are the same on
+    all ranks of a mesh, so all of them redistribute, or none.
+
+    Args:
+        grad: of the parameter.
+        param: the parameter.
+        subject: for the error.
+    Raises:
+        ValueError: the gradient is a plain tensor, or lies on another mesh.
+    """
+    if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+        got = f"a DTensor on {grad.device_mesh}" if is_dtensor(grad) else f"a plain tensor of {tuple(grad.shape)}"
+        raise ValueError(
+            f"{subject}: got {got}, expected a DTensor on {param.device_mesh} as the parameter is. Assign "
+            "DTensor.from_local(grad, param.device_mesh, param.placements)."
+        )
+    if grad.placements == param.placements:
+        return grad
+    return grad.redistribute(param.device_mesh, param.placements)
+
+
 class MeshAxes:
     """Names for the process groups of device meshes: "zero" or "tp", by their ranks, in the order of appearance.
 

@@ -134,10 +134,11 @@ class ShardView:
 
     Args:
         layout: of each parameter.
-        param: a tensor of `layout.local_shape`, or [b, *local_shape].
-        grad: a tensor of `layout.local_shape`, or one for each of the b parameters; none where an engine has reduced a
+        param: what the rank stores, of any shape, with or without padding; of a stack [b, ...].
+        grad: a tensor of the same shape, or one for each of the b parameters; none where an engine has reduced a
             low-rank gradient only.
         keys: numbers of the parameters.
+        lead: (b,) of a stack.
 
     Attributes:
         param: [n] or [b, n] values to update in place; padding is not among them.
@@ -145,11 +146,16 @@ class ShardView:
     """
 
     def __init__(
-        self, layout: Layout, param: Tensor, grad: Tensor | Sequence[Tensor], keys: Sequence[int] = (0,)
+        self,
+        layout: Layout,
+        param: Tensor,
+        grad: Tensor | Sequence[Tensor],
+        keys: Sequence[int] = (0,),
+        lead: tuple[int, ...] = (),
     ) -> None:
         self.layout = layout
         self.keys = keys
-        self.lead = param.shape[: param.dim() - len(layout.local_shape)]
+        self.lead = lead
         self.param = self.flat(param)
         self._grads = [grad] if isinstance(grad, Tensor) else list(grad)
 
@@ -184,7 +190,7 @@ class ShardView:
                 "step needs all of it. A hyper-parameter (update_proj_gap) was changed between backward and step: "
                 "change it after the step."
             )
-        joined = torch.stack(grads) if len(grads) > 1 else grads[0].view((*self.lead, *self.layout.local_shape))
+        joined = torch.stack(grads) if len(grads) > 1 else grads[0]
         return self.flat(joined).to(wide(self.param.dtype))
 
     def new_grad(self) -> Tensor:
@@ -204,9 +210,9 @@ class ShardView:
         """The prefix of local tensors that is data, as a view: shaped like `param`.
 
         Args:
-            tensor: of `layout.local_shape`, or [b, *local_shape].
+            tensor: with or without padding behind the `num_local` values; of a stack [b, ...].
         """
-        return tensor.view(*self.lead, self.layout.max_local)[..., : self.layout.num_local]
+        return tensor.view(*self.lead, -1)[..., : self.layout.num_local]
 
     def square_sum(self, x: Tensor) -> Sum:
         """Squared Euclidean norm of the whole tensor.

@@ -8,6 +8,7 @@ import torch
 from conformance_cases import (
     CASES,
     MESHES,
+    SHARDED_BY_TORCH,
     TABLE,
     TOLERANCE,
     VARIANTS,
@@ -38,11 +39,11 @@ def expected(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
+@pytest.fixture(scope="module", params=[*MESHES, *SHARDED_BY_TORCH], ids=str)
 def outcome(request, expected):
     """A mesh and what its ranks found."""
     sizes = request.param
-    return sizes, [json.loads(text) for text in run_ranks(sizes.tp * sizes.zero, conform, sizes, str(expected))]
+    return sizes, [json.loads(text) for text in run_ranks(sizes.num_ranks, conform, sizes, str(expected))]
 
 
 def failing(reports, variant, key):

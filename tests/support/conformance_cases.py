@@ -14,6 +14,8 @@ import galore_references
 import references
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from colossal_bcd import (
     CAME,
@@ -27,8 +29,10 @@ from colossal_bcd import (
     Lamb,
     Lion,
 )
+from colossal_bcd.fsdp.torch_private import fully_shard
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, TensorSplit
+from colossal_bcd.sharding.dtensor import local_values
 from colossal_bcd.testing import CollectiveCounter, PeakBytes
 from support.errors import largest_error
 
@@ -137,8 +141,18 @@ VARIANTS = [f"{name}-{decay}" for name, row in TABLE.items() for decay in row.de
 class Sizes:
     tp: int
     zero: int
+    replicas: int = 1
+    dtensors: bool = False
+    """The slices are torch's own, made by `fully_shard`."""
+
+    @property
+    def num_ranks(self):
+        return self.tp * self.zero * self.replicas
 
     def __str__(self):
+        if self.dtensors:
+            kinds = (f"tp{self.tp}",) * (self.tp > 1), (f"replicas{self.replicas}",) * (self.replicas > 1)
+            return "-".join((*kinds[0], *kinds[1], f"fsdp{self.zero}"))
         return f"tp{self.tp}-zero{self.zero}"
 
     @property
@@ -147,6 +161,11 @@ class Sizes:
 
 
 MESHES = [Sizes(tp, zero) for tp in (1, 2) for zero in (1, 2, 3, 4)]
+SHARDED_BY_TORCH = [
+    *(Sizes(1, zero, dtensors=True) for zero in (2, 3, 4)),
+    Sizes(1, 2, replicas=2, dtensors=True),
+    Sizes(2, 2, dtensors=True),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +309,7 @@ class ShardedRun:
         return part
 
     def data(self, index):
-        return self.params[index].detach().view(-1)[: self.layouts[index].num_local].clone()
+        return local_values(self.params[index]).view(-1)[: self.layouts[index].num_local].clone()
 
     def step(self, step):
         for index, param in enumerate(self.params):
@@ -309,9 +328,58 @@ class ShardedRun:
 
     def padding_is_untouched(self):
         return all(
-            bool((param.detach().view(-1)[layout.num_local :].isnan()).all())
+            bool((local_values(param).view(-1)[layout.num_local :].isnan()).all())
             for param, layout in zip(self.params, self.layouts, strict=True)
         )
+
+
+class DTensorRun(ShardedRun):
+    """The same over DTensors, which the optimizer finds by itself."""
+
+    def __init__(self, sizes, variant, **options):
+        row, hyper = hyper_of(variant)
+        self.params = dtensors(sizes, CASES, [initial(index) for index in range(len(CASES))])
+        self.optimizer = row.optimizer(groups_of(self.params, hyper["weight_decay"]), **hyper, **options)
+        self.layouts = [self.optimizer.layouts[param] for param in self.params]
+        self.scheduler = schedule(self.optimizer)
+
+    def local(self, index, full):
+        return like(self.params[index], self.layouts[index], full)
+
+
+def dtensors(sizes, cases, values):
+    """Parameters that tensor parallelism divides where it can, and then `fully_shard`.
+
+    Sections and padding of dims are none of torch's, and torch 2.5 shards no rows that do not divide by all ranks.
+    """
+    names = ("replicas",) * (sizes.replicas > 1) + ("fsdp",)
+    shape = (sizes.replicas,) * (sizes.replicas > 1) + (sizes.zero,)
+    mesh = data = init_device_mesh("cpu", (*shape, sizes.tp), mesh_dim_names=(*names, "tp"))
+    data, module = mesh[names] if len(names) > 1 else mesh["fsdp"], torch.nn.Module()
+    params = []
+    for index, (case, value) in enumerate(zip(cases, values, strict=True)):
+        tensor = value.clone()
+        if not case.shape:  # `fully_shard` refuses scalars
+            params.append(torch.nn.Parameter(distribute_tensor(tensor, data, [Replicate()] * data.ndim)))
+            continue
+        if sizes.tp > 1 and case.dim is not None and (case.dim or case.shape[0] % (sizes.tp * sizes.zero) == 0):
+            tensor = distribute_tensor(tensor, mesh["tp"], [Shard(case.dim)])
+        module.register_parameter(f"p{index}", torch.nn.Parameter(tensor))
+        params.append(f"p{index}")
+    fully_shard(module, mesh=data)
+    return [getattr(module, param) if isinstance(param, str) else param for param in params]
+
+
+def like(param, layout, full):
+    """This rank's part of a whole tensor as a DTensor."""
+    local = layout.shard(full).view(-1)[: layout.num_local].view(local_values(param).shape)
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
+def run_of(sizes, variant, **options):
+    return (DTensorRun if sizes.dtensors else ShardedRun)(sizes, variant, **options)
 
 
 def conform(sizes, path):
@@ -320,7 +388,7 @@ def conform(sizes, path):
     report = {}
     for variant in VARIANTS:
         found = {"errors": [0.0] * len(CASES), "calls": []}
-        run = ShardedRun(sizes, variant)
+        run = run_of(sizes, variant)
         for step in range(hyper_of(variant)[0].num_steps):
             with CollectiveCounter() as counter:
                 run.step(step)
@@ -337,7 +405,7 @@ def conform(sizes, path):
         }
         report[variant] = found | waves(sizes, variant, expected)
     for row in TABLE:
-        report[row] = padding(sizes, f"{row}-decay")
+        report[row] = {"padding_counts": False} if sizes.dtensors else padding(sizes, f"{row}-decay")
         if sizes.zero <= 2:
             report[row] |= many(sizes, f"{row}-decay")
     return json.dumps(report)
@@ -353,7 +421,7 @@ def padding(sizes, variant):
 
 def waves(sizes, variant, expected):
     """Collectives and errors of three steps with a budget that is smaller than all rules together."""
-    run = ShardedRun(sizes, variant, wave_bytes=50_000)
+    run = run_of(sizes, variant, wave_bytes=50_000)
     errors = [0.0] * len(CASES)
     with CollectiveCounter() as counter:
         for step in range(3):
@@ -366,13 +434,17 @@ def waves(sizes, variant, expected):
 def many(sizes, variant):
     """Collectives of one step with few tensors and with fifteen times as many."""
     row, hyper = hyper_of(variant)
-    mesh, tp_rank, zero_rank = process_mesh(sizes)
-    calls = []
+    case, calls = Case(shape=(4, 6), dim=0), []
     for num_tensors in (10, 150):
-        layout = Case(shape=(4, 6), dim=0).layout(sizes, tp_rank, zero_rank)
-        params = [torch.nn.Parameter(torch.ones(layout.local_shape)) for _ in range(num_tensors)]
-        optimizer = row.optimizer(params, **hyper)
-        optimizer.bind(dict.fromkeys(params, layout), mesh)
+        if sizes.dtensors:
+            params = dtensors(sizes, [case] * num_tensors, [torch.ones(case.shape)] * num_tensors)
+            optimizer = row.optimizer(params, **hyper)
+        else:
+            mesh, tp_rank, zero_rank = process_mesh(sizes)
+            layout = case.layout(sizes, tp_rank, zero_rank)
+            params = [torch.nn.Parameter(torch.ones(layout.local_shape)) for _ in range(num_tensors)]
+            optimizer = row.optimizer(params, **hyper)
+            optimizer.bind(dict.fromkeys(params, layout), mesh)
         for param in params:
             param.grad = torch.ones_like(param)
         with CollectiveCounter() as counter:

@@ -17,18 +17,19 @@ from colossal_bcd.optim.state.rounding import LOW_PRECISION, is_stochastic, roun
 from colossal_bcd.optim.state.spec import State, StateSpec
 from colossal_bcd.optim.state.stack import Member, Stack
 from colossal_bcd.sharding import ShardView, wide
+from colossal_bcd.sharding.dtensor import local_values
 
 
 class StoredWeights:
     """The weights of a stack, and their float32 copy where they are rounded stochastically.
 
     Attributes:
-        values: what the rule updates, of the parameters' local shape, with a leading dim if `lead`.
+        values: what the rule updates, as the rank stores it, with a leading dim if `lead`.
     """
 
     def __init__(self, members: Sequence[Member], lead: bool) -> None:
         self._members = members
-        self._stack = Stack([member.param.detach() for member in members], lead)
+        self._stack = Stack([local_values(member.param) for member in members], lead)
         first = members[0]
         self._stochastic = is_stochastic(first.hyper, first.param.dtype)
         self.values = self._stack.whole.to(wide(first.param.dtype)) if self._stochastic else self._stack.whole
