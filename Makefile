@@ -20,7 +20,7 @@ BOUND ?= 1e-12
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-check test test-full test-latest clean
+.PHONY: help demo demo-check test test-full test-latest gpu clean
 
 help:
 	@echo "make demo         train a small Llama on $(RANKS) processes; results in $(OUTPUT)/"
@@ -28,6 +28,7 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make test-full    make test, and every case on every mesh"
 	@echo "make test-latest  the tests that need no ColossalAI, on torch 2.13 and transformers 5"
+	@echo "make gpu          what only a GPU shows: tests/gpu and docs/benchmarks_gpu.md, with the packages of PYTHON"
 	@echo "make clean        remove environments, caches and results"
 
 $(VENV)/.installed: setup.py
@@ -71,6 +72,10 @@ $(LATEST)/.installed: setup.py
 
 test-latest: $(LATEST)/.installed
 	$(LATEST)/bin/python -m pytest $(WORKERS)
+
+gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(LATEST) $(OUTPUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -167,7 +167,7 @@ class BlockOptimizer(Trained, Optimizer):
         self.active_set.begin_anew(self._local)
         self._adopt(base_optimizer)
         self._names, self._reach, self._graphs = names, Reach(), CompiledGraphs()
-        self._replicas: Averages | None = averages_for(self, self._data_group, self.corrector)
+        self._replicas: Averages | None = averages_for(self, self._data_group, self.corrector, alone=True)
         """What averages gradients where there are several processes without an engine."""
         self._corrections: GradientSource | None = None
         if self.corrector is not None:

@@ -64,13 +64,16 @@ class Averages(Protocol):
         """Take no part any more."""
 
 
-def averages_for(client: ReplicaClient, data_group: Any, corrector: CorrectionState | None = None) -> Averages | None:
+def averages_for(
+    client: ReplicaClient, data_group: Any, corrector: CorrectionState | None = None, *, alone: bool = False
+) -> Averages | None:
     """What averages the gradients of this optimizer; None on one process.
 
     Args:
         client: the optimizer.
         data_group: see `BlockOptimizer`.
         corrector: of parameters that are not active.
+        alone: whether one process of a group has it, too: there it only puts torch's DDP to rest.
     Raises:
         ValueError: `data_group` is no process group, or, on several processes, a parameter is a part of one.
     """
@@ -79,7 +82,7 @@ def averages_for(client: ReplicaClient, data_group: Any, corrector: CorrectionSt
             f"data_group: got {data_group!r}, expected 'auto', a process group of torch.distributed, or None, with "
             "which every process trains on its own"
         )
-    if not _several():
+    if not (_several() or (alone and data_group is not None and Mesh.has_world())):
         return None
     module, name = AVERAGES
     made: Averages = getattr(importlib.import_module(module), name)(client, data_group, corrector)

@@ -76,14 +76,17 @@ def random_bases(shape: tuple[int, ...], rank: int, side: str, seed: int, like: 
 
 def stiefel(size: int, rank: int, seed: int, like: Tensor) -> Tensor:
     """[size, rank] with orthonormal columns, a pure function of the seed; dtype and device of `like`."""
-    draw = torch.randn(size, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    draw = torch.randn(
+        size, rank, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed)
+    )
     q, r = torch.linalg.qr(draw)
     return (q * r.diagonal().sgn()).to(like)
 
 
 def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
     """Standard normal values, a pure function of the seed; dtype and device of `like`."""
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(like)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator).to(like)
 
 
 def captured_energy(matrix: Tensor, bases: Bases) -> Tensor:

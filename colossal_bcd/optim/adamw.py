@@ -62,7 +62,7 @@ class AdamW(ShardedOptimizer[AdamWHyper]):
     """AdamW on any mesh, without communication; its hyper-parameters are those of `AdamWHyper`."""
 
     hyper_type = AdamWHyper
-    temporary_bytes = 0
+    temporary_bytes = 4
     stacks = True
 
     def state_spec(self, layout: Shaped, hyper: AdamWHyper) -> dict[str, StateSpec]:

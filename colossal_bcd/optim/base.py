@@ -66,7 +66,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
     fixed: ClassVar[tuple[str, ...]] = ()
     """Hyper-parameters that the class sets itself, so that its constructor does not take them."""
     temporary_bytes: ClassVar[int]
-    """Bytes per stored value that the rule keeps alive between rounds when it computes in float32."""
+    """Bytes per stored value that the rule allocates and keeps alive, between rounds or to its end, when it computes in
+    float32."""
     stacks: ClassVar[bool] = False
     """Whether the rule can update b parameters of equal layout at once: everything it sees then has a leading dim."""
     momentum_entry: ClassVar[str] = "exp_avg"

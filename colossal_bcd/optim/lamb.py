@@ -48,15 +48,14 @@ class LambHyper(Storage):
 
 def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     """One LAMB update.  The norms are of the whole parameter, the weight's from the values that are updated."""
-    step = state.step
     update_moments_(state["exp_avg"], state["exp_avg_sq"], view.grad, hyper.betas)
-    debias = step if hyper.bias_correction is True else None
+    debias = state.step if hyper.bias_correction is True else None
     # Algorithm 2, line 9: r = m / (sqrt(v) + eps), and line 10's r + lambda * x.
     direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], debias, hyper.betas, hyper.eps)
     direction.add_(view.param, alpha=hyper.weight_decay)
     lr = hyper.lr
     if hyper.bias_correction == "step_size":
-        lr = debiased_rate(lr, step, hyper.betas)
+        lr = debiased_rate(lr, state.step, hyper.betas)
     if hyper.adam:
         view.param.add_(direction, alpha=-lr)
         return

@@ -43,7 +43,7 @@ class Lion(ShardedOptimizer[LionHyper]):
     """Lion on any mesh, without communication; its hyper-parameters are those of `LionHyper`."""
 
     hyper_type = LionHyper
-    temporary_bytes = 0
+    temporary_bytes = 4
     stacks = True
 
     def state_spec(self, layout: Shaped, hyper: LionHyper) -> dict[str, StateSpec]:

@@ -52,8 +52,8 @@ def sgd(view: View, state: State, hyper: SGDHyper) -> Rounds:
     if hyper.weight_decay and not decoupled:
         direction = direction.add(view.weight.param, alpha=hyper.weight_decay)
     if hyper.momentum:
-        grad, first = direction, state.step == 1
-        direction = heavy_ball_(state["momentum_buffer"], grad, hyper.momentum, hyper.dampening, first)
+        grad, buffer = direction, state["momentum_buffer"]
+        direction = heavy_ball_(buffer, grad, hyper.momentum, hyper.dampening, state.is_first)
         if hyper.nesterov:
             direction = grad.add(direction, alpha=hyper.momentum)
     decay = hyper.lr * hyper.weight_decay if decoupled else 0.0
@@ -65,7 +65,7 @@ class SGD(ShardedOptimizer[SGDHyper]):
     """SGD on any mesh, without communication; its hyper-parameters are those of `SGDHyper`."""
 
     hyper_type = SGDHyper
-    temporary_bytes = 0
+    temporary_bytes = 8
     stacks = True
     momentum_entry = "momentum_buffer"
 

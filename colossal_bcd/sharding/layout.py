@@ -263,9 +263,12 @@ class Layout:
         sections = zip(*(shard.split(lengths, split.dim) for shard in shards), strict=True)
         return torch.cat([part for section in sections for part in section], split.dim)
 
-    def indices(self, dim: int) -> Tensor:
-        """[local length along `dim`] global indices of what this rank's shard holds along a dim, padding excluded."""
-        whole = torch.arange(self.shape[dim])
+    def indices(self, dim: int, device: torch.device | None = None) -> Tensor:
+        """[local length along `dim`] global indices of what this rank's shard holds along a dim, padding excluded.
+
+        Computed on the device, without a copy from the host.
+        """
+        whole = torch.arange(self.shape[dim], device=device)
         if self.split is None or self.split.dim != dim:
             return whole
         split = Layout(shape=(len(whole),), split=dataclasses.replace(self.split, dim=0))

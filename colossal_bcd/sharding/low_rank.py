@@ -184,12 +184,13 @@ class LowRank:
         for values, rows, columns in self._runs(x):
             if u is None:
                 assert v is not None
-                product = step[..., rows.start - first : rows.stop - first, :] @ v[..., columns, :].mT
+                _subtract_product_(
+                    values, step[..., rows.start - first : rows.stop - first, :], v[..., columns, :].mT, scale
+                )
             elif v is None:
-                product = u[..., rows, :] @ step[..., columns]
+                _subtract_product_(values, u[..., rows, :], step[..., columns], scale)
             else:
-                product = u[..., rows, :] @ step @ v[..., columns, :].mT
-            values.sub_(product * scale)
+                _subtract_product_(values, u[..., rows, :] @ step, v[..., columns, :].mT, scale)
 
     def _chunks(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice, slice]]:
         """`_runs`, divided further where they have to be cast, so that no whole copy in `dtype` exists."""
@@ -206,13 +207,23 @@ class LowRank:
         assert basis is not None
         if self.layout.split is None or self.layout.split.dim != dim:
             return basis
-        return basis.index_select(-2, self.layout.indices(dim).to(basis.device))
+        return basis.index_select(-2, self.layout.indices(dim, basis.device))
 
     def _runs(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
         """Runs of full structure as views [..., rows, columns], with their rows and columns in this rank's shard."""
         first = self._matrices.rows.first
         for values, rows, _, columns in self._matrices.runs(x):
             yield values.flatten(-3, -2), slice(rows.start + first, rows.stop + first), columns
+
+
+def _subtract_product_(x: Tensor, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
+    """Subtract `scale * left @ right` in place; where all have one dtype, no product as large as `x` is made."""
+    if x.dtype != left.dtype or isinstance(scale, Tensor) or x.dim() > 3:
+        x.sub_((left @ right).mul_(scale))
+    elif x.dim() == 2:
+        x.addmm_(left, right, alpha=-scale)
+    else:
+        x.baddbmm_(left, right, alpha=-scale)
 
 
 # Layers have equal layouts, and every step asks again.

@@ -58,10 +58,15 @@ class Mesh:
             place = place * dist.get_world_size(group) + dist.get_rank(group)
         return place
 
+    @staticmethod
+    def has_world() -> bool:
+        """Whether a process group was made, of several processes or of this one."""
+        return dist.is_available() and dist.is_initialized()
+
     @classmethod
     def world(cls, axis: str) -> Mesh:
         """All processes on one axis; this one alone where no process group was made."""
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        group = dist.group.WORLD if cls.has_world() else None
         return cls({axis: () if group is None else group})
 
     def all_to_all(self, tensor: Tensor, sent: list[int], received: list[int], axis: str) -> Tensor:

@@ -248,7 +248,11 @@ def factor(step):
 
 def train_by_reference(variant):
     """The weights of every case after every step."""
-    row, hyper = hyper_of(variant)
+    return reference_weights(*hyper_of(variant))
+
+
+def reference_weights(row, hyper):
+    """`train_by_reference` of a row that need not be in the table."""
     groups = groups_of(range(len(CASES)), hyper["weight_decay"])
     numbers = {index: key for key, index in enumerate(index for group in groups for index in group["params"])}
     result = {}
@@ -268,13 +272,18 @@ def train_by_reference(variant):
 
 def train_on_one_process(variant):
     """The weights of every case after the last step."""
-    row, hyper = hyper_of(variant)
-    params = [torch.nn.Parameter(initial(index).clone()) for index in range(len(CASES))]
+    return weights_on(torch.device("cpu"), *hyper_of(variant))
+
+
+def weights_on(device, row, hyper):
+    """`train_on_one_process` on any device, of a row that need not be in the table."""
+    params = [torch.nn.Parameter(initial(index).to(device, copy=True)) for index in range(len(CASES))]
     optimizer = row.optimizer(groups_of(params, hyper["weight_decay"]), **hyper)
     scheduler = schedule(optimizer)
     for step in range(row.num_steps):
         for index, param in enumerate(params):
-            param.grad = gradient(index, step)
+            grad = gradient(index, step)
+            param.grad = None if grad is None else grad.to(device)
         optimizer.step()
         scheduler.step()
     return [param.detach() for param in params]

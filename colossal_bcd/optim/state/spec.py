@@ -32,6 +32,22 @@ CHUNK = 256
 """Values that share a scale in 8-bit storage."""
 
 
+def require_no_capture(what: str) -> None:
+    """Refuse to capture what depends on numbers of the host.
+
+    Args:
+        what: that the host counts.
+    Raises:
+        RuntimeError: a CUDA graph is captured.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"step: got the capture of a CUDA graph, expected none, as the update depends on {what}, which the host "
+            "counts: every replay would repeat this one. Capture forward and backward alone, or an update that does "
+            "not ask for it: SGD, Lion, CAME, AdamW(correct_bias=False), Lamb(bias_correction=False)."
+        )
+
+
 class State(dict[str, Tensor]):
     """What a rule sees of one parameter's state, or of a stack's: tensors, to be written in place.
 
@@ -44,7 +60,22 @@ class State(dict[str, Tensor]):
 
     def __init__(self, step: int, numbers: Mapping[str, int] | None = None) -> None:
         super().__init__()
-        self.step, self.numbers = step, numbers or {}
+        self._step, self.numbers = step, numbers or {}
+
+    @property
+    def step(self) -> int:
+        """Number of this update, from 1.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, every replay of which would take the number of this update.
+        """
+        require_no_capture("the number of the step")
+        return self._step
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first update; a graph that is captured later may ask."""
+        return self._step == 1 and self.step == 1
 
 
 @dataclass(frozen=True, kw_only=True)

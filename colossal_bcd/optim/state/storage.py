@@ -14,7 +14,7 @@ from torch import Tensor
 from colossal_bcd.optim.options import RoundingOptions, Storage
 from colossal_bcd.optim.state.quantized import dequantize, quantize_into, require_library, require_stored
 from colossal_bcd.optim.state.rounding import LOW_PRECISION, is_stochastic, round_into, stream
-from colossal_bcd.optim.state.spec import State, StateSpec
+from colossal_bcd.optim.state.spec import State, StateSpec, require_no_capture
 from colossal_bcd.optim.state.stack import Member, Stack
 from colossal_bcd.sharding import ShardView, wide
 from colossal_bcd.sharding.dtensor import local_values
@@ -126,6 +126,7 @@ def count_step(group: dict[str, Any]) -> None:
     In the group, which outlives the state that a switch of blocks clears: no step repeats another's bits.
     """
     if group.get("rounding") == "stochastic":
+        require_no_capture("the random bits of the step")
         group["num_steps"] = group.get("num_steps", 0) + 1
 
 
