@@ -152,7 +152,7 @@ def test_compiled_model_trains_its_blocks(device: str) -> None:
     for compiled in (False, True):
         model = block_net.Net(dtype=torch.float64).to(device)
         run: Any = torch.compile(model, backend="inductor" if device == "cuda" else "aot_eager") if compiled else model
-        runs.append(train(run, blocks_on(device, run), device))
+        runs.append(train(run, blocks_on(device, run), device, steps=4))
     assert largest_error(runs[1], runs[0]) <= 1e-12
 
 
@@ -237,3 +237,25 @@ def test_ddp_of_one_process_equals_none(group_of_one: str) -> None:
         given = nn.parallel.DistributedDataParallel(model) if wrapped else model
         runs.append(train(given, blocks_on(group_of_one, given), group_of_one))
     assert largest_error(runs[1], runs[0]) == 0
+
+
+@pytest.mark.parametrize("group_of_one", [CUDA], indirect=True)
+@pytest.mark.parametrize("name", ["AdamW", "Lamb", "Adafactor", "CAME", "GaLoreAdamW"])
+def test_fully_sharded_model_of_one_rank_trains_as_whole(name: str, group_of_one: str) -> None:
+    """On CPUs tests/fsdp tries it on several ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from colossal_bcd.fsdp.torch_private import fully_shard
+
+    runs = []
+    for sharded in (False, True):
+        model: Any = block_net.Net(dtype=torch.float64).to(group_of_one)
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh(group_of_one, (1,)))
+        optimizer = OPTIMIZERS[name].cls(model.parameters(), **options_of(name))
+        for step in range(4):
+            model(block_net.tokens(step).to(group_of_one)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([getattr(param, "full_tensor", lambda param=param: param)() for param in model.parameters()])
+    assert largest_error([each.detach().cpu() for each in runs[1]], [each.detach().cpu() for each in runs[0]]) <= 1e-12
