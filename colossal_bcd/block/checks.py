@@ -17,12 +17,7 @@ JUDGED_LATER = ("colossalai", "galore_torch")
 
 
 def require_int(name: str, value: Any, minimum: int) -> None:
-    """Refuse what is not an int (a bool is not one here) or is too small.
-
-    Raises:
-        TypeError: `value` is not an int.
-        ValueError: `value` is less than `minimum`.
-    """
+    """Raise TypeError for what is not an int (a bool is not one here), ValueError below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected an int")
     if value < minimum:
@@ -30,20 +25,14 @@ def require_int(name: str, value: Any, minimum: int) -> None:
 
 
 def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Refuse what is not one of the choices.
-
-    Raises:
-        ValueError: `value` is none of `choices`.
-    """
+    """Raise ValueError for what is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def require_base(base_optimizer: Any) -> Contract:
-    """Refuse what cannot be driven block by block.
+    """What an optimizer keeps where; refuses what cannot be driven block by block.
 
-    Returns:
-        What it keeps where.
     Raises:
         TypeError: not an optimizer.
         ValueError: LBFGS, or one that does not bear that its tensors are exchanged, or cannot take a step at all.
@@ -73,11 +62,9 @@ def require_counts_apart(
     Args:
         contract: of the base optimizer.
         groups: names of the parameters of each param group.
-        trained: names of what the optimizer ever trains.
-        kept: names of parameters whose state survives switches.
+        trained: names of what ever trains.
+        kept: names of what survives switches.
         always: names of what trains at every step.
-    Raises:
-        ValueError: there would have to be two counts in one place.
     """
     groups = [[name for name in group if name in trained] for group in groups]
     if contract.by_parameter or not kept.intersection(name for group in groups for name in group):
@@ -104,11 +91,7 @@ def require_counts_apart(
 
 
 def require_same_parameters(base_optimizer: Optimizer, model: NamedParameters, trained: Collection[str]) -> None:
-    """Refuse a base optimizer that holds other parameters than the blocks.
-
-    Raises:
-        ValueError: one of its parameters has no name, or one that is to be trained is not in it.
-    """
+    """Refuse a base optimizer with parameters that have no name, or without some that are to be trained."""
     named = {id(param) for param in model.parameters.values()}
     held = {id(param) for group in base_optimizer.param_groups for param in group["params"]}
     if held - named:
@@ -131,13 +114,8 @@ def refuse_torch_checkpoint(owner: str, remedy: str) -> None:
 
     They keep "state" and "param_groups" by the names of parameters in the model.  Masters, which block is active and
     for how long, and the state that waits would be dropped without a word, and where there is no state yet, right after
-    a switch, they take a step on zero gradients.  The first thing that they do is to look at `state`.
-
-    Args:
-        owner: the optimizer's class.
-        remedy: how to save it.
-    Raises:
-        ValueError: the caller's caller is one of them.
+    a switch, they take a step on zero gradients.  The first thing that they do is to look at `state`: the caller's
+    caller is then one of them.
     """
     if sys._getframe(2).f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
         raise ValueError(

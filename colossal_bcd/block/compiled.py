@@ -39,13 +39,9 @@ class CompiledGraphs:
     def renew(self, params: Collection[Parameter], num_sets: int) -> None:
         """Let the next forward pass choose its graphs by what requires a gradient now, and compile where there is none.
 
-        To be called after parameters were frozen or thawed.  It costs nothing in a process that has compiled nothing,
-        and a search for the modules of the parameters the first time in one that has.
-
-        Args:
-            params: what was, or may have been, frozen or thawed.
-            num_sets: different sets of active parameters that there will be: torch keeps as many graphs for each of
-                them as it was allowed to for one.
+        To be called after parameters were, or may have been, frozen or thawed.  It costs nothing in a process that has
+        compiled nothing, and a search for the modules of the parameters the first time in one that has.  `num_sets` is
+        how many sets of active parameters there will be: torch keeps as many graphs for each as it was allowed for one.
         """
         if not params or not _has_compiled():
             return

@@ -18,15 +18,7 @@ NOT_ALONE = (
 
 
 def require_copyable(params: Iterable[Tensor], memo: dict[int, Any], *, alone: bool) -> None:
-    """Refuse `copy.deepcopy` of an optimizer without its model, or of one that trains with other processes.
-
-    Args:
-        params: of the model.
-        memo: what this call has copied, by id.
-        alone: whether no other process takes part.
-    Raises:
-        ValueError: see above.
-    """
+    """Refuse `copy.deepcopy` of an optimizer without its model (`memo`: copies by id), or with other processes."""
     if not alone:
         raise ValueError(
             "copy.deepcopy of a BlockOptimizer that trains with other processes, expected one of a single process, "

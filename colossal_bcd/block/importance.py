@@ -29,8 +29,8 @@ class ImportanceOptions:
 
     by: Norm = "gradient"
     """"gradient": root mean square, over the steps of a block's last period, of the norm of its averaged gradient, of
-    which parameters that travel as low-rank images count with these; "weight": norm of the weights at the beginning of
-    an epoch."""
+    which parameters whose gradients travel in low rank count with these; "weight": norm of the weights at the
+    beginning of an epoch."""
     floor: float = 0.1
     """Share of the probability that is the same for all blocks; 1 is equal probabilities, and with 0 a block whose norm
     was once zero never comes back."""
@@ -95,12 +95,7 @@ class Importance:
         self.home = {param: place for place, params in enumerate(members) for param in params}
 
     def by_block(self, squares: Mapping[Parameter, Tensor], like: Tensor) -> Tensor:
-        """[a] squared norms of the active blocks on this rank, zero where there is nothing.
-
-        Args:
-            squares: one value each, also of parameters that are in no block.
-            like: has the device and dtype of the result.
-        """
+        """[a] squared norms of the active blocks on this rank, on the device of `like`; zero where there is nothing."""
         parts: list[list[Tensor]] = [[] for _ in self._active]
         for param, square in squares.items():
             if param in self.home:
@@ -115,11 +110,7 @@ class Importance:
         self._num_steps += 1
 
     def note_local(self, tensors: Mapping[Parameter, Tensor]) -> None:
-        """`note` on one process.
-
-        Args:
-            tensors: what has the gradient of each active parameter, which may be None.
-        """
+        """`note` on one process, of the gradients of these tensors, by active parameter; some may have none."""
         grads = {param: tensor.grad for param, tensor in tensors.items() if tensor.grad is not None}
         squares = {param: square_sum(grad.reshape(-1)).double() for param, grad in grads.items()}
         # On the gradients' device: a step does not wait for it.
@@ -165,12 +156,7 @@ class Importance:
 
 
 def squared_norms(blocks: Sequence[Sequence[Tensor]], device: torch.device | None = None) -> Tensor:
-    """[number of blocks] float64 squared Euclidean norms; zero for a block without tensors.
-
-    Args:
-        blocks: flat tensors of each block.
-        device: of the result; None: the CPU.
-    """
+    """[number of blocks] float64 squared Euclidean norms of flat tensors; zero for a block without any."""
     none = torch.zeros((), dtype=torch.float64, device=device)
     sums = [[square_sum(part).sum().double() for part in parts] for parts in blocks]
     return torch.stack([torch.stack(parts).sum().to(none.device) if parts else none for parts in sums])

@@ -31,14 +31,7 @@ def announce(message: str) -> None:
 
 
 def active_line(num_steps: int, active: Sequence[int], names: Sequence[str], stages: Sequence[Sequence[int]]) -> str:
-    """Which blocks train, and with pipelines where.
-
-    Args:
-        num_steps: applied steps.
-        active: indices of the blocks that train.
-        names: of all blocks.
-        stages: pipeline stages that hold parameters of each block; empty without a pipeline.
-    """
+    """Which blocks train; `stages` are those of a pipeline that hold each block, or empty."""
     blocks = [f"{index} ({names[index]})" for index in active]
     if not stages:
         verb = "blocks {} of {} are" if len(active) > 1 else "block {} of {} is"

@@ -36,8 +36,7 @@ def read_parameters(named_parameters: Iterable[tuple[str, Parameter]], lora_mode
         named_parameters: pairs as of `model.named_parameters()`; two names for one tensor are a tie.
         lora_mode: with "all" and "partial" blocks train the weights under the adapters, which peft has frozen.
     Raises:
-        TypeError: not an iterable of (name, tensor).
-        ValueError: a name comes twice, or there are no adapters for the `lora_mode`.
+        TypeError, ValueError: these are no pairs, a name comes twice, or there are no adapters for the `lora_mode`.
     """
     if not isinstance(named_parameters, Iterable):
         raise TypeError(

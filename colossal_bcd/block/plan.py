@@ -157,11 +157,7 @@ def make_plan(
     sgd_mode: CorrectionMode,
     options: dict[str, Any],
 ) -> Plan:
-    """The plan that the arguments of a BlockOptimizer, which see, ask for.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong.
-    """
+    """The plan that the arguments of a BlockOptimizer ask for; raises TypeError or ValueError where one is wrong."""
     found = partition(
         model.parameters,
         aliases=model.aliases,
@@ -193,12 +189,7 @@ def make_plan(
 
 
 def _always_active(active_modules: Sequence[str], model: NamedParameters) -> tuple[str, ...]:
-    """Canonical names of the trainable parameters of `active_modules`, in model order.
-
-    Raises:
-        TypeError: not a sequence of strings.
-        ValueError: a prefix matches nothing, or nothing that may be trained.
-    """
+    """Canonical names of the trainable parameters of `active_modules`, in model order; each has to match some."""
     if isinstance(active_modules, str) or not isinstance(active_modules, Sequence):
         raise TypeError(f"active_modules: got {active_modules!r}, expected a list of prefixes, such as ['lm_head.']")
     found: set[str] = set()

@@ -10,11 +10,7 @@ from torch.optim import Optimizer
 
 
 def require_rates(base_optimizer: Optimizer, option: str) -> None:
-    """Refuse a base optimizer without learning rates where they are to be multiplied.
-
-    Raises:
-        ValueError: a param group has none.
-    """
+    """Refuse a base optimizer with a param group that has no learning rate, where rates are to be multiplied."""
     for index, group in enumerate(base_optimizer.param_groups):
         if group.get("lr") is None:
             raise ValueError(

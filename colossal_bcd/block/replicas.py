@@ -31,7 +31,7 @@ class ReplicaClient(Protocol):
         """Ints below 2**62 that are equal on ranks that train the same in the same order."""
 
     def take_averages(self, averages: Mapping[Parameter, Tensor]) -> None:
-        """Take what all ranks have: flat gradients, or the images that were asked for instead."""
+        """Take what all ranks have: flat gradients, or the low-rank ones that were asked for instead."""
 
 
 class Averages(Protocol):
@@ -41,14 +41,14 @@ class Averages(Protocol):
         self,
         active: Sequence[Parameter],
         corrected: Sequence[Parameter] = (),
-        images: Mapping[Parameter, LowRankGradient] = ...,
+        low_rank: Mapping[Parameter, LowRankGradient] = ...,
     ) -> None:
         """From now on average the gradients of exactly these parameters.
 
         Args:
             active: their averages are handed to the client, when backward ends.
-            corrected: theirs go to the corrector, within backward.
-            images: what to average instead of the gradient, of the active ones that are in it.
+            corrected: theirs go to the `CorrectionState`, within backward.
+            low_rank: what to average instead of the gradient, of the active ones that are in it.
         """
 
     def settle(self) -> None:
@@ -65,15 +65,12 @@ class Averages(Protocol):
 
 
 def averages_for(
-    client: ReplicaClient, data_group: Any, corrector: CorrectionState | None = None, *, alone: bool = False
+    client: ReplicaClient, data_group: Any, correction: CorrectionState | None = None, *, alone: bool = False
 ) -> Averages | None:
     """What averages the gradients of this optimizer; None on one process.
 
-    Args:
-        client: the optimizer.
-        data_group: see `BlockOptimizer`.
-        corrector: of parameters that are not active.
-        alone: whether one process of a group has it, too: there it only puts torch's DDP to rest.
+    If `alone`, one process of a group has it, too: there it only puts torch's DDP to rest.
+
     Raises:
         ValueError: `data_group` is no process group, or, on several processes, a parameter is a part of one.
     """
@@ -85,7 +82,7 @@ def averages_for(
     if not (_several() or (alone and data_group is not None and Mesh.has_world())):
         return None
     module, name = AVERAGES
-    made: Averages = getattr(importlib.import_module(module), name)(client, data_group, corrector)
+    made: Averages = getattr(importlib.import_module(module), name)(client, data_group, correction)
     return made
 
 

@@ -61,7 +61,7 @@ def load_state(trained: Trained, saved: Mapping[str, Any]) -> None:
         trained.importance.load(block["importance"], {})
     trained.active_set.load_state_dict(block, named)
     if trained.corrector is not None:
-        trained.corrector.load({named[name]: state for name, state in block["corrections"].items()})
+        trained.corrector.restore({named[name]: state for name, state in block["corrections"].items()})
     base = trained.base_optimizer
     _load_base(base, {key: value for key, value in saved.items() if key != "block"})
     vars(base).update(copied(block.get("attributes", {})))
@@ -76,11 +76,7 @@ def _require_local(trained: Trained) -> None:
 
 
 def _require_groups(ours: list[list[str]], theirs: list[list[str]]) -> None:
-    """Refuse a state of other param groups; both are names of what is active in each.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Refuse a state of other param groups; both are names of what is active in each."""
     if len(ours) != len(theirs):
         raise ValueError(
             f"load_state_dict: got a state of {len(theirs)} param groups, expected {len(ours)}. Make the base "
@@ -95,14 +91,7 @@ def _require_groups(ours: list[list[str]], theirs: list[list[str]]) -> None:
 
 
 def _require_masters(masters: Mapping[str, Tensor], active: Mapping[str, Parameter]) -> None:
-    """Refuse masters of other shapes, or of weights that need none.
-
-    Args:
-        masters: of a state dict, by name.
-        active: what will be active, by name.
-    Raises:
-        ValueError: they do not fit.
-    """
+    """Refuse masters, by name, of other shapes than what will be active has, or of weights that need none."""
     ours = {name: tuple(param.shape) for name, param in active.items() if param.dtype in LOW_PRECISION}
     theirs = {name: tuple(master.shape) for name, master in masters.items()}
     if ours != theirs:
@@ -128,14 +117,10 @@ def _load_base(base: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _undo_casts(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Give loaded state the types with which it was saved.
+    """Give the state that an optimizer has loaded the types with which it was saved.
 
     `torch.optim.Optimizer.load_state_dict` casts every floating-point tensor to the parameter's dtype, and makes of a
     string the text of a generator.
-
-    Args:
-        optimizer: that has loaded the state.
-        state_dict: what it has loaded, as it was saved.
     """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -27,13 +27,9 @@ _WORDS = frozenset(("embed_tokens", "word_embeddings", "wte", "embed_in", "tok_e
 
 
 def task_heads(parameters: Mapping[str, Tensor], untrained: Collection[str]) -> dict[str, list[str]]:
-    """Parameters of heads for a task, by the prefix of each head.
+    """Parameters of heads for a task that are among `untrained`, by the prefix of each head.
 
     A head over the vocabulary, pretrained like the layers below, is none whatever its name is.
-
-    Args:
-        parameters: of the model, by name.
-        untrained: names among which heads are sought.
     """
     heads: dict[str, list[str]] = {}
     for name in parameters:
@@ -61,12 +57,9 @@ def task_heads(parameters: Mapping[str, Tensor], untrained: Collection[str]) -> 
 
 
 def warn_of_heads(parameters: Mapping[str, Tensor], untrained: Collection[str], remedy: str | None = None) -> None:
-    """Say it where the head of a task stays as it was initialised.
+    """Say it where the head of a task, among `untrained`, stays as it was initialised.
 
-    Args:
-        parameters: of the model, by name.
-        untrained: names of what may be trained and is not.
-        remedy: what trains them; None: `active_modules` of a BlockOptimizer.
+    `remedy` is what trains it; None: `active_modules` of a BlockOptimizer.
     """
     heads = task_heads(parameters, untrained)
     if not heads or not is_first():

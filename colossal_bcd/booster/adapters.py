@@ -46,11 +46,8 @@ class LoraPlugin:
 
 
 def adopt_adapters(model: nn.Module, optimizer: Any) -> None:
-    """Put trainable adapters that no param group has into the group of the weight that they adapt.
+    """Put trainable adapters of peft that no param group has into the group of the weight that they adapt.
 
-    Args:
-        model: not wrapped yet; nothing happens unless it has adapters of peft.
-        optimizer: the user's.
     Raises:
         ValueError: a BlockOptimizer was made before the adapters, so that its blocks do not have them.
     """
@@ -147,11 +144,7 @@ def has_adapters(model: nn.Module) -> bool:
 def refuse_adapters(model: nn.Module, tp_size: int) -> None:
     """Refuse a model that ColossalAI's sharding of layers would take for one with plain linear layers.
 
-    Args:
-        model: not sharded yet.
-        tp_size: tensor-parallel ranks.
-    Raises:
-        ValueError: some layer trains in low rank, or has adapters of peft that tensor parallelism would drop.
+    Some layer trains in low rank, or has adapters of peft, which tensor parallelism would drop.
     """
     if has_adapters(model):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -48,8 +48,6 @@ def check_hybrid(arguments: Arguments, stock: type, *, on_cpu: bool) -> None:
         arguments: see `arguments_of`; `overlap_p2p` is switched off here where a CPU lacks it.
         stock: ColossalAI's plugin, whose defaults need no word.
         on_cpu: this machine has no accelerator.
-    Raises:
-        ValueError: with the argument's name and what to set instead.
     """
     refuse_fp8(arguments)
     if arguments["overlap_allgather"] and arguments["tp_size"] > 1:
@@ -131,6 +129,6 @@ def _say_without_effect(stock: type, arguments: Arguments, idle: Iterable[tuple[
         _say(f"{stock.__name__.partition('_')[0]}: {', '.join(asked)} without effect")
 
 
-def _say(message: str, say: Callable[[str], None] = logger.warning) -> None:
+def _say(message: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
-        say(message)
+        logger.warning(message)

@@ -11,11 +11,12 @@ import dataclasses
 import enum
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from colossalai.interface import OptimizerWrapper
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -25,7 +26,7 @@ from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole, pr
 from colossal_bcd.block.trained import is_plain, trained_of
 from colossal_bcd.booster.adapters import adopt_adapters
 from colossal_bcd.booster.casts.fitness import Given, require_fit
-from colossal_bcd.booster.casts.registry import cast
+from colossal_bcd.booster.casts.registry import cast, names_of
 from colossal_bcd.engine.agreement import differing, gathered, num_ranks
 
 FOLLOWING = (
@@ -89,12 +90,8 @@ def same_start(model: nn.Module, group: Any, *, buffers: bool = True) -> None:
 def require_same_options(model: nn.Module, optimizer: Any, group: dist.ProcessGroup | None = None) -> None:
     """Compare what this rank was given with what the others were: one exchange of names and numbers.
 
-    Args:
-        model: not wrapped yet.
-        optimizer: the user's.
-        group: the ranks that must agree, which errors number; None: all.
     Raises:
-        ValueError: on every rank, naming the ranks and what differs.
+        ValueError: on every rank of the group (None: of all), naming the ranks and what differs.
     """
     if num_ranks(group) == 1:
         return
@@ -173,49 +170,38 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
-def _differences(theirs: dict[str, Any], first: dict[str, Any], limit: int = 3) -> str:
+def _differences(theirs: dict[str, Any], first: dict[str, Any]) -> str:
     names = [name for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
-    shown = ", ".join(f"{name} {theirs.get(name)} instead of {first.get(name)}" for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    shown = ", ".join(f"{name} {theirs.get(name)} instead of {first.get(name)}" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def frozen_in(model: Any, optimizer: Any, *, sharded: bool) -> list[Parameter]:
-    """Parameters that an engine about to be made will not average because they are frozen.
-
-    Args:
-        model: before the engine is made.
-        optimizer: of it.
-        sharded: see `refuse_newcomers`; those of the optimizer are asked for then, else those of the model.
-    """
-    if not isinstance(optimizer, Optimizer):
-        return []
-    module: nn.Module = model.unwrap(unwrap_peft=False) if hasattr(model, "unwrap") else model
-    held = [param for group in optimizer.param_groups for param in group["params"]]
-    return [param for param in (held if sharded else module.parameters()) if not param.requires_grad]
-
-
-def refuse_newcomers(
-    optimizer: Optimizer, frozen: Iterable[Parameter], names: Mapping[int, str], *, sharded: bool
-) -> None:
-    """Let every step look for weights that were thawed or added since the engine was made.
+def configured_by_stock(
+    configure: Callable[..., Any], model: Any, optimizer: Any, *args: Any, sharded: bool, **kwargs: Any
+) -> Any:
+    """Boost by ColossalAI's engine, whose steps then look for weights that were thawed or added since it was made.
 
     Their gradients would be those of one rank's batch alone, or be used by nobody.  The step raises ValueError on every
-    rank where they are found.
-
-    Args:
-        optimizer: that makes the steps; its groups are the engine's.
-        frozen: see `frozen_in`.
-        names: of all parameters, by id.
-        sharded: the groups hold tensors of the engine's own, to which no others may come.
+    rank where they are found.  The optimizer gets the names of its parameters, for checkpoints.  If `sharded`, its
+    groups will hold tensors of the engine's own, to which no others may come.
     """
-    frozen = list(frozen)
-    members = {param for group in optimizer.param_groups for param in group["params"]} if sharded else None
+    names, frozen = names_of(model), list[Parameter]()
+    if isinstance(optimizer, Optimizer):
+        module: nn.Module = model.unwrap(unwrap_peft=False) if hasattr(model, "unwrap") else model
+        candidates = _grouped(optimizer) if sharded else module.parameters()
+        frozen = [param for param in candidates if not param.requires_grad]
+    boosted = configure(model, optimizer, *args, **kwargs)
+    made = boosted[1]
+    if not isinstance(made, OptimizerWrapper) or hasattr(made, "parameter_names"):
+        return boosted
+    made.parameter_names, made.has_whole_state = names, type(made) is OptimizerWrapper
+    members = set(_grouped(made.optim)) if sharded else None
 
     def look(stepped: Optimizer, _args: Any, _kwargs: Any) -> None:
-        held = {param for group in stepped.param_groups for param in group["params"]}
-        late = [param for param in frozen if param.requires_grad and (sharded or param in held)]
+        grouped = set(_grouped(stepped))
+        late = [param for param in frozen if param.requires_grad and (sharded or param in grouped)]
         if members is not None:
-            late += [param for param in held - members if param not in late]
+            late += [param for param in grouped - members if param not in late]
         if late:
             listed = [names.get(id(param), f"one of shape {tuple(param.shape)}") for param in late]
             raise ValueError(
@@ -223,4 +209,9 @@ def refuse_newcomers(
                 f"an engine that trains only what required grad when it was made, expected none. {FOLLOWING}"
             )
 
-    optimizer.register_step_pre_hook(look)
+    made.optim.register_step_pre_hook(look)
+    return boosted
+
+
+def _grouped(optimizer: Optimizer) -> list[Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -20,7 +20,7 @@ from colossalai.checkpoint_io.index_file import CheckpointIndexFile
 from colossalai.tensor.padded_tensor import api as padding
 from safetensors import SafetensorError
 
-from colossal_bcd.checkpoint.errors import CheckpointError, raise_together, together
+from colossal_bcd.checkpoint.errors import CheckpointError, on_all_ranks, raise_on_all_ranks
 from colossal_bcd.checkpoint.files import replacing
 from colossal_bcd.checkpoint.load import check_path
 from colossal_bcd.checkpoint.opened import read_torch
@@ -104,7 +104,7 @@ def _complete(cls: Any) -> Any:
 
         @says_where("save of the scheduler")
         def save_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
-            with together():
+            with on_all_ranks():
                 if dist.get_rank() == 0:
                     with replacing(Path(checkpoint)) as file:
                         torch.save(lr_scheduler.state_dict(), file)
@@ -113,7 +113,7 @@ def _complete(cls: Any) -> Any:
 
         @says_where("load of the scheduler")
         def load_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
-            with together():
+            with on_all_ranks():
                 state = read_torch(Path(checkpoint), contents=dist.get_rank() == 0)
             lr_scheduler.load_state_dict(state)
 
@@ -143,7 +143,7 @@ def writing_together() -> Iterator[None]:
     finally:
         for owner, name, function in before:
             setattr(owner, name, function)
-    raise_together(errors[0] if errors else None)
+    raise_on_all_ranks(errors[0] if errors else None)
 
 
 def _holding(function: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:

@@ -251,7 +251,7 @@ class DistGaloreAwamW(SetupDistributed, GaLoreAdamW8bit):
         params: parameters, or param groups as plain dicts; only groups with a `rank` are projected.
         lr, betas, eps, weight_decay: as of `colossal_bcd.GaLoreAdamW8bit`.
         nbits: bits of the moments between steps, 8 or 32.
-        min_8bit_size: smaller tensors, or images of them, keep moments of 32 bits.
+        min_8bit_size: smaller tensors, or low-rank gradients, keep moments of 32 bits.
         percentile_clipping: 100, which clips nothing.
         block_wise: True; moments are quantised in blocks of 256 values.
         is_paged: False; states stay where the parameter is.
@@ -292,14 +292,7 @@ class DistGaloreAwamW(SetupDistributed, GaLoreAdamW8bit):
 
 
 def require_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """bitsandbytes' options as hyper-parameters of `GaLoreAdamW8bit`.
-
-    Args:
-        name: of the optimizer, for errors.
-        options: `optim_bits`, `min_8bit_size`, `percentile_clipping`, `block_wise`, `is_paged`.
-    Raises:
-        ValueError: one cannot be honoured.
-    """
+    """bitsandbytes' options as hyper-parameters of `GaLoreAdamW8bit`; refuses what cannot be honoured."""
     remedies = {
         "percentile_clipping": (100, "Clip by the norm with the plugin's max_norm."),
         "block_wise": (True, "Moments of 8 bits are quantised in blocks here; use nbits=32 for exact ones."),

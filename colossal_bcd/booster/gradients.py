@@ -33,12 +33,7 @@ class LossScaler(FP16MixedPrecisionMixin):
 
 
 class SequenceSums:
-    """Adds up gradients that sequence parallelism leaves partial on tensor-parallel ranks.
-
-    Args:
-        model: ColossalAI's wrapper; a pipeline's adds them itself.
-        tp_group: the ranks.
-    """
+    """Adds up gradients that sequence parallelism leaves partial on tensor-parallel ranks; pipelines do so."""
 
     def __init__(self, model: Any, tp_group: dist.ProcessGroup | None) -> None:
         shard_config = getattr(model, "shard_config", None)
@@ -51,12 +46,7 @@ class SequenceSums:
         )
 
     def add_up(self, params: Iterable[Parameter], grads: Mapping[Parameter, Tensor]) -> None:
-        """Add the partial gradients of replicated parameters over the ranks, in place.
-
-        Args:
-            params: those that are trained now.
-            grads: their gradients, where they have one.
-        """
+        """Add the partial gradients of those of `params` that are replicated over the ranks, in place."""
         partial = self._partial(params, grads)
         if partial:
             SeqParallelUtils.allreduce_partial_data_grad(process_group=self._tp_group, grads=partial)
@@ -176,7 +166,7 @@ class Clipping:
         if any(param in self._reducer.low_rank for param in grads) and not self.config.low_rank.clip_by_image:
             self.show_gradients()
             raise ValueError(
-                f"{caller}: got low-rank gradients, which travel as images without the whole gradient's norm. Give the "
+                f"{caller}: got low-rank gradients, which travel without the whole gradient's norm. Give the "
                 "plugin low_rank=LowRankOptions(clip_by_image=True) to clip by the norm of the images, or "
                 "LowRankOptions(reduce=False) to reduce whole gradients."
             )
@@ -189,11 +179,7 @@ class Clipping:
 
 
 def _require_foreach(caller: str, given: Mapping[str, object]) -> None:
-    """Refuse what torch's functions take beside `foreach`, and what they do not take either.
-
-    Raises:
-        TypeError: there is another argument.
-    """
+    """Refuse what torch's functions take beside `foreach`, and what they do not take either."""
     other = [name for name in given if name != "foreach"]
     if other:
         raise TypeError(f"{caller}: got an argument {other[0]!r}, expected none but foreach. Leave it out.")

@@ -54,16 +54,10 @@ def shard_layouts(
 
 
 def shard_layout(weight: Any, shape: tuple[int, ...], rank: int, size: int) -> Layout:
-    """Layout of a weight that ColossalAI has divided, or not.
+    """Layout of this rank's part of a weight that ColossalAI has divided, or not; `shape` is without padding.
 
     Which dim is divided is read from d_tensor's mark, or, for fused weights, which carry none, from the shapes; a
     longer dim than the global one is padding.  Where the shard does not follow from the shape, the layout's is another.
-
-    Args:
-        weight: of this rank.
-        shape: of the whole weight without padding.
-        rank: this one among the tensor-parallel ranks.
-        size: their number.
     """
     if hasattr(weight, "dist_layout"):
         divided = list(weight.dist_layout.sharding_spec.dim_partition_dict)
@@ -91,12 +85,8 @@ def is_divided(weight: Any) -> bool:
 
 
 def global_shape(weight: Any, known: tuple[int, ...], index: int) -> tuple[int, ...]:
-    """Shape of the whole weight without padding.
+    """Shape of the whole weight without padding; `known` is its shape when the optimizer was made.
 
-    Args:
-        weight: whole, or a shard.
-        known: its shape when the optimizer was made.
-        index: of the weight, for errors.
     Raises:
         ValueError: a fused weight was divided before the optimizer was made, of which ColossalAI notes no shape.
     """

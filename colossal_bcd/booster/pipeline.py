@@ -104,11 +104,7 @@ def plan_stages(optimizer: Trained, held: set[nn.Parameter], pp_group: dist.Proc
 
 
 def _ranges_of(owners: Sequence[int | None]) -> list[tuple[int, int]] | None:
-    """Half-open ranges of blocks by stage.
-
-    Args:
-        owners: first stage that holds all of a block; None: there is none.
-    """
+    """Half-open ranges of blocks by stage, from the first stage that holds all of each block (None: there is none)."""
     known = [owner for owner in owners if owner is not None]
     if len(known) < len(owners) or known != sorted(known):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from types import MethodType
@@ -15,6 +16,7 @@ from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPModel
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.utils import get_current_device
 from torch import nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import is_plain, trained_of
@@ -27,7 +29,8 @@ from colossal_bcd.booster.arguments import (
     refuse_fp8,
     refuse_torch_reducer,
 )
-from colossal_bcd.booster.boosting import frozen_in, ready_to_boost, refuse_newcomers, same_start, thawed
+from colossal_bcd.booster.boosting import configured_by_stock, ready_to_boost, same_start, thawed
+from colossal_bcd.booster.casts.fitness import Given
 from colossal_bcd.booster.casts.registry import names_of, shapes_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
@@ -37,13 +40,77 @@ from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.config import EngineConfig, LowRankOptions
 from colossal_bcd.engine.failures import limit_waiting, says_where
+from colossal_bcd.sharding import Layout
 
 logger = logging.getLogger(__name__)
 
 Boosted = tuple[nn.Module, Any, Any, Any, Any]
 
 
-class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
+class EnginePlugin(LoraPlugin):
+    """What the plugins of this package have in common; comes before ColossalAI's plugin in the order of bases."""
+
+    tp_group: Any = None
+    tp_size: int = 1
+
+    def supported_devices(self) -> list[str]:
+        stock: Any = super()
+        return [*stock.supported_devices(), "cpu"]
+
+    def get_checkpoint_io(self) -> Any:
+        stock: Any = super()
+        return checkpoint_io(stock.get_checkpoint_io())
+
+    def configure(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        criterion: Callable[..., Any] | None = None,
+        dataloader: Any = None,
+        lr_scheduler: Any = None,
+    ) -> Boosted:
+        fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
+        if fresh:
+            optimizer = ready_to_boost(model, optimizer, self._given())
+        shapes, names = (shapes_of(model), names_of(model)) if fresh else ({}, {})
+        info = param_info_of(optimizer) if fresh else {}
+        # Weights that several stages of a pipeline share get groups of their own.
+        with thawed(optimizer), limit_waiting():
+            if not isinstance(model, ModelWrapper):
+                model = self._wrap(model)
+        if fresh:
+            self._start_equal(model, is_plain(optimizer))
+            module = model.unwrap(unwrap_peft=False)
+            place = (0, 1) if self.tp_group is None else (dist.get_rank(self.tp_group), self.tp_size)
+            ids = {id(param) for param in trained_of(optimizer).parameters()}
+            layouts = shard_layouts(module, shapes, *place, ids)
+            optimizer = self._engine(optimizer, model, layouts, names)
+            optimizer.param_info = info
+            model.update_master_params = MethodType(optimizer.update_master_params, model)
+        return model, optimizer, criterion, dataloader, lr_scheduler
+
+    def _given(self) -> Given:
+        """What the engine gives an optimizer of each weight."""
+        return "parts"
+
+    def _wrap(self, model: nn.Module) -> Any:
+        """The model in ColossalAI's wrapper."""
+        raise NotImplementedError
+
+    def _start_equal(self, model: Any, plain: bool) -> None:
+        """Copy weights that no gather of this engine copies."""
+        raise NotImplementedError
+
+    def _config(self) -> EngineConfig:
+        raise NotImplementedError
+
+    def _engine(
+        self, optimizer: Optimizer, model: Any, layouts: dict[Parameter, Layout], names: dict[int, str]
+    ) -> ZeroOptimizer:
+        return ZeroOptimizer(optimizer, model, layouts, self._config(), parameter_names=names)
+
+
+class LowLevelZeroPlugin(EnginePlugin, StockLowLevelZeroPlugin):
     """ZeRO stage 1 and 2.  Takes the arguments of colossalai.booster.plugin.LowLevelZeroPlugin.
 
     Args:
@@ -59,35 +126,6 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
         with limit_waiting():
             super().__init__(*args, **kwargs)
 
-    def supported_devices(self) -> list[str]:
-        return [*super().supported_devices(), "cpu"]
-
-    def configure(
-        self,
-        model: Any,
-        optimizer: Any = None,
-        criterion: Callable[..., Any] | None = None,
-        dataloader: Any = None,
-        lr_scheduler: Any = None,
-    ) -> Boosted:
-        fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
-        if fresh:
-            optimizer = ready_to_boost(model, optimizer, "parts")
-        shapes, names = (shapes_of(model), names_of(model)) if fresh else ({}, {})
-        info = param_info_of(optimizer) if fresh else {}
-        with thawed(optimizer):
-            model, _, criterion, dataloader, lr_scheduler = super().configure(
-                model, None, criterion, dataloader, lr_scheduler
-            )
-        if fresh:
-            if not is_plain(optimizer) or has_adapters(model):
-                same_start(model, dist.group.WORLD)
-            layouts = shard_layouts(model.unwrap(unwrap_peft=False), shapes, 0, 1, _ids_of(optimizer))
-            optimizer = ZeroOptimizer(optimizer, model, layouts, self._config(), parameter_names=names)
-            optimizer.param_info = info
-            model.update_master_params = MethodType(optimizer.update_master_params, model)
-        return model, optimizer, criterion, dataloader, lr_scheduler
-
     def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Any:
         return optimizer.no_sync()
 
@@ -95,8 +133,12 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
         """Put adapters into the param groups of what they adapt; boosting does so itself."""
         adopt_adapters(model, optimizer)
 
-    def get_checkpoint_io(self) -> Any:
-        return checkpoint_io(super().get_checkpoint_io())
+    def _wrap(self, model: nn.Module) -> Any:
+        return StockLowLevelZeroPlugin.configure(self, model)[0]
+
+    def _start_equal(self, model: Any, plain: bool) -> None:
+        if not plain or has_adapters(model):
+            same_start(model, dist.group.WORLD)
 
     def _config(self) -> EngineConfig:
         options = self.zero_optim_kwargs
@@ -115,7 +157,7 @@ class LowLevelZeroPlugin(LoraPlugin, StockLowLevelZeroPlugin):
         )
 
 
-class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
+class HybridParallelPlugin(EnginePlugin, StockHybridParallelPlugin):
     """Tensor, pipeline and data parallelism with ZeRO 0, 1, 2.
 
     Takes the arguments of colossalai.booster.plugin.HybridParallelPlugin.  Kernels that a machine without an
@@ -143,37 +185,9 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
         if hasattr(self, "pg_mesh"):
             super().__del__()
 
-    def supported_devices(self) -> list[str]:
-        return [*super().supported_devices(), "cpu"]
-
-    def configure(
-        self,
-        model: Any,
-        optimizer: Any = None,
-        criterion: Callable[..., Any] | None = None,
-        dataloader: Any = None,
-        lr_scheduler: Any = None,
-    ) -> Boosted:
-        fresh = optimizer is not None and not isinstance(optimizer, OptimizerWrapper)
+    def configure(self, model: Any, *args: Any, **kwargs: Any) -> Boosted:
         refuse_adapters(model, self.tp_size)
-        if fresh:
-            divided = self.zero_stage > 0 or self.tp_size > 1 or self.pp_size > 1
-            optimizer = ready_to_boost(model, optimizer, "parts" if divided else "wholes")
-        shapes, names = (shapes_of(model), names_of(model)) if fresh else ({}, {})
-        info = param_info_of(optimizer) if fresh else {}
-        # Weights that several stages share get groups of their own.
-        with thawed(optimizer), limit_waiting():
-            if not isinstance(model, ModelWrapper):
-                model = self._wrap(model)
-        if fresh:
-            optimizer = self._engine(model, optimizer, shapes, names)
-            optimizer.param_info = info
-            model.engine = optimizer
-            model.update_master_params = MethodType(optimizer.update_master_params, model)
-        return model, optimizer, criterion, dataloader, lr_scheduler
-
-    def get_checkpoint_io(self) -> Any:
-        return checkpoint_io(super().get_checkpoint_io())
+        return super().configure(model, *args, **kwargs)
 
     @says_where("pipeline")
     def execute_pipeline(self, *args: Any, **kwargs: Any) -> Any:
@@ -196,30 +210,26 @@ class HybridParallelPlugin(LoraPlugin, StockHybridParallelPlugin):
             use_fp8=self.use_fp8,
         )
 
-    def _engine(
-        self,
-        model: HybridModule,
-        optimizer: Optimizer,
-        shapes: dict[int, tuple[int, ...]],
-        names: dict[int, str],
-    ) -> ZeroOptimizer:
-        module = model.unwrap(unwrap_peft=False)
-        if self.zero_stage == 0 or not is_plain(optimizer):
+    def _given(self) -> Given:
+        return "parts" if self.zero_stage > 0 or self.tp_size > 1 or self.pp_size > 1 else "wholes"
+
+    def _start_equal(self, model: Any, plain: bool) -> None:
+        if self.zero_stage == 0 or not plain:
             same_start(model, self.mixed_dp_group, buffers=self.ddp_config["broadcast_buffers"])
-        layouts = shard_layouts(module, shapes, dist.get_rank(self.tp_group), self.tp_size, _ids_of(optimizer))
+
+    def _engine(
+        self, optimizer: Optimizer, model: Any, layouts: dict[Parameter, Layout], names: dict[int, str]
+    ) -> ZeroOptimizer:
         if self.enable_pipeline_parallelism:
             if not self.stage_manager.is_last_stage(ignore_chunk=True):
-                keep_output_differentiable(module)
+                keep_output_differentiable(model.unwrap(unwrap_peft=False))
             if not is_plain(optimizer):
                 plan_stages(trained_of(optimizer), set(layouts), self.pp_group)
-        return ZeroOptimizer(
-            optimizer,
-            model,
-            layouts,
-            self._config(),
-            parameter_names=names,
-            tied_elsewhere=tied_elsewhere(model),
+        tied = tied_elsewhere(model)
+        model.engine = ZeroOptimizer(
+            optimizer, model, layouts, self._config(), parameter_names=names, tied_elsewhere=tied
         )
+        return model.engine
 
     def _config(self) -> EngineConfig:
         groups = (self.mixed_dp_group,)
@@ -275,7 +285,7 @@ class Replica(nn.Module):
         return self.engine.no_sync()
 
 
-class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
+class TorchDDPPlugin(EnginePlugin, StockTorchDDPPlugin):
     """Data parallelism.  Takes the arguments of colossalai.booster.plugin.TorchDDPPlugin.
 
     With a BlockOptimizer the gradients of the active block are averaged by this package's hooks instead of torch's
@@ -293,63 +303,48 @@ class TorchDDPPlugin(LoraPlugin, StockTorchDDPPlugin):
         with limit_waiting():
             super().__init__(*args, **kwargs)
 
-    def supported_devices(self) -> list[str]:
-        return [*super().supported_devices(), "cpu"]
-
-    def configure(
-        self,
-        model: Any,
-        optimizer: Any = None,
-        criterion: Callable[..., Any] | None = None,
-        dataloader: Any = None,
-        lr_scheduler: Any = None,
-    ) -> Boosted:
+    def configure(self, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> Boosted:
+        if not is_plain(optimizer):
+            changing = "the trained parameters change"
+            refuse_torch_reducer("TorchDDPPlugin", self._asked, "with a BlockOptimizer", changing)
+            refuse_fp8(self._asked)
+            return super().configure(model, optimizer, *args, **kwargs)
         if optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
-            optimizer = ready_to_boost(model, optimizer, "parameters" if is_plain(optimizer) else "wholes")
-        names = names_of(model)
-        if is_plain(optimizer):
-            if self.low_rank is not None:
-                raise ValueError(
-                    f"TorchDDPPlugin(low_rank={self.low_rank}) without a BlockOptimizer: torch's DDP reduces whole "
-                    "gradients. Use LowLevelZeroPlugin, or HybridParallelPlugin(zero_stage=0)."
-                )
-            frozen = frozen_in(model, optimizer, sharded=False)
-            boosted = super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
-            if boosted[1] is not None and not isinstance(optimizer, OptimizerWrapper):
-                boosted[1].parameter_names, boosted[1].has_whole_state = names, type(boosted[1]) is OptimizerWrapper
-                refuse_newcomers(boosted[1].optim, frozen, names, sharded=False)
-            return boosted
-        changing = "the trained parameters change"
-        refuse_torch_reducer("TorchDDPPlugin", self._asked, "with a BlockOptimizer", changing)
-        refuse_fp8(self._asked)
-        shapes, info = shapes_of(model), param_info_of(optimizer)
-        with thawed(optimizer):
-            model = BlockDDPModel(nn.SyncBatchNorm.convert_sync_batchnorm(model.to(get_current_device()), None))
+            optimizer = ready_to_boost(model, optimizer, "parameters")
+        if self.low_rank is not None:
+            raise ValueError(
+                f"TorchDDPPlugin(low_rank={self.low_rank}) without a BlockOptimizer: torch's DDP reduces whole "
+                "gradients. Use LowLevelZeroPlugin, or HybridParallelPlugin(zero_stage=0)."
+            )
+        stock = functools.partial(StockTorchDDPPlugin.configure, self)
+        return configured_by_stock(stock, model, optimizer, *args, sharded=False, **kwargs)
+
+    def _given(self) -> Given:
+        return "wholes"
+
+    def _wrap(self, model: nn.Module) -> Any:
+        return BlockDDPModel(nn.SyncBatchNorm.convert_sync_batchnorm(model.to(get_current_device()), None))
+
+    def _start_equal(self, model: Any, plain: bool) -> None:
         same_start(model, dist.group.WORLD, buffers=self._asked["broadcast_buffers"])
+
+    def _engine(
+        self, optimizer: Optimizer, model: Any, layouts: dict[Parameter, Layout], names: dict[int, str]
+    ) -> ZeroOptimizer:
+        model.module.engine = super()._engine(optimizer, model, layouts, names)
+        return model.module.engine
+
+    def _config(self) -> EngineConfig:
         world: Any = dist.group.WORLD
-        config = EngineConfig(
+        return EngineConfig(
             data_groups=(world,),
             zero_groups=(),
             low_rank=self.low_rank or LowRankOptions(),
             reduce_bucket_size=self._asked["bucket_cap_mb"] * 2**18,
         )
-        layouts = shard_layouts(model.unwrap(False), shapes, 0, 1, _ids_of(optimizer))
-        engine = ZeroOptimizer(optimizer, model, layouts, config, parameter_names=names)
-        engine.param_info = info
-        model.module.engine = engine
-        model.update_master_params = MethodType(engine.update_master_params, model)
-        return model, engine, criterion, dataloader, lr_scheduler
-
-    def get_checkpoint_io(self) -> Any:
-        return checkpoint_io(super().get_checkpoint_io())
 
     def no_sync(self, model: nn.Module, optimizer: OptimizerWrapper) -> Any:
         return optimizer.no_sync() if isinstance(optimizer, ZeroOptimizer) else super().no_sync(model, optimizer)
-
-
-def _ids_of(optimizer: Optimizer) -> set[int]:
-    """Ids of all parameters that the optimizer may train."""
-    return {id(param) for param in trained_of(optimizer).parameters()}
 
 
 def _shared_options(options: dict[str, Any]) -> dict[str, Any]:

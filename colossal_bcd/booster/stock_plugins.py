@@ -21,8 +21,8 @@ from colossalai.zero.low_level import LowLevelZeroOptimizer
 from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import is_plain
-from colossal_bcd.booster.boosting import frozen_in, refuse_newcomers
-from colossal_bcd.booster.casts.registry import OPTIMIZERS, cast, names_of
+from colossal_bcd.booster.boosting import configured_by_stock
+from colossal_bcd.booster.casts.registry import OPTIMIZERS, cast
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
 from colossal_bcd.booster.distributed import (
@@ -69,13 +69,8 @@ def _complete_checkpoints(plugin: Any) -> None:
 
     @functools.wraps(configure)
     def configure_under_name(self: Any, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        sharded = not isinstance(self, TorchDDPPlugin)
-        names, frozen = names_of(model), frozen_in(model, optimizer, sharded=sharded)
-        boosted = configure(self, model, optimizer, *args, **kwargs)
-        if isinstance(boosted[1], OptimizerWrapper) and not hasattr(boosted[1], "parameter_names"):
-            boosted[1].parameter_names, boosted[1].has_whole_state = names, type(boosted[1]) is OptimizerWrapper
-            refuse_newcomers(boosted[1].optim, frozen, names, sharded=sharded)
-        return boosted
+        bound, sharded = functools.partial(configure, self), not isinstance(self, TorchDDPPlugin)
+        return configured_by_stock(bound, model, optimizer, *args, sharded=sharded, **kwargs)
 
     plugin.configure = configure_under_name
     plugin.get_checkpoint_io = functools.wraps(get_io)(lambda self: checkpoint_io(get_io(self)))

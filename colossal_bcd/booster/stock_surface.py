@@ -18,16 +18,13 @@ import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.block.trained import Trained, trained_of
-from colossal_bcd.booster.gradients import SequenceSums
+from colossal_bcd.booster.gradients import Clipping
 from colossal_bcd.checkpoint.save import Pinned, pinned_state, state_shards
 from colossal_bcd.checkpoint.trained import EngineState
-from colossal_bcd.engine.config import EngineConfig
-from colossal_bcd.engine.masters import ShardedMasters, gather_rows
-from colossal_bcd.engine.reducer import GradientReducer
+from colossal_bcd.engine.masters import gather_rows
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +77,9 @@ def _refused(name: str, error: type[Exception], instead: str) -> Callable[..., N
     return refuse
 
 
-class StockSurface:
+class StockSurface(Clipping):
     """Mixin of `ZeroOptimizer`, before ColossalAI's class in the order of bases."""
 
-    config: EngineConfig
-    masters: ShardedMasters
     trained: Trained
     optim: Any
     model: Any
@@ -93,9 +88,6 @@ class StockSurface:
     tp_pg: dist.ProcessGroup | None
     pp_pg: dist.ProcessGroup | None
     param_to_pg: dict[Parameter, Any]
-    mixed_precision_mixin: Any
-    _reducer: GradientReducer
-    _sequence: SequenceSums
     _keys: dict[int, int]
     _working_param_groups: dict[int, list[Parameter]]
 
@@ -158,7 +150,7 @@ class StockSurface:
         """The averaged gradient of a weight in its shape, or None if it has none.  All ranks must call.
 
         Raises:
-            ValueError: the weight is not of this optimizer, or only the low-rank image of its gradient is reduced.
+            ValueError: the weight is not of this optimizer, or only its low-rank gradient is reduced.
         """
         grad = self._average_of(working_param)
         if grad is None:
@@ -236,7 +228,7 @@ class StockSurface:
 
     def _require_state(self) -> None:
         """State that was emptied by `optim.state = []` is an empty table, which loading fills."""
-        optimizer: Any = self._stepping
+        optimizer = self._base
         if isinstance(optimizer.state, Mapping):
             return
         if optimizer.state:
@@ -292,17 +284,16 @@ class StockSurface:
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Call `hook(optimizer, args, kwargs)` before each step that is taken, on masters that have their gradients."""
-        return self._stepping.register_step_pre_hook(hook)
+        return self._base.register_step_pre_hook(hook)
 
     def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Call `hook(optimizer, args, kwargs)` after each step of the masters, before the weights are gathered."""
-        return self._stepping.register_step_post_hook(hook)
+        return self._base.register_step_post_hook(hook)
 
     @property
-    def _stepping(self) -> Optimizer:
+    def _base(self) -> Any:
         """The optimizer whose `step` updates the masters."""
-        optimizer: Optimizer = self.trained.base_optimizer
-        return optimizer
+        return self.trained.base_optimizer
 
     @property
     def _this_slice(self) -> int:

@@ -29,9 +29,9 @@ from colossal_bcd.block.checks import refuse_torch_checkpoint
 from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.block.trained import trained_of
 from colossal_bcd.booster.adapters import EngineAdapters
-from colossal_bcd.booster.gradients import Clipping, LossScaler, SequenceSums
+from colossal_bcd.booster.gradients import LossScaler, SequenceSums
 from colossal_bcd.booster.stock_surface import StockSurface
-from colossal_bcd.checkpoint.load import check_opened
+from colossal_bcd.checkpoint.load import Loading
 from colossal_bcd.checkpoint.opened import opened_state
 from colossal_bcd.checkpoint.save import Pinned
 from colossal_bcd.checkpoint.trained import EngineState
@@ -39,7 +39,7 @@ from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.config import EngineConfig, Groups, ReducerConfig, mesh_of
 from colossal_bcd.engine.failures import LateCheck, says_where
 from colossal_bcd.engine.masters import ShardedMasters, require_quantized_shares
-from colossal_bcd.engine.newcomers import Newcomers, Unused
+from colossal_bcd.engine.newcomers import Newcomers
 from colossal_bcd.engine.norm import scale_gradients, squared_weights
 from colossal_bcd.engine.reducer import GradientReducer
 from colossal_bcd.engine.sinks import Apply, ApplyConfig
@@ -52,7 +52,7 @@ from colossal_bcd.sharding import Layout
 logger = logging.getLogger(__name__)
 
 
-class ZeroOptimizer(Clipping, StockSurface, HybridParallelZeroOptimizer, Optimizer):
+class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     """Optimizer wrapper for what the optimizer trains now: all parameters, or the active block of a `BlockOptimizer`.
 
     A step from top to bottom; what is on the left belongs to the engine, and all of it exists for what trains now only:
@@ -131,7 +131,6 @@ class ZeroOptimizer(Clipping, StockSurface, HybridParallelZeroOptimizer, Optimiz
                 lambda: [] if (alive := engine()) is None else alive._reducer.checked, **config.fp16
             )
         self.param_to_pg = dict.fromkeys(layouts, self._zero_pg())
-        self._unused = Unused(parameter_names)
         self._newcomers = Newcomers(self)
         require_quantized_shares(self._base, self.masters, self.layouts, parameter_names)
         if not self.trained.plan.is_whole:
@@ -242,8 +241,7 @@ class ZeroOptimizer(Clipping, StockSurface, HybridParallelZeroOptimizer, Optimiz
         scaler = self.mixed_precision_mixin
         with says_where("average of gradients"):
             self.settle()
-            if self.trained.plan.is_whole:  # other plans watch their blocks themselves
-                self._unused.note(self.masters.of, self._reducer.grads)
+            self._newcomers.note_unused()
             if scaler is not None and scaler.should_skip_step():
                 self._say_overflow()
                 self.zero_grad()
@@ -305,7 +303,7 @@ class ZeroOptimizer(Clipping, StockSurface, HybridParallelZeroOptimizer, Optimiz
         self._require_state()
         self.admit_newcomers()
         boosted = EngineState(self, self.parameter_names)
-        check_opened(boosted, "state dict", opened_state(state_dict)).apply()
+        Loading(boosted, "state dict", opened_state(state_dict)).apply()
 
     def _publish(self, groups: Sequence[Sequence[Parameter]], of: Mapping[Parameter, Tensor]) -> None:
         """Say what is trained, by param group."""
@@ -327,10 +325,6 @@ class ZeroOptimizer(Clipping, StockSurface, HybridParallelZeroOptimizer, Optimiz
     def state(self) -> Any:  # type: ignore[override]
         refuse_torch_checkpoint("a boosted optimizer", "Use booster.save_optimizer(optimizer, path).")
         return self.optim.state
-
-    @property
-    def _base(self) -> Any:
-        return self.trained.base_optimizer
 
     def bind(self) -> None:
         """Tell the optimizer which parts its tensors are, once its groups hold what `activate` returned."""
@@ -449,7 +443,7 @@ class EngineGradients:
         state.bind(engine.layouts, engine._mesh)
         scaler = engine.mixed_precision_mixin
         self._config = ApplyConfig(
-            corrector=state,
+            correction=state,
             by_pipeline=engine.pp_pg is not None,
             tied=frozenset(param for shared in engine.shared_params for param in shared.values()),
             loss_scale=None if scaler is None else lambda: scaler.loss_scale,

@@ -13,8 +13,8 @@ tensor parallelism halves its columns, and ZeRO gives slices of 5 values to thre
 
 Saving, in the order of the calls
     save         `save_folder`, `save_file`, and state dicts in memory: follows the steps below
-    trained      the tensors that the engine trains on this rank, with their names and layouts, and the contributors
-    contributors   what else has tensors: masters of waiting blocks, residuals, corrections
+    trained      the tensors that the engine trains on this rank, with their names and layouts, and the contributors,
+                 which are what else has tensors: residuals, corrections
     values       state that nobody declared, and plain Python values, as a manifest has them
     assembly     `LocalTensors` of a rank -> one exchange of names -> `Assembly`: who sends which region of what
     manifest     the index of a checkpoint: names, shapes, hyper-parameters, schedule

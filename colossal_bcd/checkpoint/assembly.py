@@ -13,7 +13,6 @@ from torch import Tensor
 
 from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.trained import Contributor
-from colossal_bcd.checkpoint.contributors import contributors_of
 from colossal_bcd.checkpoint.trained import Boosted, TrainedTensor
 from colossal_bcd.checkpoint.values import MARK, agreed, digest_of, shared_state, taken_apart, words_of
 from colossal_bcd.engine.agreement import gathered, num_ranks
@@ -31,8 +30,8 @@ WRITER = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Described:
-    """What files and ranks say of one tensor."""
+class LocalPart:
+    """What one rank announces of one tensor of a file."""
 
     parameter: str
     state: str
@@ -43,6 +42,15 @@ class _Described:
     dtype: torch.dtype
     region: Region
     mean_of: str | None
+    order: tuple[int, int]
+    kept: bool
+    """Whether this rank has values of it, beside announcing that files have it."""
+    words: str = ""
+    """The region of undeclared state in words; see `words_of`."""
+    local_shape: tuple[int, ...] = ()
+    """Shape of this rank's tensor of undeclared state."""
+    digest: str = ""
+    """Digest of undeclared state that should be the same on all ranks; see `digest_of`."""
 
     @property
     def name(self) -> str:
@@ -50,23 +58,8 @@ class _Described:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalPart(_Described):
-    """What one rank announces of one tensor of a file."""
-
-    order: tuple[int, int]
-    kept: bool
-    """Whether this rank has values of it, beside announcing that files have it."""
-    words: str = ""
-    """The region of undeclared state in words; see `words_of`."""
-    shape: tuple[int, ...] = ()
-    """Shape of this rank's tensor of undeclared state."""
-    digest: str = ""
-    """Digest of undeclared state that should be the same on all ranks; see `digest_of`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullTensor(_Described):
-    """One tensor of a file and the ranks that have its regions; `region` is that of any of them."""
+class FullTensor(LocalPart):
+    """One tensor of a file and the ranks that have its regions, as the first of them announces it."""
 
     sources: tuple[tuple[int, Region], ...]
     """Ranks that send, with what they send; none for a mean that no rank keeps."""
@@ -101,8 +94,8 @@ class LocalTensors:
         self.words: dict[str, str] = {}
         """Region of each parameter with undeclared state, in words."""
         self.shared = shared_state(self._base)
-        self.groups: list[list[tuple[int, str]]] = [[] for _ in boosted.groups()]
-        self.waiting: list[tuple[int, str]] = []
+        self.members: list[list[tuple[int, str]]] = [[] for _ in (*boosted.groups(), "waiting")]
+        """Numbers and names of the parameters of each group, and of those that wait."""
         active, waiting = boosted.active(), boosted.waiting()
         apart = [] if isinstance(self._base, ShardedOptimizer) else [*active, *waiting]
         self._constant = constant_names(
@@ -113,13 +106,11 @@ class LocalTensors:
                 "save_optimizer: adapters wait (lora_mode) with BlockOptimizerRatio's state of earlier shares, "
                 'expected none. Use adapter_state="reset", or another base optimizer.'
             )
-        for trained in active:
-            self.groups[trained.group].append((trained.key, trained.name))
+        groups = [*(trained.group for trained in active), *(-1 for _ in waiting)]
+        for group, trained in zip(groups, [*active, *waiting], strict=True):
+            self.members[group].append((trained.key, trained.name))
             self._add(boosted, trained)
-        for trained in waiting:
-            self.waiting.append((trained.key, trained.name))
-            self._add(boosted, trained)
-        for name, contributor in contributors_of(boosted).items():
+        for name, contributor in boosted.contributors().items():
             self._add_contributor(boosted, name, contributor)
 
     def values(self, name: str) -> Tensor:
@@ -178,7 +169,7 @@ class LocalTensors:
             order=order,
             kept=filed.kept,
             words=words,
-            shape=tuple(state[filed.name].shape) if words else (),
+            local_shape=tuple(state[filed.name].shape) if words else (),
             digest=digest_of(state[filed.name]) if same else "",
         )
         self._filed[part.name] = filed, state
@@ -206,20 +197,15 @@ class Assembly:
 
 
 def make_assembly(local: LocalTensors) -> Assembly:
-    """Agree who sends what: one exchange of names.
-
-    Raises:
-        CheckpointError: on every rank; see `agreed`.
-    """
-    members_here = [*local.groups, local.waiting]
+    """Agree who sends what: one exchange of names; raises what `agreed` raises, on every rank."""
     reports = gathered(
-        (local.announced, local.numbers, local.contributor_numbers, members_here, local.words, local.shared)
+        (local.announced, local.numbers, local.contributor_numbers, local.members, local.words, local.shared)
     )
     announced: dict[str, list[tuple[int, LocalPart]]] = {}
     numbers: dict[str, dict[str, Any]] = {}
     by_region: dict[str, dict[str, dict[str, Any]]] = {}
     of_contributors: dict[str, dict[str, dict[str, Any]]] = {}
-    members: list[set[tuple[int, str]]] = [set() for _ in members_here]
+    members: list[set[tuple[int, str]]] = [set() for _ in local.members]
     for rank, (parts, state_numbers, contributor_numbers, groups, words, _) in enumerate(reports):
         for part in parts:
             announced.setdefault(part.name, []).append((rank, part))
@@ -254,7 +240,7 @@ def _apart(tensors: Iterable[list[tuple[int, LocalPart]]]) -> Iterator[list[tupl
             continue
         regions: dict[str, list[tuple[int, LocalPart]]] = {}
         for rank, part in parts:
-            name, region = f"{part.state}{MARK}{part.words}", whole(part.shape)
+            name, region = f"{part.state}{MARK}{part.words}", whole(part.local_shape)
             apart = dataclasses.replace(part, state=name, region=region, kind="part")
             regions.setdefault(part.words, []).append((rank, apart))
         yield from regions.values()
@@ -268,21 +254,15 @@ def _full(parts: list[tuple[int, LocalPart]]) -> FullTensor:
     for rank, part in parts:
         if part.kept and part.region.numel > 0:
             sources.setdefault(part.region.key, (rank, part.region))
-    described = {field.name: getattr(first, field.name) for field in dataclasses.fields(_Described)}
-    return FullTensor(**described, sources=tuple(sources.values()))
+    return FullTensor(**vars(first), sources=tuple(sources.values()))
 
 
 def assembled(
     assembly: Assembly, local: LocalTensors, *, everywhere: bool = False
 ) -> Iterator[tuple[FullTensor, Tensor | None]]:
-    """The tensors of a file, one at a time and in order, on the writer; None on the other ranks.
+    """The tensors of a file, one at a time and in order, on the writer or `everywhere`; None on the other ranks.
 
     Every rank has to exhaust it.  Each region travels once.
-
-    Args:
-        assembly: the same on every rank.
-        local: this rank's tensors.
-        everywhere: send each tensor to all ranks.
     """
     rows: dict[str, Tensor] = {}
     wanted = {tensor.mean_of for tensor in assembly.tensors}

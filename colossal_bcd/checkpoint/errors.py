@@ -14,7 +14,7 @@ class CheckpointError(ValueError):
 
 
 @contextlib.contextmanager
-def together() -> Iterator[Callable[[str, str], None]]:
+def on_all_ranks() -> Iterator[Callable[[str, str], None]]:
     """Raise on every rank what any rank raises inside, after all of them have come to the end of it.
 
     Nothing inside may communicate.
@@ -30,15 +30,20 @@ def together() -> Iterator[Callable[[str, str], None]]:
         yield said.__setitem__
     except Exception as raised:
         error = raised
-    raise_together(error, said)
+    raise_on_all_ranks(error, said)
 
 
-def raise_together(error: Exception | None, said: Mapping[str, str] | None = None) -> None:
-    """Raise the first rank's error on all ranks, if there is any, or tell who has said something else than rank 0."""
-    report: tuple[str | None, dict[str, str]] = None if error is None else describe(error), dict(said or {})
+def raise_on_all_ranks(error: Exception | None, said: Mapping[str, str] | None = None) -> None:
+    """Raise the first rank's error on all ranks, if there is any, or tell who has said something else than rank 0.
+
+    Errors that say little by themselves get the name of their class.
+    """
+    text = None
+    if error is not None:
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     if num_ranks() > 1:
         wait_patiently()
-    reports = gathered(report)
+    reports = gathered((text, dict(said or {})))
     found = [(rank, text) for rank, (text, _) in enumerate(reports) if text is not None]
     if found:
         rank, text = found[0]
@@ -51,8 +56,3 @@ def raise_together(error: Exception | None, said: Mapping[str, str] | None = Non
                     f"{subject}: got {theirs.get(subject)} on rank {rank}, expected {first[subject]} as on rank 0. "
                     "Load from a file system that all ranks share."
                 )
-
-
-def describe(error: Exception) -> str:
-    """Text of an error; errors that say little by themselves get the name of their class."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

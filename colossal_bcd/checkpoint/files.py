@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.checkpoint.errors import CheckpointError, on_all_ranks
 from colossal_bcd.engine.agreement import num_ranks
 
 DTYPES = {
@@ -108,11 +108,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an index.
-
-    Raises:
-        CheckpointError: it is missing or no JSON object.
-    """
+    """Read an index; raises CheckpointError where it is missing or no JSON object."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -136,12 +132,8 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, said: Mapping[str, Any], *, contents: bool) -> None:
-    """Compare a file with what its manifest says.
+    """Compare a file with what its manifest says, with `contents` all of it.
 
-    Args:
-        path: the file.
-        said: by the manifest.
-        contents: also read all of it and compare checksums.
     Raises:
         CheckpointError: it is missing, truncated or corrupted.
     """
@@ -162,9 +154,6 @@ def check_file(path: Path, said: Mapping[str, Any], *, contents: bool) -> None:
 def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Compare checksums: one rank reads all files, and the ranks meet after each, so that none waits for long.
 
-    Args:
-        folder: of the files.
-        files: what the manifest says of each.
     Raises:
         CheckpointError: on every rank, of the first file that is damaged.
     """
@@ -172,7 +161,7 @@ def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     if num_ranks() > 1:
         dist.broadcast_object_list(names, src=0)
     for name in names[0]:
-        with together():
+        with on_all_ranks():
             if dist.get_rank() == 0:
                 check_file(folder / name, files[name], contents=True)
 

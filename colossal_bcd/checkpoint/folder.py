@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from colossal_bcd.checkpoint.errors import CheckpointError, together
+from colossal_bcd.checkpoint.assembly import is_writer
+from colossal_bcd.checkpoint.errors import CheckpointError, on_all_ranks
 from colossal_bcd.checkpoint.files import (
     ASIDE,
     check_file,
@@ -123,8 +124,8 @@ class CheckpointFolder:
         """
         require_finite(optimizer)
         aside = self.path / f"{ASIDE}{self.folder(step).name}"
-        with together():
-            if _first():
+        with on_all_ranks():
+            if is_writer():
                 self.path.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self.path)
                 aside.mkdir()
@@ -136,12 +137,12 @@ class CheckpointFolder:
             if lr_scheduler is not None:
                 booster.save_lr_scheduler(lr_scheduler, str(aside / "lr_scheduler.pt"))
             save_random_state(aside)
-            with together():
-                if _first():
+            with on_all_ranks():
+                if is_writer():
                     self._publish(aside, step, dict(extra or {}))
         except CheckpointError:
             # All ranks are here.
-            if _first():
+            if is_writer():
                 shutil.rmtree(aside, ignore_errors=True)
             raise
 
@@ -152,10 +153,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: on every rank, if a file is missing or damaged.
         """
-        with together() as same:
-            step = self.latest if step is None else step
-            same("CheckpointFolder", "no checkpoint" if step is None else f"that of step {step}")
-            manifest = None if step is None else self._manifest(step)
+        manifest = self._manifest(step)
         return None if manifest is None else Resumed(step=manifest["step"], extra=manifest["extra"])
 
     @says_where("load of the checkpoint")
@@ -176,13 +174,10 @@ class CheckpointFolder:
             CheckpointError: on every rank, with the name of the file that is missing, damaged or foreign; nothing was
                 changed then.
         """
-        with together() as same:
-            step = self.latest if step is None else step
-            same("CheckpointFolder", "no checkpoint" if step is None else f"that of step {step}")
-            manifest = None if step is None else self._checked(step)
-        if step is None or manifest is None:
+        manifest = self._manifest(step, files=True)
+        if manifest is None:
             return None
-        folder = self.folder(step)
+        folder = self.folder(manifest["step"])
         # The optimizer's own index has the checksums of its tensors, which are compared when it is loaded.
         apart = {name for name in manifest["files"] if name.startswith("optimizer/") and name.endswith(".safetensors")}
         verify(folder, {name: said for name, said in manifest["files"].items() if name not in apart})
@@ -200,23 +195,25 @@ class CheckpointFolder:
         load_random_state(folder)
         return Resumed(step=manifest["step"], extra=manifest["extra"])
 
-    def _manifest(self, step: int) -> dict[str, Any]:
-        folder = self.folder(step)
-        if not folder.is_dir():
-            raise CheckpointError(f"checkpoint {folder} is missing, expected one of the steps {self.steps()}")
-        manifest = read_json(folder / MANIFEST)
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise CheckpointError(
-                f"checkpoint file {folder / MANIFEST}: got format {manifest.get('format')!r}, version "
-                f"{manifest.get('version')!r}, expected {FORMAT!r}, version {VERSION}"
-            )
-        return manifest
-
-    def _checked(self, step: int) -> dict[str, Any]:
-        folder, manifest = self.folder(step), self._manifest(step)
-        for name, said in manifest["files"].items():
-            check_file(folder / name, said, contents=False)
-        return manifest
+    def _manifest(self, step: int | None, *, files: bool = False) -> dict[str, Any] | None:
+        """The manifest of a step or the newest, on all ranks; None: there is none.  With `files` these are there."""
+        with on_all_ranks() as same:
+            step = self.latest if step is None else step
+            same("CheckpointFolder", "no checkpoint" if step is None else f"that of step {step}")
+            if step is None:
+                return None
+            folder = self.folder(step)
+            if not folder.is_dir():
+                raise CheckpointError(f"checkpoint {folder} is missing, expected one of the steps {self.steps()}")
+            manifest = read_json(folder / MANIFEST)
+            if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+                raise CheckpointError(
+                    f"checkpoint file {folder / MANIFEST}: got format {manifest.get('format')!r}, version "
+                    f"{manifest.get('version')!r}, expected {FORMAT!r}, version {VERSION}"
+                )
+            for name, said in manifest["files"].items() if files else ():
+                check_file(folder / name, said, contents=False)
+            return manifest
 
     def _publish(self, aside: Path, step: int, extra: dict[str, Any]) -> None:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -245,25 +242,21 @@ class CheckpointFolder:
         remove_leftovers(self.path)
 
 
-def _first() -> bool:
-    return dist.get_rank() == 0
-
-
 def save_random_state(folder: Path) -> None:
     """Write torch's random state of all ranks, for dropout, into one file; this package draws from seeds."""
     mine = {"cpu": torch.get_rng_state()}
     if communication_device().type == "cuda":
         mine["cuda"] = torch.cuda.get_rng_state()
     states = gathered(mine)
-    with together():
-        if _first():
+    with on_all_ranks():
+        if is_writer():
             by_name = {f"{rank}.{name}": state for rank, each in enumerate(states) for name, state in each.items()}
             save_file(by_name, folder / RANDOM_STATE)
 
 
 def load_random_state(folder: Path) -> None:
     """Go on with the saved random state, where as many ranks saved as load."""
-    with together():
+    with on_all_ranks():
         states = load_file(folder / RANDOM_STATE)
     rank, ranks = dist.get_rank(), len({name.partition(".")[0] for name in states})
     if ranks != dist.get_world_size():

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from colossal_bcd.checkpoint.errors import CheckpointError
-from colossal_bcd.checkpoint.files import DTYPES
-from colossal_bcd.checkpoint.manifest import FORMAT, VERSION
+from colossal_bcd.checkpoint.manifest import FORMAT, VERSION, said_of
 from colossal_bcd.checkpoint.opened import Checkpoint
 from colossal_bcd.checkpoint.trained import Boosted
 from colossal_bcd.optim import ShardedOptimizer
@@ -49,14 +48,7 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, params: Param
                 full = f"{parameter}.{state}"
                 tensors[full] = value
                 kind = _kind(boosted, state, value, Layout.whole(shapes[parameter]), constant)
-                index[full] = {
-                    "parameter": parameter,
-                    "state": state,
-                    "part": None,
-                    "kind": kind,
-                    "dtype": DTYPES[value.dtype],
-                    "shape": list(value.shape),
-                }
+                index[full] = said_of(parameter, state, kind, value.dtype, value.shape)
             else:
                 numbers[parameter][state] = int(value) if state == "step" else value
     return Checkpoint(

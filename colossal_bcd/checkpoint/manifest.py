@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from colossal_bcd.checkpoint.assembly import Assembly, FullTensor
-from colossal_bcd.checkpoint.contributors import contributors_of
+from colossal_bcd.checkpoint.assembly import Assembly
 from colossal_bcd.checkpoint.errors import CheckpointError
 from colossal_bcd.checkpoint.files import DTYPES
 from colossal_bcd.checkpoint.trained import Boosted
-from colossal_bcd.checkpoint.values import UNTYPED, decode, encode, like, plainly
+from colossal_bcd.checkpoint.values import UNTYPED, decode, encode, like
 
 FORMAT = "colossal_bcd optimizer"
 VERSION = 3
@@ -24,11 +24,7 @@ SCALER = ("_growth_step", "_hysteresis_step")
 
 
 def manifest_of(boosted: Boosted, assembly: Assembly) -> dict[str, Any]:
-    """Collect everything but the tensors, as JSON can hold it.
-
-    Raises:
-        CheckpointError: a param group holds what a file cannot.
-    """
+    """Collect everything but the tensors, as JSON can hold it; raises CheckpointError where it cannot."""
     plan_of = boosted.trained.plan
     manifest = {
         "format": FORMAT,
@@ -44,9 +40,14 @@ def manifest_of(boosted: Boosted, assembly: Assembly) -> dict[str, Any]:
         "own_numbers": assembly.numbers_by_region,
         "shared": assembly.shared,
         "part_numbers": assembly.contributor_numbers,
-        "entries": {tensor.name: _said_of(tensor) for tensor in assembly.tensors},
+        "entries": {
+            tensor.name: said_of(
+                tensor.parameter, tensor.state, tensor.kind, tensor.dtype, tensor.shape, tensor.contributor
+            )
+            for tensor in assembly.tensors
+        },
         "block": None if plan_of.is_whole else plan_of.progress(boosted.trained.num_steps),
-        "parts": {name: each.numbers() for name, each in contributors_of(boosted).items()},
+        "parts": {name: each.numbers() for name, each in boosted.contributors().items()},
         "loss_scaler": _scaler(boosted.scaler),
     }
     try:
@@ -60,20 +61,11 @@ def manifest_of(boosted: Boosted, assembly: Assembly) -> dict[str, Any]:
 
 
 def hyper_of(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a param group without its parameters into what JSON can hold, with the types of its values.
-
-    Raises:
-        CheckpointError: a value is of another type.
-    """
+    """Turn a param group without its parameters into what JSON can hold, with the types of its values."""
     try:
         return {name: encode(value, name) for name, value in group.items() if name != "params"}
     except ValueError as error:
         raise CheckpointError(f"checkpoint of {rule}: param group: {error}") from error
-
-
-def plain_hyper(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `hyper_of`, for a state dict; see `plainly`."""
-    return {name: plainly(decode(value)) for name, value in saved.items()}
 
 
 def load_hyper(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
@@ -119,14 +111,17 @@ def load_scaler(scaler: Any, saved: Mapping[str, Any] | None) -> None:
             setattr(scaler, name, saved[name])
 
 
-def _said_of(tensor: FullTensor) -> dict[str, Any]:
+def said_of(
+    parameter: str, state: str, kind: str, dtype: torch.dtype, shape: Sequence[int], contributor: str | None = None
+) -> dict[str, Any]:
+    """What a manifest says of one tensor."""
     return {
-        "parameter": tensor.parameter,
-        "state": tensor.state,
-        "part": tensor.contributor,
-        "kind": tensor.kind,
-        "dtype": DTYPES[tensor.dtype],
-        "shape": list(tensor.shape),
+        "parameter": parameter,
+        "state": state,
+        "part": contributor,
+        "kind": kind,
+        "dtype": DTYPES[dtype],
+        "shape": list(shape),
     }
 
 

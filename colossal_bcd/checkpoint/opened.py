@@ -21,13 +21,16 @@ TORCH_INDEX = ".index.json"
 
 
 class Checkpoint:
-    """A manifest, and tensors that are read when they are asked for.
+    """What `manifest_of` has made, tensors in memory by name, and others, which are read when they are asked for.
 
     Args:
         name: name of the file or folder, for errors.
-        manifest: what `manifest_of` has made.
-        tensors: tensors that are in memory already, by name.
-        folder: folder of the files with the other tensors.
+        manifest: of this version.
+        tensors: that are in memory already.
+        folder: of the files with the other tensors.
+
+    Attributes:
+        index: what the manifest says of each tensor, by name.
     """
 
     def __init__(
@@ -37,11 +40,15 @@ class Checkpoint:
         self._tensors, self.folder = tensors, folder
         self._open: dict[str, Any] = {}
 
-    @property
-    def index(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of each tensor, by name."""
-        index: dict[str, dict[str, Any]] = self.manifest["entries"]
-        return index
+        self.index: dict[str, dict[str, Any]] = manifest["entries"]
+        self._states: dict[str, dict[str, dict[str, Any]]] = {}
+        for said in self.index.values():
+            if said["part"] is None:
+                self._states.setdefault(said["parameter"], {})[said["state"]] = said
+
+    def states_of(self, parameter: str) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the master and of the base optimizer's state of a parameter, by name."""
+        return dict(self._states.get(parameter, {}))
 
     def error(self, text: str) -> CheckpointError:
         """Make an error about this checkpoint."""
@@ -60,10 +67,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, index: str, *, contents: bool) -> Checkpoint | dict[str, Any]:
-    """Find out what is at `path`.
+    """Find out what a folder, an index or a file is.
 
     Args:
-        path: a folder, an index or a file.
+        path: of it.
         index: name of the index in a folder.
         contents: compare the checksums within a file of `torch.save`; those of a manifest are compared by `verify`.
     Returns:
@@ -89,29 +96,25 @@ def open_checkpoint(path: Path, index: str, *, contents: bool) -> Checkpoint | d
     return opened_state(read_torch(path, contents=contents), str(path))
 
 
-def require_manifest(name: str, manifest: Mapping[str, Any]) -> None:
-    """Refuse what is no manifest of this version or of one that loads, too."""
+def _checked(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of this version, or of one that loads, too, as one of this version."""
     if manifest.get("format") != FORMAT or manifest.get("version") not in (VERSION, *OLD_VERSIONS):
         raise CheckpointError(
             f"checkpoint {name}: got format {manifest.get('format')!r}, version {manifest.get('version')!r}, expected "
             f"{FORMAT!r}, version {VERSION}. It is foreign, or written by another version of colossal_bcd."
         )
+    return upgraded(manifest)
 
 
 def _from_index(index: Path) -> Checkpoint:
-    manifest = read_json(index)
-    require_manifest(str(index), manifest)
+    manifest = _checked(str(index), read_json(index))
     for name, said in manifest["files"].items():
         check_file(index.parent / name, said, contents=False)
-    return Checkpoint(str(index), upgraded(manifest), {}, index.parent)
+    return Checkpoint(str(index), manifest, {}, index.parent)
 
 
 def opened_state(state: dict[str, Any], name: str = "state dict") -> Checkpoint | dict[str, Any]:
-    """Turn a state dict into what `open_checkpoint` returns.
-
-    Raises:
-        CheckpointError: it is not the state of an optimizer.
-    """
+    """Turn a state dict into what `open_checkpoint` returns; refuses what is not an optimizer's."""
     if "manifest" not in state:
         if not {"state", "param_groups"} <= set(state):
             raise CheckpointError(
@@ -119,8 +122,7 @@ def opened_state(state: dict[str, Any], name: str = "state dict") -> Checkpoint 
                 "'param_groups'). It is something else."
             )
         return state
-    manifest = state["manifest"]
-    require_manifest(name, manifest)
+    manifest = _checked(name, state["manifest"])
     names = {key: name for name, key in manifest["keys"].items()}
     tensors = {
         f"{names[key]}.{name_in_state}": value
@@ -129,15 +131,11 @@ def opened_state(state: dict[str, Any], name: str = "state dict") -> Checkpoint 
         for name_in_state, value in values.items()
         if isinstance(value, Tensor)
     }
-    return Checkpoint(name, upgraded(manifest), {**tensors, **state["others"]})
+    return Checkpoint(name, manifest, {**tensors, **state["others"]})
 
 
 def read_torch(path: Path, *, contents: bool) -> dict[str, Any]:
-    """Read a file of `torch.save`.
-
-    Raises:
-        CheckpointError: it is damaged, or holds more than tensors and plain values.
-    """
+    """Read a file of `torch.save`; refuses what is damaged, or has more than tensors and plain values."""
     if not path.is_file():
         raise CheckpointError(f"checkpoint file {path} is missing")
     try:

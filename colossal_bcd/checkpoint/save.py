@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from colossal_bcd.checkpoint.assembly import Assembly, FullTensor, LocalTensors, assembled, is_writer, make_assembly
-from colossal_bcd.checkpoint.errors import CheckpointError, raise_together, together
+from colossal_bcd.checkpoint.errors import CheckpointError, on_all_ranks, raise_on_all_ranks
 from colossal_bcd.checkpoint.files import (
     ASIDE,
     TensorFile,
@@ -23,9 +23,9 @@ from colossal_bcd.checkpoint.files import (
     sync_folder,
     write_json,
 )
-from colossal_bcd.checkpoint.manifest import manifest_of, plain_hyper
+from colossal_bcd.checkpoint.manifest import manifest_of
 from colossal_bcd.checkpoint.trained import Boosted
-from colossal_bcd.checkpoint.values import decode, plainly, tensors_within
+from colossal_bcd.checkpoint.values import decode, plain_values, plainly, tensors_within
 from colossal_bcd.engine.config import communication_device
 from colossal_bcd.sharding.packing import pack
 
@@ -57,27 +57,27 @@ def save_folder(boosted: Boosted, folder: Path, prefix: str | None, size_per_sha
         CheckpointError: on every rank, with the writer's reason.
     """
     local, assembly, manifest = agreed_state(boosted)
-    with together():
+    with on_all_ranks():
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"save_optimizer(shard=True): {folder} is a file, expected a folder")
-    writer = _FolderWriter(folder, prefix, manifest) if is_writer() else None
+    writer = _FolderWriter(folder, prefix, manifest)
     shards = list(pack(assembly.tensors, lambda tensor: tensor.num_bytes, size_per_shard * MIB))
     stream = assembled(assembly, local)
-    with _progress(assembly) as bar:
+    total = sum(tensor.num_bytes for tensor in assembly.tensors)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="optimizer", delay=PROGRESS_DELAY, disable=not is_writer()
+    ) as bar:
         for number, shard in enumerate(shards, start=1):
-            error: Exception | None = None
-            if writer is not None:
-                error = writer.begin(number, shard)
+            writer.attempt(writer.begin, number, shard)
             for _ in shard:
                 tensor, values = next(stream)
-                if writer is not None and values is not None and error is None:
-                    error = writer.add(values)
+                if values is not None:
+                    writer.attempt(writer.add, values)
                 bar.update(tensor.num_bytes)
-            if writer is not None and error is None:
-                error = writer.end(shard)
-            _stop_if(error, writer)
-    error = writer.publish() if writer is not None else None
-    _stop_if(error, writer)
+            writer.attempt(writer.end, shard)
+            writer.stop_if_failed()
+    writer.attempt(writer.publish)
+    writer.stop_if_failed()
 
 
 def save_file(boosted: Boosted, path: Path) -> None:
@@ -90,7 +90,7 @@ def save_file(boosted: Boosted, path: Path) -> None:
         CheckpointError: on every rank, with the writer's reason.
     """
     state = whole_state(boosted, everywhere=False)
-    with together():
+    with on_all_ranks():
         if is_writer():
             with replacing(path) as file:
                 torch.save(state, file)
@@ -102,7 +102,7 @@ def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     others: dict[str, Tensor] = {}
     for name, numbers in assembly.numbers.items():
-        state[assembly.keys[name]] = plain_numbers(numbers)
+        state[assembly.keys[name]] = _plain_numbers(numbers)
     for tensor, values in assembled(assembly, local, everywhere=everywhere):
         if values is None:
             continue
@@ -111,16 +111,15 @@ def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
         else:
             others[tensor.name] = values
     groups = [
-        {**plain_hyper(group["hyper"]), "params": [assembly.keys[name] for name in group["parameters"]]}
+        {**plain_values(group["hyper"]), "params": [assembly.keys[name] for name in group["parameters"]]}
         for group in manifest["groups"]
     ]
     everything: dict[Any, Any] = {**state, **{decode(key): plainly(decode(value)) for key, value in assembly.shared}}
     return {"state": everything, "param_groups": groups, "others": others, "manifest": manifest}
 
 
-def plain_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn what a parameter's state has beside tensors into Python's values; see `plainly`."""
-    return {name: plainly(decode(value)) for name, value in numbers.items() if not tensors_within(value)}
+def _plain_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return plain_values({name: value for name, value in numbers.items() if not tensors_within(value)})
 
 
 def pinned_state(boosted: Boosted, pinned: Pinned | None, *, everywhere: bool) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def state_shards(
             sizes[tensor.parameter] += tensor.num_bytes / MIB
     shard: dict[int, dict[str, Any]] = {}
     filled, current = 0.0, None
-    numbered = {name: plain_numbers(numbers) for name, numbers in assembly.numbers.items()}
+    numbered = {name: _plain_numbers(numbers) for name, numbers in assembly.numbers.items()}
     for tensor, values in assembled(assembly, local, everywhere=everywhere):
         if not tensor.in_state:
             continue
@@ -172,57 +171,56 @@ def _buffered(pinned: Pinned | None, key: int, name: str, value: Any) -> Any:
 
 
 class _FolderWriter:
-    """The writing rank's files.  Methods return errors: the other ranks go on sending until all can stop together."""
+    """The writing rank's files; on other ranks nothing is attempted."""
 
     def __init__(self, folder: Path, prefix: str | None, manifest: dict[str, Any]) -> None:
         self._folder, self._prefix, self._manifest = folder, prefix, manifest
         self._aside: Path | None = None
         self._file: TensorFile | None = None
         self._files: dict[str, dict[str, Any]] = {}
+        self._error: Exception | None = None
 
-    def begin(self, number: int, shard: Sequence[FullTensor]) -> Exception | None:
-        try:
-            if self._aside is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(self._folder)
-                self._aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self._folder))
-            described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
-            self._file = TensorFile(self._aside / f"{number:05}.safetensors", described)
-        except OSError as error:
-            return error
-        return None
+    def attempt(self, action: Callable[..., None], *args: Any) -> None:
+        """Do what follows, unless something failed: the other ranks go on sending until all can stop together."""
+        if is_writer() and self._error is None:
+            try:
+                action(*args)
+            except (OSError, CheckpointError) as error:
+                self._error = error
 
-    def add(self, values: Tensor) -> Exception | None:
+    def stop_if_failed(self) -> None:
+        """Raise on all ranks what has failed, after what is not published was removed."""
+        if self._error is not None:
+            self.clean()
+        raise_on_all_ranks(self._error)
+
+    def begin(self, number: int, shard: Sequence[FullTensor]) -> None:
+        if self._aside is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder)
+            self._aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self._folder))
+        described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
+        self._file = TensorFile(self._aside / f"{number:05}.safetensors", described)
+
+    def add(self, values: Tensor) -> None:
         assert self._file is not None
-        try:
-            self._file.add(values)
-        except OSError as error:
-            return error
-        return None
+        self._file.add(values)
 
-    def end(self, shard: Sequence[FullTensor]) -> Exception | None:
+    def end(self, shard: Sequence[FullTensor]) -> None:
         assert self._file is not None
-        try:
-            self._files[self._file.path.name] = self._file.close()
-        except OSError as error:
-            return error
+        self._files[self._file.path.name] = self._file.close()
         for tensor in shard:
             self._manifest["entries"][tensor.name]["file"] = self._file.path.name
-        return None
 
-    def publish(self) -> Exception | None:
+    def publish(self) -> None:
         """Give the files names that no earlier checkpoint in the folder has, and let the index point to them."""
-        try:
-            self._rename()
-            index = self._folder / index_name(self._prefix)
-            before = set(read_json(index).get("files", {})) if index.exists() else set()
-            write_json(index, self._manifest)
-            for name in before - set(self._manifest["files"]):
-                (self._folder / name).unlink(missing_ok=True)
-            self.clean()
-        except (OSError, CheckpointError) as error:
-            return error
-        return None
+        self._rename()
+        index = self._folder / index_name(self._prefix)
+        before = set(read_json(index).get("files", {})) if index.exists() else set()
+        write_json(index, self._manifest)
+        for name in before - set(self._manifest["files"]):
+            (self._folder / name).unlink(missing_ok=True)
+        self.clean()
 
     def clean(self) -> None:
         """Remove what is not published."""
@@ -247,20 +245,9 @@ class _FolderWriter:
 def agreed_state(boosted: Boosted) -> tuple[LocalTensors, Assembly, dict[str, Any]]:
     """Find this rank's tensors, those of all ranks, and what the file says of them; all ranks must call."""
     boosted.follow()
-    with together():
+    with on_all_ranks():
         local = LocalTensors(boosted)
     assembly = make_assembly(local)
-    with together():
+    with on_all_ranks():
         manifest = manifest_of(boosted, assembly)
     return local, assembly, manifest
-
-
-def _stop_if(error: Exception | None, writer: _FolderWriter | None) -> None:
-    if error is not None and writer is not None:
-        writer.clean()
-    raise_together(error)
-
-
-def _progress(assembly: Assembly) -> Any:
-    total = sum(tensor.num_bytes for tensor in assembly.tensors)
-    return tqdm(total=total, unit="B", unit_scale=True, desc="optimizer", delay=PROGRESS_DELAY, disable=not is_writer())

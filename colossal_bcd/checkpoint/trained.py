@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block.trained import trained_of
+from colossal_bcd.block.trained import Contributor, trained_of
 from colossal_bcd.engine.masters import ShardedMasters
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.state.filed import FiledTensor, filed_like
 from colossal_bcd.sharding import Layout
 
 
@@ -37,12 +39,7 @@ class TrainedTensor:
 
 
 class Boosted:
-    """A boosted optimizer of any plugin.
-
-    Args:
-        wrapper: what `booster.boost` returned.
-        names: name of every parameter by id.
-    """
+    """What `booster.boost` returned, of any plugin; `names` are those of all parameters, by id."""
 
     def __init__(self, wrapper: Any, names: Mapping[int, str]) -> None:
         self.wrapper, self.names = wrapper, names
@@ -63,6 +60,15 @@ class Boosted:
     def groups(self) -> list[dict[str, Any]]:
         """The param groups."""
         return self.base.param_groups
+
+    def contributors(self) -> dict[str, Contributor]:
+        """Find what else has tensors, by name: `optimizer.contributors`, corrections of inactive blocks, residuals."""
+        found = dict(self.trained.contributors)
+        if self.trained.corrector is not None:
+            found["correction"] = self.trained.corrector
+        if self.trained.residual is not None:
+            found["residual"] = SavedResiduals(self.wrapper.masters)
+        return found
 
     def active(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
         """List what is trained now, or what would be.
@@ -101,6 +107,24 @@ class Boosted:
         """Let the optimizer forget what it has made from hyper-parameters that were replaced."""
 
 
+class SavedResiduals:
+    """What rounding has taken off the masters of inactive parameters, as a `Contributor`."""
+
+    def __init__(self, masters: ShardedMasters) -> None:
+        self._residuals, self._layout = masters.active_set.residuals, masters.layout
+
+    def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
+        for param, tensor in self._residuals.of.items():
+            yield param, {"value": tensor}, [filed_like("value", tensor, self._layout(param))]
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
+        residuals = self._residuals
+        residuals.of = {param: residuals.empty(param, self._layout(param).local_shape) for param in saved}
+
+
 class EngineState(Boosted):
     """Under the plugins of this package."""
 
@@ -120,11 +144,8 @@ class EngineState(Boosted):
 
     def tensor(self, trained: TrainedTensor) -> Tensor:
         active_set = self.trained.active_set
-        return (
-            active_set.masters[trained.param]
-            if trained.param in active_set.masters
-            else active_set.aside[trained.param]
-        )
+        master = active_set.masters.get(trained.param)
+        return active_set.aside[trained.param] if master is None else master
 
     def state(self, trained: TrainedTensor) -> Mapping[str, Any]:
         aside: Mapping[str, Any] | None = self.trained.active_set.states_aside.get(trained.param)
@@ -165,17 +186,18 @@ class OtherState(Boosted):
 
     def active(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
         assert names is None
-        return [trained for trained, _ in self._pairs()]
+        return [trained for trained, _ in self._by_param.values()]
 
     def tensor(self, trained: TrainedTensor) -> Tensor:
-        return next(tensor for other, tensor in self._pairs() if other.param is trained.param)
+        return self._by_param[trained.param][1]
 
-    def _pairs(self) -> list[tuple[TrainedTensor, Tensor]]:
+    @functools.cached_property
+    def _by_param(self) -> dict[Parameter, tuple[TrainedTensor, Tensor]]:
         of_master = self.wrapper.get_master_to_working_map() if hasattr(self.wrapper, "param_info") else None
         if of_master is None:
             of_master = getattr(self.wrapper, "master_to_working_param", {})
         numbers = (getattr(self.wrapper, "param_info", None) or {}).get("param2id", {})
-        pairs: list[tuple[TrainedTensor, Tensor]] = []
+        found: dict[Parameter, tuple[TrainedTensor, Tensor]] = {}
         for index, group in enumerate(self.base.param_groups):
             for tensor in group["params"]:
                 param = of_master.get(id(tensor), tensor)
@@ -184,15 +206,15 @@ class OtherState(Boosted):
                     layout = self.base.layout_of(tensor)
                 trained = TrainedTensor(
                     name=self.names[id(param)],
-                    key=numbers.get(id(param), len(pairs)),
+                    key=numbers.get(id(param), len(found)),
                     group=index,
                     param=param,
                     layout=layout,
                     dtype=tensor.dtype,
                     has_master=tensor.dtype != param.dtype,
                 )
-                pairs.append((trained, tensor))
-        return pairs
+                found[param] = trained, tensor
+        return found
 
 
 def boosted_of(wrapper: Any) -> Boosted | None:

@@ -29,10 +29,10 @@ MARK = "@"
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:
-    """Turn a value into what JSON can hold.
+    """Turn a value of a param group or of an optimizer's state into what JSON can hold.
 
     Args:
-        value: one of a param group or of an optimizer's state.
+        value: to be kept.
         where: its name, for errors and for the tensors within.
         tensors: gets the tensors within under names that begin with `where`; None: their values are written out.
     Raises:
@@ -67,13 +67,7 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> 
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor] | None = None, device: torch.device | None = None) -> Any:
-    """Undo `encode`; values that it has not made are as they are.
-
-    Args:
-        value: what a manifest has.
-        tensors: the tensors within by the names that `encode` gave them.
-        device: for tensors whose values were written out; None: the CPU.
-    """
+    """Undo `encode`, which has set these tensors apart; those that were written out come to `device`."""
     if isinstance(value, list):
         return [decode(item, tensors, device) for item in value]
     if not isinstance(value, dict) or len(value) != 1:
@@ -112,6 +106,11 @@ def plainly(value: Any) -> Any:
     return {plainly(key): plainly(item) for key, item in value.items()} if type(value) is dict else value
 
 
+def plain_values(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a manifest as `plainly` has them."""
+    return {name: plainly(decode(value)) for name, value in saved.items()}
+
+
 def is_numpy(value: Any) -> bool:
     """Whether a value is a number or an array of numpy, which is not imported for it."""
     return type(value).__module__ == "numpy" and hasattr(value, "dtype")
@@ -138,11 +137,7 @@ def like(value: Any, present: Any) -> Any:
 
 
 def taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split one parameter's state into tensors by name, those in lists and dicts too, and the rest as JSON has it.
-
-    Raises:
-        ValueError: something is of a type that a file cannot hold.
-    """
+    """Split one parameter's state into tensors by name, those in lists and dicts too, and the rest as JSON has it."""
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     for name, value in state.items():
@@ -179,11 +174,7 @@ def digest_of(tensor: Tensor) -> str:
 
 
 def shared_state(optimizer: Optimizer) -> list[list[Any]]:
-    """Collect state under keys that are no tensors, such as a count of steps, as pairs that JSON can hold.
-
-    Raises:
-        ValueError: something is of a type that a file cannot hold.
-    """
+    """Collect state under keys that are no tensors, such as a count of steps, as pairs that JSON can hold."""
     if isinstance(optimizer, ShardedOptimizer):
         return []
     return [

@@ -20,15 +20,15 @@ class LowRankOptions:
     """How gradients of projected parameters (GaLore, GoLore) travel; other optimizers are not concerned."""
 
     reduce: bool = True
-    """Between refreshes project a gradient in its backward hook, drop it, and reduce the image.  Exact, and so done,
-    without clipping; with `max_norm` only if `clip_by_image` is on, too, and else whole gradients are reduced."""
+    """Between refreshes project a gradient in its backward hook, drop it, and reduce the low-rank one.  That is exact,
+    and so done, without clipping; with `max_norm` only if `clip_by_image` is on, too: else whole ones are reduced."""
     clip_by_image: bool = False
-    """Clip by a norm in which projected parameters count with the norm of their image, which is what trains them,
-    instead of that of the whole gradient.  At a refresh the whole gradient counts."""
+    """Clip by a norm in which projected parameters count with the norm of their low-rank gradient, which trains
+    them, instead of that of the whole gradient.  At a refresh the whole gradient counts."""
     gather: bool = False
-    """Gather the images of updates, too, instead of weights, and let every replica apply them, rounding with the same
+    """Gather low-rank updates, too, instead of weights, and let every replica apply them, rounding with the same
     random bits.  Needs ZeRO and `master_weights=False`, and with 16-bit weights `rounding="stochastic"` of the
-    optimizer; their images travel in bfloat16, which rounds an update by up to 2^-9 of itself."""
+    optimizer; low-rank updates travel in bfloat16, which rounds an update by up to 2^-9 of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,7 @@ class ReducerConfig:
 
 
 def mesh_of(config: EngineConfig, device: torch.device) -> Mesh:
-    """The process groups of this rank by axis; `data`: ranks with other batches, whether masters are sharded or not.
-
-    Args:
-        config: has the groups.
-        device: where they communicate.
-    """
+    """The process groups of this rank by axis; `data`: ranks with other batches, whether masters are sharded or not."""
     zero: Any = config.zero_groups
     if len(zero) > 1 and math.prod(map(dist.get_world_size, zero)) == dist.get_world_size():
         zero = dist.group.WORLD

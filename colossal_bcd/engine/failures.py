@@ -112,11 +112,7 @@ def _limit_default_group(limit: timedelta) -> None:
 
 @contextlib.contextmanager
 def says_where(round_name: str) -> Iterator[None]:
-    """Say in which round a collective inside failed.
-
-    Raises:
-        RankFailureError: in the place of the backend's error.
-    """
+    """Raise, for a backend's error inside, RankFailureError, which says in which round a collective failed."""
     try:
         yield
     except RankFailureError:
@@ -175,11 +171,7 @@ class LateCheck:
         self._norm.send(norm)
 
     def raise_if_bad(self) -> None:
-        """Look at the step before.
-
-        Raises:
-            FloatingPointError: on every rank, its gradients were infinite or not numbers.
-        """
+        """Raise FloatingPointError, on every rank, if the gradients of the step before were not finite."""
         norm = self._norm.read()
         if norm is not None and not math.isfinite(norm):
             raise FloatingPointError(

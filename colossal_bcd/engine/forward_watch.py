@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,38 +23,15 @@ PLUGINS = "booster.boost with a plugin of colossal_bcd.booster"
 _SHARDING = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP", "DeepSpeedEngine": "DeepSpeed"}
 
 
-class Listener(Protocol):
-    """Who wants to know of forward passes."""
-
-    def trained(self) -> Collection[Parameter]:
-        """What is active, by which the model is found."""
-
-    def found_group(self, group: dist.ProcessGroup) -> None:
-        """Take the processes over which the model's DDP averages."""
-
-    def forward_begins(self) -> None:
-        """A forward pass of the model, with gradients, begins."""
-
-    def forward_ends(self, outputs: list[Tensor], *, synced: bool, fruitless: bool) -> None:
-        """It ends.
-
-        Args:
-            outputs: tensors with a gradient that the model returned.
-            synced: whether gradients of this pass are to be averaged; not under `no_sync`.
-            fruitless: whether there will be no gradients of it though it is a pass of training.
-        """
-
-
-class ForwardWatch:
-    """Looks for the module that has the listener's parameters, and then at its forward passes with gradients only.
+class ForwardWatch(ABC):
+    """Looks for the module that has what is trained, and then at its forward passes with gradients only.
 
     The outermost module that is called counts.  Until it is, a hook sees the calls of all modules; it goes with the
-    watch, which nobody but the listener keeps.
+    watch, which hooks do not keep alive.
     """
 
-    def __init__(self, listener: Listener) -> None:
-        self._listener = weakref.ref(listener)
-        self._handles: list[Any] = []
+    def __init__(self) -> None:
+        self._watching: list[Any] = []
         self._wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         self._inside: DistributedDataParallel | None = None
         self._resting: tuple[DistributedDataParallel, bool] | None = None
@@ -68,14 +46,36 @@ class ForwardWatch:
                 watch._consider(module)
 
         search = register_module_forward_pre_hook(look)
-        self._handles.append(search)
+        self._watching.append(search)
 
-    def close(self) -> None:
+    @abstractmethod
+    def trained(self) -> Collection[Parameter]:
+        """What is active, by which the model is found."""
+
+    @abstractmethod
+    def found_group(self, group: dist.ProcessGroup) -> None:
+        """Take the processes over which the model's DDP averages."""
+
+    @abstractmethod
+    def forward_begins(self) -> None:
+        """A forward pass of the model, with gradients, begins."""
+
+    @abstractmethod
+    def forward_ends(self, outputs: list[Tensor], *, synced: bool, fruitless: bool) -> None:
+        """It ends.
+
+        Args:
+            outputs: tensors with a gradient that the model returned.
+            synced: whether gradients of this pass are to be averaged; not under `no_sync`.
+            fruitless: whether there will be no gradients of it though it is a pass of training.
+        """
+
+    def stop_watching(self) -> None:
         """Look no more, and let the DDP go on as it was."""
         self.wake()
-        for handle in self._handles:
+        for handle in self._watching:
             handle.remove()
-        self._handles = []
+        self._watching = []
 
     def wake(self) -> None:
         """Give the DDP its settings back."""
@@ -85,23 +85,22 @@ class ForwardWatch:
             self._resting = None
 
     def _consider(self, module: nn.Module) -> None:
-        listener = self._listener()
-        if listener is None or not self._handles:
+        if not self._watching:
             return
-        if not _holds(module, listener.trained()):
+        if not _holds(module, self.trained()):
             if module.training:
                 _refuse_sharding(module)
             return
         _refuse_sharding(module)
-        self._handles.pop().remove()
+        self._watching.pop().remove()
         for each in module.modules():
-            if isinstance(each, DistributedDataParallel) and _holds(each, listener.trained()):
+            if isinstance(each, DistributedDataParallel) and _holds(each, self.trained()):
                 self._attach(each)
         root = module
         if isinstance(module, DistributedDataParallel):
             root = module.module
             self._rest(module)
-        self._handles += [
+        self._watching += [
             root.register_forward_pre_hook(_weakly(self._begin)),
             root.register_forward_hook(_weakly(self._end)),
         ]
@@ -110,11 +109,9 @@ class ForwardWatch:
 
     def _attach(self, wrapper: DistributedDataParallel) -> None:
         _refuse_options(wrapper)
-        listener = self._listener()
-        if listener is not None:
-            listener.found_group(wrapper.process_group)
+        self.found_group(wrapper.process_group)
         self._wrappers.add(wrapper)
-        self._handles += [
+        self._watching += [
             wrapper.register_forward_pre_hook(_weakly(self._rest)),
             wrapper.register_forward_hook(_weakly(self._leave), always_call=True),
         ]
@@ -147,18 +144,15 @@ class ForwardWatch:
             self._rest(active)
         elif self._inside is None:
             self._wish = True
-        listener = self._listener()
-        if listener is not None:
-            listener.forward_begins()
+        self.forward_begins()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        listener = self._listener()
-        if listener is not None and torch.is_grad_enabled() and not in_backward():
+        if torch.is_grad_enabled() and not in_backward():
             found = list(_tensors(output))
             outputs = [tensor for tensor in found if tensor.requires_grad]
             # What is not seen in an object of some other class may have a gradient.
-            fruitless = bool(found) and not outputs and module.training and _holds(module, listener.trained())
-            listener.forward_ends(outputs, synced=self._wish, fruitless=fruitless)
+            fruitless = bool(found) and not outputs and module.training and _holds(module, self.trained())
+            self.forward_ends(outputs, synced=self._wish, fruitless=fruitless)
 
 
 def in_backward() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -41,6 +41,7 @@ class Newcomers:
         self._engine = weakref.proxy(engine)
         self._differ: Tensor | None = None
         self._late = Late()
+        self._said_unused = False
 
     @property
     def members(self) -> list[list[Parameter]]:
@@ -114,13 +115,28 @@ class Newcomers:
         self._differ = None
 
     def raise_if_different(self) -> None:
-        """Look at the step before.
-
-        Raises:
-            ValueError: on all ranks with other batches, some had newcomers and some had none.
-        """
+        """Raise, on all ranks with other batches, if in the step before some had newcomers and some had none."""
         if self._late.read():
             raise ValueError(self._difference(f"in the step before, this rank had {self._described(self._waiting())}"))
+
+    def note_unused(self) -> None:
+        """Say once that weights were left as they are, because no batch of a step used them.
+
+        Compares what trains with what has an averaged gradient; both are known on the host.
+        """
+        engine = self._engine
+        if self._said_unused or not engine.trained.plan.is_whole:  # other plans watch their blocks themselves
+            return
+        unused = [param for param in engine.masters.of if param.requires_grad and param not in engine._reducer.grads]
+        self._said_unused = bool(unused)
+        if unused and dist.get_rank() == 0:
+            logger.warning(
+                "%s trained parameters had no gradient on any rank in this step, such as %s, and stay as they are "
+                "until they have one. That is right where no batch used them. If the model uses gradient "
+                "checkpointing, pass use_reentrant=False: the reentrant kind cuts the graph above frozen layers.",
+                len(unused),
+                engine.parameter_names.get(id(unused[0]), "?"),
+            )
 
     def _waiting(self) -> list[Parameter]:
         of = self._engine.masters.of
@@ -203,44 +219,10 @@ class Newcomers:
             "expected the same on all. Call requires_grad_ and add_param_group on every rank, before the same step."
         )
 
-    def _described(self, params: Sequence[Parameter], limit: int = 3) -> str:
+    def _described(self, params: Sequence[Parameter]) -> str:
         names = [self._name(param) for param in params]
-        more = f" and {len(names) - limit} more" if len(names) > limit else ""
-        return ", ".join(names[:limit]) + more if names else "none"
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(names[:3]) + more if names else "none"
 
     def _name(self, param: Tensor) -> str:
         return self._engine.parameter_names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
-
-
-class Unused:
-    """Says once that weights were left as they are, because no batch of a step used them.
-
-    Args:
-        names: of all parameters, by id.
-    """
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self._names = names
-        self._said = False
-
-    def note(self, trained: Collection[Parameter], grads: Collection[Parameter]) -> None:
-        """Compare what trains with what had a gradient on any rank; both are known on the host.
-
-        Args:
-            trained: parameters that have masters.
-            grads: those of which there is an averaged gradient.
-        """
-        if self._said:
-            return
-        unused = [self._names.get(id(param), "?") for param in trained if param.requires_grad and param not in grads]
-        if not unused:
-            return
-        self._said = True
-        if dist.get_rank() == 0:
-            logger.warning(
-                "%s trained parameters had no gradient on any rank in this step, such as %s, and stay as they are "
-                "until they have one. That is right where no batch used them. If the model uses gradient "
-                "checkpointing, pass use_reentrant=False: the reentrant kind cuts the graph above frozen layers.",
-                len(unused),
-                unused[0],
-            )

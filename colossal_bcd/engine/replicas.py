@@ -50,31 +50,31 @@ _averaged_by: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter -> weak reference to what averages it: a model that is wrapped again is averaged once."""
 
 
-class ReplicaAverages:
+class ReplicaAverages(ForwardWatch):
     """See `colossal_bcd.block.replicas.Averages`.
 
     Args:
         client: the optimizer, which is not kept alive.
         choice: "auto": the group of the DDP around the model, or all processes; a process group; None: this process is
             alone.
-        corrector: of parameters that are not active; None: there are none.
+        correction: of parameters that are not active; None: there are none.
     """
 
-    def __init__(self, client: ReplicaClient, choice: Any, corrector: CorrectionState | None) -> None:
+    def __init__(self, client: ReplicaClient, choice: Any, correction: CorrectionState | None) -> None:
         require_plain(client.replica_names())
         for param in client.replica_names():
             other = _averaged_by.get(param, lambda: None)()
             if other is not None:
                 other.detach()
             _averaged_by[param] = weakref.ref(self)
-        self._client, self._choice, self._corrector = weakref.ref(client), choice, corrector
+        self._client, self._choice, self._correction = weakref.ref(client), choice, correction
         self._active: tuple[Parameter, ...] = ()
         self._corrected: tuple[Parameter, ...] = ()
         self._low_rank: dict[Parameter, LowRankGradient] = {}
         self._group: dist.ProcessGroup | None = None
         self._reducer: GradientReducer | None = None
         self._handles: list[Any] = []
-        self._watch = ForwardWatch(self)
+        super().__init__()
         self._synced = True
         self._pass_running = self._waits = self._checked = False
         self._num_rounds = 0
@@ -83,9 +83,9 @@ class ReplicaAverages:
         self,
         active: Sequence[Parameter],
         corrected: Sequence[Parameter] = (),
-        images: Mapping[Parameter, LowRankGradient] | None = None,
+        low_rank: Mapping[Parameter, LowRankGradient] | None = None,
     ) -> None:
-        self._active, self._corrected, self._low_rank = tuple(active), tuple(corrected), dict(images or {})
+        self._active, self._corrected, self._low_rank = tuple(active), tuple(corrected), dict(low_rank or {})
         self._dismantle()
         if dist.is_initialized():
             self._build()
@@ -122,11 +122,10 @@ class ReplicaAverages:
 
     def detach(self) -> None:
         self._dismantle()
-        self._watch.close()
+        self.stop_watching()
         self._active = self._corrected = ()
 
     def trained(self) -> Collection[Parameter]:
-        """See `colossal_bcd.engine.forward_watch.Listener`; also the next three."""
         return frozenset(self._active)
 
     def found_group(self, group: dist.ProcessGroup) -> None:
@@ -158,7 +157,7 @@ class ReplicaAverages:
         """A gradient has come: of an output of the model, or, where it has none, of a parameter."""
         if self._pass_running or self._reducer is None:
             return
-        self._watch.wake()
+        self.wake()
         self._pass_running, self._synced = True, self._synced if synced is None else synced
         self._reducer.begin(self._synced)
         engine: Any = Variable._execution_engine
@@ -207,10 +206,10 @@ class ReplicaAverages:
             groups=groups,
             partition=False,
             bucket_size=BUCKET if groups else 0,
-            overlap=self._corrector is not None,
+            overlap=self._correction is not None,
             communication_dtype=max(dtypes, key=lambda dtype: dtype.itemsize, default=None),
         )
-        apply = None if self._corrector is None else Apply(self._corrected, ApplyConfig(corrector=self._corrector))
+        apply = None if self._correction is None else Apply(self._corrected, ApplyConfig(correction=self._correction))
         members = {*self._active, *self._corrected}
         order = self._active if apply is None else [param for param in client.replica_names() if param in members]
         self._reducer = GradientReducer(order, config, apply)
@@ -244,11 +243,7 @@ def _on_param(averages: weakref.ref[ReplicaAverages], param: Tensor) -> None:
 
 
 def require_plain(names: Mapping[Parameter, str]) -> None:
-    """Refuse parameters that other libraries have sharded.
-
-    Raises:
-        ValueError: one is a DTensor, or DeepSpeed's.
-    """
+    """Refuse parameters that other libraries have sharded: a DTensor, or DeepSpeed's."""
     for param, name in names.items():
         if isinstance(param, DTensor) or hasattr(param, "ds_id") or hasattr(param, "_fqns"):
             raise ValueError(
@@ -259,11 +254,7 @@ def require_plain(names: Mapping[Parameter, str]) -> None:
 
 
 def require_same_replicas(client: ReplicaClient, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Compare names, shapes, dtypes, bits of all weights, and what trains when: one small collective.
-
-    Raises:
-        ValueError: on every rank, what differs.
-    """
+    """Compare names, shapes, dtypes, bits of all weights, and what trains when: one small collective."""
     names = client.replica_names()
     shapes = [f"{name} {tuple(param.shape)} {param.dtype}" for param, name in names.items()]
     weights = fingerprints_of(list(names), device)

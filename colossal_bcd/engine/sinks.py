@@ -74,7 +74,7 @@ class MicroBatches:
 class ApplyConfig:
     """How inactive parameters are corrected."""
 
-    corrector: CorrectionState
+    correction: CorrectionState
     by_pipeline: bool = False
     """See `MicroBatches`."""
     tied: Set[Parameter] = frozenset()
@@ -100,8 +100,8 @@ class Apply:
     """
 
     def __init__(self, params: Iterable[Parameter], config: ApplyConfig) -> None:
-        self.params, self._config, self._corrector = frozenset(params), config, config.corrector
-        self.micro_batches = MicroBatches(config.corrector.accumulation_steps, by_pipeline=config.by_pipeline)
+        self.params, self._config, self._correction = frozenset(params), config, config.correction
+        self.micro_batches = MicroBatches(config.correction.accumulation_steps, by_pipeline=config.by_pipeline)
         self.overflow: list[Tensor] = []
         self._waiting: dict[Parameter, Tensor] = {}
         self._loss_scale = 1.0
@@ -109,7 +109,7 @@ class Apply:
     @property
     def is_alone(self) -> bool:
         """Whether an update needs no other rank and no other parameter of its bucket."""
-        return not (self._corrector.by_bucket and self._config.tp_group is not None)
+        return not (self._correction.by_bucket and self._config.tp_group is not None)
 
     @property
     def pristine(self) -> bool:
@@ -128,7 +128,7 @@ class Apply:
         """Let a gradient wait for those of the next micro-batches."""
         if param not in self._config.tied:
             assert param.grad is not None
-            self._waiting[param] = self._corrector.wait(param.grad, self._waiting.get(param))
+            self._waiting[param] = self._correction.wait(param.grad, self._waiting.get(param))
             param.grad = None
 
     def bring_back(self, params: Iterable[Parameter]) -> None:
@@ -147,13 +147,13 @@ class Apply:
             device: of the bucket.
         """
         finite = None if self._config.loss_scale is None else self._check(raw, device)
-        if self._corrector.by_bucket:
+        if self._correction.by_bucket:
             gradients = dict(averages)
             if gradients:
-                self._corrector.apply(gradients, loss_scale=self._loss_scale, finite=finite)
+                self._correction.apply(gradients, loss_scale=self._loss_scale, finite=finite)
             return
         for param, grad in averages:
-            self._corrector.apply({param: grad}, loss_scale=self._loss_scale, finite=finite)
+            self._correction.apply({param: grad}, loss_scale=self._loss_scale, finite=finite)
             del grad
 
     def clear(self) -> None:

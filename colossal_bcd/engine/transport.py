@@ -298,7 +298,7 @@ def _replicate(optimizer: ReducedGradientOptimizer, masters: ShardedMasters, buc
     streams = optimizer.streams()
 
     def numel(param: Parameter) -> int:
-        return updates[param].image.part_numel
+        return updates[param].gradient.part_numel
 
     for bucket in pack(updates, numel, bucket_size, lambda param: param.dtype):
         steps = _gather({param: updates[param] for param in bucket}, masters.groups)
@@ -316,7 +316,7 @@ def _gather(bucket: dict[Parameter, ReplicatedUpdate], groups: Sequence[dist.Pro
     """
     first = next(iter(bucket))
     dtype = torch.bfloat16 if first.dtype in LOW_PRECISION else first.dtype
-    shares = [update.image.padded(update.step) for update in bucket.values() if update.image.divided]
+    shares = [update.gradient.padded(update.step) for update in bucket.values() if update.gradient.divided]
     row = torch.cat(
         [torch.empty(0, dtype=dtype, device=first.device), *(share.to(first.device, dtype) for share in shares)]
     )
@@ -327,7 +327,7 @@ def _gather(bucket: dict[Parameter, ReplicatedUpdate], groups: Sequence[dist.Pro
             work.wait()
         rows = iter(buffer.split([len(share) for share in shares], dim=1))
     return [
-        (u.image.joined(next(rows)) if u.image.divided else u.step.to(first.device, dtype)).to(wide(first.dtype))
+        (u.gradient.joined(next(rows)) if u.gradient.divided else u.step.to(first.device, dtype)).to(wide(first.dtype))
         for u in bucket.values()
     ]
 

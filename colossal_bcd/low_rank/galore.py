@@ -366,13 +366,8 @@ class GoLore(GaLore):
 
 
 def first_random_step(name: str, rand_ratio: float, total_steps: int | None, random_from_step: int | None) -> int:
-    """The step, counted from 0, from which GoLore's bases are random.
+    """The step, counted from 0, from which GoLore's bases are random: it is given, or a fraction of `total_steps`.
 
-    Args:
-        name: of the optimizer.
-        rand_ratio: fraction of `total_steps` before it.
-        total_steps: length of the run; None where `random_from_step` is given.
-        random_from_step: the step itself; None where `total_steps` is given.
     Raises:
         ValueError: both are given or none, or the fraction is none.
     """

@@ -91,9 +91,9 @@ def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
 
 def captured_energy(matrix: Tensor, bases: Bases) -> Tensor:
     """|projected|^2 / |matrix|^2 of a [R, C] matrix, a scalar in [0, 1]."""
-    image = matrix if bases[0] is None else bases[0].T @ matrix
-    image = image if bases[1] is None else image @ bases[1]
-    kept, whole = square_sum(image.reshape(-1)), square_sum(matrix.reshape(-1))
+    projected = matrix if bases[0] is None else bases[0].T @ matrix
+    projected = projected if bases[1] is None else projected @ bases[1]
+    kept, whole = square_sum(projected.reshape(-1)), square_sum(matrix.reshape(-1))
     return (kept / whole).squeeze().to(matrix.dtype)
 
 

@@ -23,7 +23,7 @@ from colossal_bcd.sharding.view import decayed
 class ReplicatedUpdate:
     """An update that an engine applies to whole shards, on every replica (see `replicated_updates`)."""
 
-    image: LowRankGradient
+    gradient: LowRankGradient
     """Its bases project the step back."""
     step: Tensor
     """[a, b] this rank's part of the low-rank step."""
@@ -39,10 +39,10 @@ class ReplicatedUpdate:
 
         Args:
             weight: [n] data of the whole shard, in the dtype of its arithmetic.
-            step: the whole low-rank step of the shard, of `image.shape`.
+            step: the whole low-rank step of the shard, of `gradient.shape`.
         """
-        bases = self.image.left, self.image.right
-        subtract = self.image.of_shard.subtract_
+        bases = self.gradient.left, self.gradient.right
+        subtract = self.gradient.of_shard.subtract_
         decayed(weight, self.decay, self.decay_first, lambda: subtract(weight, step, *bases, self.scale))
 
 

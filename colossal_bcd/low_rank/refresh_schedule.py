@@ -77,13 +77,8 @@ def offsets(matrices: Iterable[Matrix]) -> dict[int, int]:
 def owners(matrices: Mapping[int, Matrix], layouts: Mapping[int, Layout], offset: Mapping[int, int]) -> dict[int, int]:
     """Owners by key: of the matrices that are refreshed in the same step each to the rank with least to do.
 
-    All matrices are refreshed together in the first step, so among ranks with equally much to do in a step the one with
-    least to do in all is chosen.
-
-    Args:
-        matrices: by key, all of which this rank has a part.
-        layouts: by key.
-        offset: by key.
+    All matrices, of which this rank has parts, are refreshed together in the first step, so among ranks with equally
+    much to do in a step the one with least to do in all is chosen.
     """
 
     def num_ranks(key: int) -> int:

@@ -94,16 +94,7 @@ class Storage(RoundingOptions):
 
 
 def flat_options(owner: str, argument: str, value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat keys of a value such as `Storage`, of its fields that differ from their defaults.
-
-    Args:
-        owner: the optimizer, for the error.
-        argument: name under which the value was given.
-        value: the value, or None.
-        given: the flat keys that were given beside it.
-    Raises:
-        TypeError: a key is given twice.
-    """
+    """The flat keys of a value such as `Storage`, of its fields that differ from their defaults; each is given once."""
     if value is None:
         return {}
     kind: Any = type(value)
@@ -117,13 +108,8 @@ def flat_options(owner: str, argument: str, value: Any, given: Mapping[str, Any]
 
 
 def make_hyper(owner: str, hyper_type: Any, values: Sequence[Any], flat: Mapping[str, Any]) -> Any:
-    """Hyper-parameters from a constructor's arguments.
+    """Hyper-parameters, a dataclass, from a constructor's positional and keyword arguments.
 
-    Args:
-        owner: the optimizer, for the error.
-        hyper_type: the dataclass.
-        values: positional arguments.
-        flat: keyword arguments, by the keys of param groups.
     Raises:
         TypeError: an argument is no hyper-parameter.
         ValueError: one is out of range.
@@ -143,9 +129,7 @@ def make_hyper(owner: str, hyper_type: Any, values: Sequence[Any], flat: Mapping
 def signature_of(cls: type[Any], fixed: Iterable[str] = ()) -> inspect.Signature:
     """The signature of an optimizer's constructor, with its hyper-parameters in place of `*values` and `**flat`.
 
-    Args:
-        cls: the class; `hyper_type` is its dataclass.
-        fixed: hyper-parameters that the class sets itself.
+    Hyper-parameters that are `fixed` by the class are left out.
     """
     own = [parameter for name, parameter in inspect.signature(cls.__init__).parameters.items() if name != "self"]
     if not own or own[-1].kind != inspect.Parameter.VAR_KEYWORD:
@@ -195,13 +179,9 @@ def require_betas(betas: tuple[float, float]) -> None:
 
 
 def require_real(owner: str, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse parameters that cannot be trained; frozen ones, such as packed 4-bit weights, may be of any dtype.
+    """Refuse parameters that require a gradient and are complex, or of 8-bit floats.
 
-    Args:
-        owner: what refuses, for the error.
-        named: parameters with a name or a number.
-    Raises:
-        ValueError: one that requires a gradient is complex, or of 8-bit floats.
+    Frozen ones, such as packed 4-bit weights, may be of any dtype.
     """
     for name, param in named:
         if param.requires_grad and param.dtype not in TRAINABLE:
@@ -221,11 +201,7 @@ def members_with_names(param_group: Mapping[str, Any], first: int) -> list[tuple
 
 
 def require_keys(owner: str, param_group: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse keys that look like a hyper-parameter and are none; others belong to the user and are kept.
-
-    Raises:
-        ValueError: a key is misspelt.
-    """
+    """Refuse keys that look like a hyper-parameter and are none; others belong to the user and are kept."""
     for key in param_group:
         meant = None if key in known else meant_key(key, known)
         if meant is not None:

@@ -92,7 +92,7 @@ class OptimizerState(CorrectionState):
         state = self._optimizer.state
         return {param: state[weight] for param, weight in self._weights.items() if state.get(weight)}
 
-    def filed(self, param: Parameter) -> list[FiledTensor]:
+    def filed_of(self, param: Parameter) -> list[FiledTensor]:
         return filed_tensors(self._optimizer, self._weights[param], self._layouts[param], self._group_of[param])
 
     def num_bytes(self, param: Parameter, layout: Layout) -> int:
@@ -104,7 +104,7 @@ class OptimizerState(CorrectionState):
         for param in params:
             allocate(self._optimizer, self._weights[param], self._layouts[param], self._group_of[param])
 
-    def load(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
+    def restore(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
         self._optimizer.state.clear()
         for param, entries in state.items():
             self._optimizer.state[self._weights[param]] = {

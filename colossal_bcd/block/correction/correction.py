@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -76,12 +76,7 @@ class CorrectionState(ABC):
             self._groups.update(dict.fromkeys(params, group))
 
     def bind(self, layouts: Mapping[Parameter, Layout], mesh: Mesh) -> None:
-        """Say which part of which parameter the weights of this rank are.
-
-        Args:
-            layouts: of the parameters on this rank; data-parallel ranks hold the same part.
-            mesh: a group for every axis that the layouts name.
-        """
+        """Say which part of which parameter this rank's weights are, the same on data-parallel ranks."""
         self._layouts = layouts
 
     def identity(self) -> dict[str, Any]:
@@ -107,8 +102,22 @@ class CorrectionState(ABC):
         """Tensors and numbers of every parameter that was corrected; they stay while it is active."""
 
     @abstractmethod
-    def filed(self, param: Parameter) -> list[FiledTensor]:
+    def filed_of(self, param: Parameter) -> list[FiledTensor]:
         """Description of the tensors in a parameter's state on this rank."""
+
+    def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], list[FiledTensor]]]:
+        """The state, which is the same on all data-parallel ranks: that of whole local weights; see `Contributor`."""
+        for param, state in self.state.items():
+            yield param, state, self.filed_of(param)
+
+    def numbers(self) -> dict[str, Any]:
+        """See `Contributor`."""
+        return {"num_steps": self.num_steps}
+
+    def load(self, numbers: Mapping[str, Any], saved: Iterable[Parameter]) -> None:
+        """See `Contributor`."""
+        self.num_steps = numbers["num_steps"]
+        self.allocate(saved)
 
     @abstractmethod
     def num_bytes(self, param: Parameter, layout: Layout) -> int:
@@ -119,7 +128,7 @@ class CorrectionState(ABC):
         """Give exactly these parameters state as before their first update."""
 
     @abstractmethod
-    def load(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
+    def restore(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
         """Take over copies of saved entries: tensors as this rank holds them, numbers."""
 
     @abstractmethod
@@ -148,7 +157,7 @@ class ElementwiseState(CorrectionState):
     def state(self) -> Mapping[Parameter, dict[str, Tensor]]:
         return self._state
 
-    def filed(self, param: Parameter) -> list[FiledTensor]:
+    def filed_of(self, param: Parameter) -> list[FiledTensor]:
         return [filed_like(name, tensor, self._layouts[param]) for name, tensor in self._state[param].items()]
 
     def num_bytes(self, param: Parameter, layout: Layout) -> int:
@@ -157,7 +166,7 @@ class ElementwiseState(CorrectionState):
     def allocate(self, params: Iterable[Parameter]) -> None:
         self._state = {param: self._new_state(param) for param in params}
 
-    def load(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
+    def restore(self, state: Mapping[Parameter, Mapping[str, Any]]) -> None:
         self._state = {
             param: {name: entry.to(param.device, copy=True) for name, entry in entries.items()}
             for param, entries in state.items()
@@ -235,8 +244,8 @@ class LocalGradients:
     the last micro-batch's makes the update, or the step if that comes before.
     """
 
-    def __init__(self, corrector: CorrectionState, names: Mapping[Parameter, str]) -> None:
-        self._corrector, self._names = corrector, names
+    def __init__(self, correction: CorrectionState, names: Mapping[Parameter, str]) -> None:
+        self._correction, self._names = correction, names
         self._handles: list[Any] = []
         self._counts: dict[Parameter, int] = {}
         self._waiting: dict[Parameter, Tensor] = {}
@@ -250,7 +259,7 @@ class LocalGradients:
     def settle(self) -> None:
         for param in list(self._waiting):
             grad = self._waiting.pop(param)
-            self._corrector.apply({param: grad.view(-1)})
+            self._correction.apply({param: grad.view(-1)})
         self._counts.clear()
 
     def clear(self) -> None:
@@ -267,21 +276,17 @@ class LocalGradients:
                 "with sparse=False."
             )
         count = self._counts[param] = self._counts.get(param, 0) + 1
-        require_open(count, self._corrector.accumulation_steps, f"parameter {self._names[param]!r}")
+        require_open(count, self._correction.accumulation_steps, f"parameter {self._names[param]!r}")
         waiting = self._waiting.pop(param, None)
-        if count < self._corrector.accumulation_steps:
-            self._waiting[param] = self._corrector.wait(grad, waiting)
+        if count < self._correction.accumulation_steps:
+            self._waiting[param] = self._correction.wait(grad, waiting)
         else:
             total = grad if waiting is None else waiting.to(grad.dtype).add_(grad)
-            self._corrector.apply({param: total.reshape(-1)})
+            self._correction.apply({param: total.reshape(-1)})
 
 
 def require_open(count: int, accumulation_steps: int, subject: str) -> None:
-    """Refuse a gradient that comes after the update.
-
-    Raises:
-        ValueError: it is number `count` since the last step, above `accumulation_steps`.
-    """
+    """Refuse a gradient that comes after the update: number `count` since the last step, above `accumulation_steps`."""
     if count > accumulation_steps:
         raise ValueError(
             f"sgd_mode: {subject} got gradient number {count} since the last step, expected {accumulation_steps}: "

@@ -416,7 +416,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         assert self._replicas is not None
         trained = [param for param in self._params() if param.requires_grad]
         wanted = {} if self.dense_gradients else self.low_rank_wanted()
-        self._replicas.activate(trained, images={param: wanted[param] for param in trained if param in wanted})
+        self._replicas.activate(trained, low_rank={param: wanted[param] for param in trained if param in wanted})
 
     def _forget(self) -> None:
         """Find what trains anew when it is needed."""

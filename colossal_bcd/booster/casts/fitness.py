@@ -25,8 +25,7 @@ Given: TypeAlias = Literal["parts", "wholes", "parameters"]
 def require_fit(optimizer: Optimizer, given: Given) -> None:
     """Refuse an optimizer that would train wrongly on what it will hold; the same on every rank.
 
-    Raises:
-        ValueError: it does not bear other tensors, keeps what no checkpoint would have, or needs whole tensors.
+    It does not bear other tensors, keeps what no checkpoint would have, or needs whole tensors.
     """
     trained = trained_of(optimizer)
     base, plain = trained.base_optimizer, trained.plan.is_whole

@@ -52,11 +52,7 @@ class ReLoRaConfig:
 
 
 def refuse_unsupported(lora_only: bool, quantize: Any) -> None:
-    """Refuse what a merge into full-precision weights cannot do.
-
-    Raises:
-        ValueError: `lora_only`, or quantized weights.
-    """
+    """Refuse what a merge into full-precision weights cannot do: `lora_only`, and quantized weights."""
     if lora_only:
         raise ValueError(
             "lora_only=True: got a request to drop the full weights, expected False: without them there is no full "

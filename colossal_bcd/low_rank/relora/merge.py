@@ -81,11 +81,7 @@ class LocalAdapters:
 
 
 def site_of(optimizer: Any) -> AdapterAccess:
-    """Where the factors are trained: found in the optimizer, or in what it wraps (accelerate's and ColossalAI's).
-
-    Raises:
-        TypeError: it is no optimizer.
-    """
+    """Where the factors are trained: found in the optimizer, or in what it wraps (accelerate's and ColossalAI's)."""
     outer = optimizer
     while True:
         if hasattr(optimizer, "adapter_access"):
@@ -114,11 +110,8 @@ class Refresh:
 def refresh_layers(layers: Sequence[tuple[str, ReLoRaLinear]], refresh: Refresh) -> None:
     """Merge every layer, give it a new basis and its factor the gradient of this step.
 
-    Layers without a gradient on any rank are left alone.
+    Layers, the same on every rank, without a gradient on any rank are left alone.
 
-    Args:
-        layers: name and layer, the same on every rank.
-        refresh: see `Refresh`.
     Raises:
         ValueError: no layer has a full gradient, or the optimizer does not train a factor, or keeps its first moment
             in a form that is not known here; nothing is changed then.

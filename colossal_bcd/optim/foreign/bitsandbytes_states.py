@@ -47,11 +47,7 @@ def slice_chunk(optimizer: Any) -> int:
 
 
 def require_sound(optimizer: Any) -> None:
-    """Refuse what cannot take a step with bitsandbytes itself.
-
-    Raises:
-        ValueError: AdEMAMix32bit of bitsandbytes 0.50, which allocates one of its two first moments.
-    """
+    """Refuse what cannot step in bitsandbytes itself: AdEMAMix32bit of 0.50 allocates one of its two first moments."""
     broken = is_bitsandbytes(optimizer) and getattr(optimizer, "optimizer_name", None) == "ademamix"
     if broken and not hasattr(optimizer, "_get_state_double_buffer"):
         name = type(optimizer).__name__
@@ -62,11 +58,9 @@ def require_sound(optimizer: Any) -> None:
 
 
 def remember_weights(optimizer: Any, groups: Sequence[Iterable[Parameter]]) -> None:
-    """Let overrides follow the weights, before others take their places in the param groups.
+    """Let overrides follow the weights of each param group, before others take their places there.
 
-    Args:
-        optimizer: any; only those of bitsandbytes change.
-        groups: the weights of each param group as the user gave them.
+    Only optimizers of bitsandbytes change.
     """
     if is_bitsandbytes(optimizer) and not isinstance(optimizer.mng, WeightManager):
         optimizer.mng = WeightManager(optimizer.mng, optimizer.args, groups)
@@ -75,12 +69,9 @@ def remember_weights(optimizer: Any, groups: Sequence[Iterable[Parameter]]) -> N
 def follow_weights(
     optimizer: Any, tensors: Mapping[Parameter, Tensor], layouts: Mapping[Parameter, Layout] | None = None
 ) -> None:
-    """Say which tensor stands for which weight from now on.
+    """Say which tensor stands for which weight from now on, and with which layout (None: whole).
 
-    Args:
-        optimizer: any; only those of bitsandbytes take notice, once `remember_weights` has been called.
-        tensors: what the optimizer's groups hold, by weight.
-        layouts: of these tensors; None: they are whole.
+    Only optimizers of bitsandbytes take notice, once `remember_weights` has been called.
     """
     manager = getattr(optimizer, "mng", None)
     if isinstance(manager, WeightManager):
@@ -170,14 +161,9 @@ class WeightManager(Mapping[int, Config]):
 
 
 def require_whole_chunks(optimizer: Any, names: Mapping[int, str], divided: bool) -> None:
-    """Refuse overrides that need whole weights.
+    """Refuse overrides that need whole weights, for limits by their norms, where ranks hold parts of weights.
 
-    Args:
-        optimizer: any; only those of bitsandbytes are looked at, once `remember_weights` has been called.
-        names: of every weight by id.
-        divided: whether ranks hold parts of weights.
-    Raises:
-        ValueError: updates are limited by norms of whole weights.
+    Only optimizers of bitsandbytes are looked at, once `remember_weights` has been called.
     """
     manager = getattr(optimizer, "mng", None)
     if not divided or not isinstance(manager, WeightManager):
@@ -217,13 +203,7 @@ def describe_misaligned(optimizer: Any, params: Sequence[Parameter], names: Mapp
 
 
 def scale_region(name: str, tensor: Tensor, layout: Layout) -> Region | None:
-    """Which scales of the whole weight a rank's are; None: of none.
-
-    Args:
-        name: of the state.
-        tensor: [*, number of chunks on this rank].
-        layout: of the weight's part.
-    """
+    """Which scales of the whole weight a rank's [*, number of its chunks] are; None: of none."""
     cut = chunks(layout, CHUNK)
     if name not in SCALES or cut is None or tensor.shape[-1] != num_chunks(layout):
         return None

@@ -94,13 +94,7 @@ class Contract:
         return not (self.counts or self.attributes or self.shares_state)
 
     def require_exchangeable(self, subject: str) -> None:
-        """Refuse an optimizer that cannot be given other tensors.
-
-        Args:
-            subject: what the optimizer was given to, for the message.
-        Raises:
-            ValueError: it cannot.
-        """
+        """Refuse an optimizer that cannot be given other tensors; `subject` is what it was given to."""
         if self.misfit is not None:
             raise ValueError(
                 f"{subject}: got {self.name}, which {self.misfit}; expected an optimizer that steps whatever is in its "
@@ -223,10 +217,7 @@ def _measure(optimizer: Optimizer, device: torch.device) -> Contract:
 def _observed(optimizer: Optimizer, device: torch.device, *, flags: bool) -> Contract:
     """Compare a twin before its steps, after them, and with other tensors.
 
-    Args:
-        optimizer: the one to be judged.
-        device: of the twin's tensors.
-        flags: set attributes again, too, that are True or False, which say mostly that something has been made.
+    With `flags` attributes that are True or False, which say mostly that something has been made, are set again, too.
     """
     old = new_tensors(optimizer, device, 1)
     twin = twin_of(optimizer, old)
@@ -312,10 +303,9 @@ def _draws(optimizer: Optimizer, device: torch.device, steps: int) -> bool:
 def update_apart(optimizer: Optimizer) -> float:
     """Measure how much an update of a value depends on more than that value.
 
-    Twins step whole tensors, others the halves of the same tensors; NaN counts as infinitely different.
+    Twins step whole tensors, others the halves of the same tensors.  The result is a share of the largest change of a
+    tensor: 0 but for rounding for an element-wise update, infinite for NaN.
 
-    Returns:
-        0 but for rounding for an element-wise update, as a share of the largest change of a tensor.
     Raises:
         TwinError: the optimizer cannot be imitated, or its step fails.
     """

@@ -91,15 +91,12 @@ def equal(left: Any, right: Any) -> bool:
 def new_twin(
     optimizer: Optimizer, tensors: Sequence[Sequence[Tensor]], leave_out: frozenset[str] = frozenset()
 ) -> Optimizer:
-    """Construct another optimizer as this one was constructed.
+    """Construct another optimizer over these tensors of each param group as this one was constructed.
 
     The constructor's arguments are looked up by name in the optimizer's defaults and attributes, and every group brings
-    its own values.
+    its own values; keys of groups and names of attributes in `leave_out` are left to the constructor.  Nothing of the
+    optimizer is changed or shared.
 
-    Args:
-        optimizer: to be imitated; nothing of it is changed or shared.
-        tensors: those of each param group.
-        leave_out: keys of groups and names of attributes that are left to the constructor.
     Raises:
         TwinError: the constructor asks for what cannot be found, or refuses it.
     """
@@ -123,9 +120,8 @@ def new_twin(
 def new_copy(optimizer: Optimizer, tensors: Sequence[Sequence[Tensor]]) -> Optimizer:
     """Imitate an optimizer whose constructor cannot be called again: a copy of it, without state.
 
-    Args:
-        optimizer: to be imitated.
-        tensors: those of each param group; they also stand for the optimizer's parameters wherever it mentions them.
+    The tensors of each param group also stand for the optimizer's parameters wherever it mentions them.
+
     Raises:
         TwinError: it keeps something that cannot be copied.
     """
@@ -259,11 +255,7 @@ def twin_of(optimizer: Optimizer, tensors: Tensors, leave_out: frozenset[str] = 
 
 
 def run(twin: Optimizer, tensors: Tensors, steps: int, seed: int) -> None:
-    """Take steps with gradients that depend on the seed alone.
-
-    Raises:
-        TwinError: a step failed.
-    """
+    """Take steps with gradients that depend on the seed alone; raises TwinError where one fails."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for tensor in flat(tensors):
@@ -272,11 +264,7 @@ def run(twin: Optimizer, tensors: Tensors, steps: int, seed: int) -> None:
 
 
 def step_by_gradients(twin: Optimizer) -> None:
-    """Take one step.
-
-    Raises:
-        TwinError: the step failed.
-    """
+    """Take one step; raises TwinError where it fails."""
     try:
         twin.step()
     except Exception as error:

@@ -76,14 +76,7 @@ def filed_tensors(
 
 
 def numbers_of(owner: str, state: Mapping[str, Any]) -> dict[str, Number]:
-    """The numbers in one parameter's state.
-
-    Args:
-        owner: whose state it is, for the error.
-        state: the parameter's.
-    Raises:
-        ValueError: something is neither a tensor nor a number.
-    """
+    """The numbers in one parameter's state; raises ValueError for what is neither a tensor nor a number."""
     numbers: dict[str, Number] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
@@ -98,13 +91,7 @@ def numbers_of(owner: str, state: Mapping[str, Any]) -> dict[str, Number]:
 
 
 def filed_like(name: str, tensor: Tensor, layout: Layout) -> FiledTensor:
-    """An entry with one value for each value of a parameter.
-
-    Args:
-        name: of the entry.
-        tensor: of the parameter's local shape, or its data alone, [n].
-        layout: of the parameter.
-    """
+    """What a file has of one value for each value of a parameter, of its local shape or the data alone, [n]."""
     return FiledTensor(name=name, region=elements(layout), dtype=tensor.dtype, kind="elementwise")
 
 
@@ -166,8 +153,7 @@ def _declared(param: Tensor, layout: Layout, specs: Mapping[str, StateSpec]) -> 
 def constant_names(states: Iterable[tuple[tuple[int, ...], Mapping[str, Any]]]) -> set[str]:
     """Names of tensors that have one shape for parameters of several: counters and tables, also where shapes agree.
 
-    Args:
-        states: local shape and undeclared state of every parameter.
+    Takes the local shape and the undeclared state of every parameter.
     """
     shapes: dict[str, set[tuple[int, ...]]] = {}
     params: dict[str, set[tuple[int, ...]]] = {}

@@ -24,20 +24,12 @@ ULPS = (0, 1, -1, 2, -2)
 
 
 def require_library() -> None:
-    """Refuse 8-bit moments where they cannot be computed.
-
-    Raises:
-        ImportError: bitsandbytes is missing.
-    """
+    """Raise ImportError where 8-bit moments cannot be computed, because bitsandbytes is missing."""
     _codes(torch.device("cpu"), True)
 
 
 def require_stored(name: str, entry: Tensor, bits: Bits) -> None:
-    """Refuse state that is stored in other bits than the hyper-parameter says.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Refuse state that is stored in other bits than the hyper-parameter says."""
     if (entry.dtype == torch.uint8) != (bits == 8):
         raise ValueError(
             f"moment_bits={bits}: got {name} stored as {entry.dtype}, expected "

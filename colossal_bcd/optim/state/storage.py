@@ -104,11 +104,7 @@ def as_seen(spec: StateSpec, view: ShardView, stored: Tensor) -> Tensor:
 
 
 def require_storable(hyper: object) -> None:
-    """Refuse storage that cannot be computed.
-
-    Raises:
-        ImportError: bitsandbytes is missing and `moment_bits` is 8.
-    """
+    """Raise ImportError where bitsandbytes is missing and `moment_bits` is 8."""
     if isinstance(hyper, Storage) and hyper.moment_bits == 8:
         require_library()
 
