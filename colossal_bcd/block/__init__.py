@@ -4,7 +4,7 @@ optimizer               BlockOptimizer: a base optimizer and a plan; its docstri
 trained                 what engines and checkpoints know of any optimizer; a plain one has a plan of one block
 options                 the options as values, and the flat keywords for them
 plan                    what trains after how many steps, as a value: blocks, schedule, what always trains
-partition, schedule     which parameters are a block; the order of the blocks
+partition, schedule     which parameters are a block; the order of the blocks, and rates after a switch
 parameters              the model's parameters by name, and which of them may be trained
 importance              norms by which "importance" draws blocks
 active_set              masters and state of what trains now, and what survives a switch
@@ -12,8 +12,7 @@ masters, residual       masters on one process; what rounding cuts off them, kep
 correction/             BREAD's cheap updates of what is not active
 ratio/                  the form that trains a share of the values of every tensor
 replicas                several processes without an engine
-state_dict, rates       state dict on one process; learning rates after a switch
-copying                 copies and pickles of a block optimizer
+state_dict              state dict on one process; copies and pickles of a block optimizer
 checks, untrained, log  refusals; warnings of what nothing trains; lines for users
 compiled, gradient_checkpointing    graphs of torch.compile and checkpoints follow what trains
 """

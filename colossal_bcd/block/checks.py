@@ -109,6 +109,16 @@ def require_same_parameters(base_optimizer: Optimizer, model: NamedParameters, t
         )
 
 
+def require_rates(base_optimizer: Optimizer, option: str) -> None:
+    """Refuse a base optimizer with a param group that has no learning rate, where rates are to be multiplied."""
+    for index, group in enumerate(base_optimizer.param_groups):
+        if group.get("lr") is None:
+            raise ValueError(
+                f"{option}: got a base optimizer whose param group {index} has lr=None, expected a number, which is "
+                f"multiplied. Give the {type(base_optimizer).__name__} an lr."
+            )
+
+
 def refuse_torch_checkpoint(owner: str, remedy: str) -> None:
     """Refuse torch's get_optimizer_state_dict and set_optimizer_state_dict; called where `state` is read.
 

@@ -31,10 +31,10 @@ from colossal_bcd.block.checks import (
     require_base,
     require_counts_apart,
     require_int,
+    require_rates,
     require_same_parameters,
 )
 from colossal_bcd.block.compiled import CompiledGraphs
-from colossal_bcd.block.copying import NOT_ALONE, copy_base, require_copyable
 from colossal_bcd.block.correction.by_optimizer import OptimizerCorrection
 from colossal_bcd.block.correction.correction import GradientSource, LocalGradients
 from colossal_bcd.block.correction.rules import Correction
@@ -46,11 +46,10 @@ from colossal_bcd.block.options import CorrectionOptions, LoraOptions, Options
 from colossal_bcd.block.parameters import NamedParameters, is_frozen_here, read_parameters, set_active
 from colossal_bcd.block.partition import PrefixList
 from colossal_bcd.block.plan import Plan, make_plan
-from colossal_bcd.block.rates import require_rates, scaled_rates, warm_up
 from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.residual import ResidualOptions
-from colossal_bcd.block.schedule import Mode
-from colossal_bcd.block.state_dict import load_state, take_state
+from colossal_bcd.block.schedule import Mode, scaled_rates, warm_up
+from colossal_bcd.block.state_dict import NOT_ALONE, copy_base, load_state, require_copyable, take_state
 from colossal_bcd.block.trained import NO_NEWCOMERS, Engine, Trained
 from colossal_bcd.block.untrained import Reach, warn_of_heads
 from colossal_bcd.optim.foreign.bitsandbytes_states import remember_weights

@@ -1,23 +1,24 @@
 """Which blocks are active at which step: a pure function of the schedule and of the number of applied steps.
 
+So are learning rates, which grow to their value after a switch.
+
 n: blocks of a range.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from colossal_bcd.block.checks import require_choice, require_int
 
 Mode: TypeAlias = Literal["random", "ascending", "descending", "fixed", "importance"]
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 Drawn: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
-
-MODES: tuple[Mode, ...] = ("random", "ascending", "descending", "fixed", "importance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Schedule:
     def __post_init__(self) -> None:
         require_int("number of blocks", self.num_blocks, 1)
         require_int("switch_block_every", self.period, 1)
-        require_choice("switch_mode", self.mode, MODES)
+        require_choice("switch_mode", self.mode, get_args(Mode))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: got {self.seed!r} of type {type(self.seed).__name__}, expected an int")
         if self.start_block is not None:
@@ -166,3 +167,27 @@ def probabilities(norms: Sequence[float | None], floor: float) -> list[float]:
     if total == 0:
         return [1 / len(norms)] * len(norms)
     return [(1 - floor) * norm / total + floor / len(norms) for norm in filled]
+
+
+def warm_up(num_steps: int, period: int, num_warm: int) -> float:
+    """Factor of the learning rate in the step that follows `num_steps` applied ones.
+
+    The first `num_warm` steps of a run have factor 1; after every switch the factor grows linearly to 1 over as many.
+    """
+    return 1.0 if num_steps < num_warm else min(1.0, (num_steps % period + 1) / max(num_warm, 1))
+
+
+@contextlib.contextmanager
+def scaled_rates(groups: Sequence[dict[str, Any]], factor: float) -> Iterator[None]:
+    """Param groups with learning rates times `factor`; schedulers see the old ones afterwards."""
+    if factor == 1:
+        yield
+        return
+    rates = [group["lr"] for group in groups]
+    try:
+        for group in groups:
+            group["lr"] = group["lr"] * factor
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate

@@ -1,9 +1,12 @@
-"""State dict of a block optimizer on one process: the base optimizer's, and where in which block it was taken."""
+"""A block optimizer in another place: its state dict on one process, and copies of it, with the model or not at all.
+
+The state dict is the base optimizer's, and says where in which block it was taken.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +15,13 @@ from torch.optim import Optimizer
 
 from colossal_bcd.block.trained import Trained
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.foreign.twin import copied
+from colossal_bcd.optim.foreign.twin import attributes, copied
 from colossal_bcd.optim.state.rounding import LOW_PRECISION
+
+NOT_ALONE = (
+    "a BlockOptimizer cannot be pickled or copied by itself: it holds parameters of a model. Save state_dict() "
+    "and load it into a new one, or write copy.deepcopy((model, optimizer))."
+)
 
 
 def take_state(trained: Trained) -> dict[str, Any]:
@@ -143,3 +151,27 @@ def _as_saved(saved: Any, loaded: Any) -> Any:
     if type(saved) is dict and type(loaded) is dict and saved.keys() == loaded.keys():
         return {key: _as_saved(value, loaded[key]) for key, value in saved.items()}
     return loaded
+
+
+def require_copyable(params: Iterable[Tensor], memo: dict[int, Any], *, alone: bool) -> None:
+    """Refuse `copy.deepcopy` of an optimizer without its model (`memo`: copies by id), or with other processes."""
+    if not alone:
+        raise ValueError(
+            "copy.deepcopy of a BlockOptimizer that trains with other processes, expected one of a single process, "
+            "as hooks and process groups cannot be copied. Copy model and optimizer before, or make new ones and "
+            "load their state."
+        )
+    if not all(id(param) in memo for param in params):
+        raise ValueError(
+            "copy.deepcopy of a BlockOptimizer without its model, expected both in one call, as the copy would "
+            "train parameters of no model. Write model, optimizer = copy.deepcopy((model, optimizer)), or make a "
+            "new one and load the state_dict()."
+        )
+
+
+def copy_base(base: Optimizer, memo: dict[int, Any]) -> None:
+    """Copy an optimizer with all that it keeps on the object; torch copies defaults, state and groups."""
+    new = copy.deepcopy(base, memo)
+    for name, value in attributes(base).items():
+        if name not in vars(new):
+            setattr(new, name, copy.deepcopy(value, memo))

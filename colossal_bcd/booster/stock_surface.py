@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.booster.gradients import Clipping
-from colossal_bcd.checkpoint.save import Pinned, pinned_state, state_shards
+from colossal_bcd.checkpoint.save import Pinned, state_shards
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.masters import gather_rows
 
@@ -222,9 +222,6 @@ class StockSurface(Clipping):
             everywhere=not only_on_master,
             pinned=pinned_state_dicts,
         )
-
-    def _whole_state(self, pinned: Pinned | None, *, everywhere: bool) -> dict[str, Any]:
-        return pinned_state(EngineState(self, self.parameter_names), pinned, everywhere=everywhere)
 
     def _require_state(self) -> None:
         """State that was emptied by `optim.state = []` is an empty table, which loading fills."""

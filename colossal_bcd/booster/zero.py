@@ -33,10 +33,10 @@ from colossal_bcd.booster.gradients import LossScaler, SequenceSums
 from colossal_bcd.booster.stock_surface import StockSurface
 from colossal_bcd.checkpoint.load import Loading
 from colossal_bcd.checkpoint.opened import opened_state
-from colossal_bcd.checkpoint.save import Pinned
+from colossal_bcd.checkpoint.save import Pinned, pinned_state
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.agreement import require_agreement
-from colossal_bcd.engine.config import EngineConfig, Groups, ReducerConfig, mesh_of
+from colossal_bcd.engine.config import EngineConfig, ReducerConfig, mesh_of
 from colossal_bcd.engine.failures import LateCheck, says_where
 from colossal_bcd.engine.masters import ShardedMasters, require_quantized_shares
 from colossal_bcd.engine.newcomers import Newcomers
@@ -130,7 +130,8 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             self.mixed_precision_mixin = LossScaler(
                 lambda: [] if (alive := engine()) is None else alive._reducer.checked, **config.fp16
             )
-        self.param_to_pg = dict.fromkeys(layouts, self._zero_pg())
+        groups = config.zero_groups
+        self.param_to_pg = dict.fromkeys(layouts, groups[0] if len(groups) == 1 else groups or None)
         self._newcomers = Newcomers(self)
         require_quantized_shares(self._base, self.masters, self.layouts, parameter_names)
         if not self.trained.plan.is_whole:
@@ -296,7 +297,8 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             only_on_master: the other ranks get no tensors.
         """
         self.admit_newcomers()
-        return self._whole_state(pinned_state_dicts, everywhere=not only_on_master)
+        boosted = EngineState(self, self.parameter_names)
+        return pinned_state(boosted, pinned_state_dicts, everywhere=not only_on_master)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this or another mesh, or a state dict of torch's kind."""
@@ -366,10 +368,6 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
     def _agree(self) -> None:
         fingerprint = self.trained.plan.fingerprint(self.trained.num_steps)
         require_agreement("block schedule", fingerprint, self._device)
-
-    def _zero_pg(self) -> dist.ProcessGroup | Groups | None:
-        groups = self.config.zero_groups
-        return groups[0] if len(groups) == 1 else groups or None
 
     def _reducer_config(self) -> ReducerConfig:
         return ReducerConfig(

@@ -39,12 +39,7 @@ class WholeGradients:
         config: of the engine.
         accumulates: weights that are their own masters keep their gradients, on which the next backward pass adds.
         replicates: makes low-rank updates that are gathered instead of weights; None: there are none.
-
-    Attributes:
-        is_low_rank: whether low-rank gradients may travel instead of whole ones.
     """
-
-    is_low_rank = False
 
     def __init__(self, config: EngineConfig, *, accumulates: bool, replicates: ReducedGradientOptimizer | None) -> None:
         self._partition, self._accumulates, self._replicates = config.partition_grad, accumulates, replicates
@@ -67,13 +62,7 @@ class WholeGradients:
         return master.grad
 
     def square_sum(self, param: Parameter, grad: Tensor, layout: Layout) -> Request:
-        """Request the squared norm of a whole gradient.
-
-        Args:
-            param: the parameter.
-            grad: what `gradient` returned.
-            layout: of its master.
-        """
+        """Request the squared norm of a whole gradient; `grad` is what `gradient` returned, `layout` its master's."""
         return sum_of_squares(grad.view(-1)[: layout.num_local], layout.axes)
 
     def drop(self, reducer: GradientReducer, masters: ShardedMasters, norm: Tensor | None) -> bool:
@@ -147,15 +136,8 @@ class KeptGradients(WholeGradients):
 class LowRankGradients(WholeGradients):
     """Low-rank gradients travel where the optimizer wants them.
 
-    Args:
-        optimizer: that makes the steps.
-        excluded: whether a parameter's gradient must travel whole in any case, because other ranks have yet to add to
-            it.
-        config: of the engine.
-        options: as of `WholeGradients`.
+    Gradients of `excluded` parameters travel whole in any case, because other ranks have yet to add to them.
     """
-
-    is_low_rank = True
 
     def __init__(
         self,
@@ -277,17 +259,11 @@ def _require_replicas(optimizer: ReducedGradientOptimizer, config: EngineConfig)
 
 @torch.no_grad()
 def _replicate(optimizer: ReducedGradientOptimizer, masters: ShardedMasters, bucket_size: int) -> set[Parameter]:
-    """Apply the low-rank updates of a step to whole shards, the same on all W ranks.
+    """Apply the low-rank updates of the step just made to whole shards, the same on all W ranks; what is done.
 
     Every rank computes from the same gathered values by the same operations and rounds with the same random stream, so
-    replicas stay bitwise equal.  A float32 copy of one shard at a time exists.
-
-    Args:
-        optimizer: that has just made the step; its `replicated_updates` are taken.
-        masters: of what it trains; parts of the weights that were updated are copied into them.
-        bucket_size: largest number of values that a rank sends in one collective.
-    Returns:
-        The parameters that are done.
+    replicas stay bitwise equal.  A float32 copy of one shard at a time exists.  Masters get their parts of the weights.
+    `bucket_size` is the largest number of values that a rank sends in one collective.
     """
     made, optimizer.replicated_updates = optimizer.replicated_updates or {}, {}
     updates = {

@@ -168,13 +168,13 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
             preserve_threshold=preserve_threshold,
             seed=options.seed,
         )
-        roster = read_parameters(named_parameters_list)
-        self._names = {param: name for name, param in roster.parameters.items()}
+        model = read_parameters(named_parameters_list)
+        self._names = {param: name for name, param in model.parameters.items()}
         # Of several patterns that match a name the last one counts.
         self._ratios: dict[str, float] = {}
         for text, ratio in (param_update_ratios or {}).items():
             require_ratio(f"param_update_ratios[{text!r}]", ratio)
-            found = Pattern(text, subject="param_update_ratios").select(roster.parameters)
+            found = Pattern(text, subject="param_update_ratios").select(model.parameters)
             self._ratios.update(dict.fromkeys(found, ratio))
         self._named: dict[int, str] = {}
         self._group_of: dict[int, int] = {}
@@ -188,7 +188,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         super().__init__(param_groups, **vars(hyper))
         kinds = {"embedding": options.include_embedding, "head": options.include_lm_head}
         aliases: dict[str, list[str]] = {}
-        for alias, name in roster.aliases.items():
+        for alias, name in model.aliases.items():
             aliases.setdefault(name, []).append(alias)
         frozen = set()
         for param in self._params():
@@ -198,10 +198,10 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
                 if param.requires_grad and not any(asked):
                     frozen.add(name)
                 param.requires_grad_(False)
-        warn_of_heads(roster.parameters, frozen, "include_lm_head=True")
+        warn_of_heads(model.parameters, frozen, "include_lm_head=True")
         self._names = {}
         keep_checkpoints_whole()
-        CompiledGraphs().renew(list(roster.parameters.values()), 1)
+        CompiledGraphs().renew(list(model.parameters.values()), 1)
         if not self._find_replicas() and not self.dense_gradients:
             trained = [param for param in self._params() if param.requires_grad]
             self._handles = [param.register_post_accumulate_grad_hook(self._keep_selected) for param in trained]

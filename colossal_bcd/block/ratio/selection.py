@@ -205,10 +205,10 @@ class Selected:
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
         """Selected values of each slice: half-open ranges of the shard's."""
-        piece = self.layout.slice
-        if piece is None:
+        mine = self.layout.slice
+        if mine is None:
             return [(0, len(self))]
-        ends = [self.shard._count_below(rank * piece.length) for rank in range(piece.size + 1)]
+        ends = [self.shard._count_below(rank * mine.length) for rank in range(mine.size + 1)]
         return list(itertools.pairwise(ends))
 
     def _count_below(self, position: int) -> int:

@@ -7,8 +7,8 @@ moments, which may be sharded, are put together; every rank then does the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,10 @@ DATA = "data"
 """Mesh axis of the ranks over which gradients are averaged."""
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 """State entries that are averages of gradients, and so are carried over to a new basis."""
+
+
+Draw = Callable[[str, ReLoRaLinear], Tensor]
+"""A random basis of a layer, by its name."""
 
 
 class AdapterAccess(Protocol):
@@ -96,27 +100,16 @@ def site_of(optimizer: Any) -> AdapterAccess:
     return LocalAdapters(optimizer)
 
 
-@dataclass(frozen=True)
-class Refresh:
-    """What is common to all layers of one refresh."""
-
-    site: AdapterAccess
-    seed: int
-    number: int
-    """Refreshes of the model so far, this one included."""
-    use_rand: bool
-
-
-def refresh_layers(layers: Sequence[tuple[str, ReLoRaLinear]], refresh: Refresh) -> None:
+def refresh_layers(layers: Sequence[tuple[str, ReLoRaLinear]], site: AdapterAccess, draw: Draw | None) -> None:
     """Merge every layer, give it a new basis and its factor the gradient of this step.
 
-    Layers, the same on every rank, without a gradient on any rank are left alone.
+    Layers, the same on every rank, without a gradient on any rank are left alone.  A basis is singular vectors, or what
+    `draw` returns.
 
     Raises:
         ValueError: no layer has a full gradient, or the optimizer does not train a factor, or keeps its first moment
             in a form that is not known here; nothing is changed then.
     """
-    site = refresh.site
     for name, layer in layers:
         if not site.holds(layer.trained):
             raise ValueError(
@@ -141,16 +134,16 @@ def refresh_layers(layers: Sequence[tuple[str, ReLoRaLinear]], refresh: Refresh)
     costs = {index: cost_of_basis(tuple(layer.weight.shape)) for index, (_, layer) in enumerate(present)}
     owners = least_loaded(costs, site.mesh.size(DATA))
     tasks = (
-        Task(_refresh_layer(name, layer, refresh, owners[index]), (DATA,), 2 * layer.weight.numel() * _item(layer))
+        Task(_refresh_layer(name, layer, site, draw, owners[index]), (DATA,), 2 * layer.weight.numel() * _item(layer))
         for index, (name, layer) in enumerate(present)
     )
     run_rounds(tasks, site.mesh, WAVE_BYTES)
 
 
-def _refresh_layer(name: str, layer: ReLoRaLinear, refresh: Refresh, owner: int) -> Rounds:
+def _refresh_layer(name: str, layer: ReLoRaLinear, site: AdapterAccess, draw: Draw | None, owner: int) -> Rounds:
     """The refresh of one layer in four steps: average, basis, merge, restart."""
     # `data`: ColossalAI's overlap_allgather gives parameters a class whose in-place operations are not in place.
-    site, factor, basis = refresh.site, layer.trained, layer.basis.weight.data
+    factor, basis = layer.trained, layer.basis.weight.data
     shape, dtype = tuple(layer.weight.shape), wide(layer.weight.dtype)
     grad = layer.full_gradient
     local = torch.zeros(shape, dtype=dtype, device=basis.device) if grad is None else grad.to(dtype)
@@ -159,8 +152,7 @@ def _refresh_layer(name: str, layer: ReLoRaLinear, refresh: Refresh, owner: int)
     del local
     old = basis.to(dtype, copy=True)
     moments = {entry: _whole(site, factor, entry) for entry in _moments(site.state(factor))}
-    draw = refresh.use_rand
-    new = layer.random_basis(name, refresh.seed, refresh.number) if draw else torch.zeros_like(old)
+    new = draw(name, layer) if draw else torch.zeros_like(old)
     if not draw and site.mesh.rank(DATA) == owner:
         new = _singular_basis(grad, layer, old)
     asked = yield (Sum(new, () if draw else (DATA,)), *moments.values())

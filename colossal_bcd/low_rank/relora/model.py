@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from colossal_bcd.low_rank.relora.layer import Quantize, ReLoRaConfig, ReLoRaLinear
-from colossal_bcd.low_rank.relora.merge import Refresh, refresh_layers, site_of
+from colossal_bcd.low_rank.relora.merge import refresh_layers, site_of
 from colossal_bcd.names import Pattern
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ReLoRaModel(nn.Module):
 
         The passes whose gradient the step takes must have run with `_config.forward_type = True`.  W becomes W - s A B;
         the new bases are singular vectors of the full gradient or random; first moments (`exp_avg`, `momentum_buffer`)
-        are carried over, second ones are not touched; factors become zero and their gradients -s times the image of the
+        are carried over, second ones are not touched; factors become zero and their gradients -s times the projected
         full gradient.  Gradients are to be clipped after it.  Where factors are frozen layers are left alone.
 
         On several ranks the full gradients are averaged in float32, in packed all-reduces, and each basis is computed
@@ -116,7 +116,11 @@ class ReLoRaModel(nn.Module):
         if not layers:
             raise ValueError("merge_and_reinit: the factors of all layers are frozen, expected some that train")
         number = int(self.num_refreshes) + 1
-        refresh_layers(layers, Refresh(site_of(optimizer), self._config.seed, number, use_rand))
+
+        def draw(name: str, layer: ReLoRaLinear) -> Tensor:
+            return layer.random_basis(name, self._config.seed, number)
+
+        refresh_layers(layers, site_of(optimizer), draw if use_rand else None)
         self.num_refreshes.add_(1)
 
     @torch.no_grad()
