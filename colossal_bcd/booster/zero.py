@@ -33,7 +33,7 @@ from colossal_bcd.booster.gradients import LossScaler, SequenceSums
 from colossal_bcd.booster.stock_surface import StockSurface
 from colossal_bcd.checkpoint.load import Loading
 from colossal_bcd.checkpoint.opened import opened_state
-from colossal_bcd.checkpoint.save import Pinned, pinned_state
+from colossal_bcd.checkpoint.save import Pinned, whole_state
 from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.engine.agreement import require_agreement
 from colossal_bcd.engine.config import EngineConfig, ReducerConfig, mesh_of
@@ -298,7 +298,7 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         """
         self.admit_newcomers()
         boosted = EngineState(self, self.parameter_names)
-        return pinned_state(boosted, pinned_state_dicts, everywhere=not only_on_master)
+        return whole_state(boosted, everywhere=not only_on_master, pinned=pinned_state_dicts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this or another mesh, or a state dict of torch's kind."""

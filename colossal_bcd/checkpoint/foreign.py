@@ -33,7 +33,10 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, params: Param
     """
     groups = state_dict["param_groups"]
     keys = [key for group in groups for key in group["params"]]
-    by_key, shared = _split(state_dict["state"], set(keys))
+    # ColossalAI's files have the numbers as strings.
+    numbered = {key: number for number in keys for key in (number, str(number))}
+    by_key = {numbered[key]: unwrapped(values) for key, values in state_dict["state"].items() if key in numbered}
+    shared = [[key, value] for key, value in state_dict["state"].items() if key not in numbered]
     names = _names(name, by_key, keys, boosted, params)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -71,14 +74,6 @@ def adopt(name: str, state_dict: dict[str, Any], boosted: Boosted, params: Param
     )
 
 
-def _split(state: dict[Any, Any], keys: set[Any]) -> tuple[dict[Any, dict[str, Any]], list[list[Any]]]:
-    """Split into state of parameters by number, and state that belongs to none."""
-    # ColossalAI's files have the numbers as strings.
-    numbers = {key: number for number in keys for key in (number, str(number))}
-    of_params = {numbers[key]: unwrapped(values) for key, values in state.items() if key in numbers}
-    return of_params, [[key, value] for key, value in state.items() if key not in numbers]
-
-
 def _kind(boosted: Boosted, state: str, value: Tensor, layout: Layout, constant: set[str]) -> str:
     if isinstance(boosted.base, ShardedOptimizer):
         return "whole" if state == "step" else "elementwise"
@@ -94,7 +89,11 @@ def _names(
             f"checkpoint {name}: got the state of an optimizer over {len(keys)} parameters, expected {len(params)}, "
             "those that are trained now. It is of another model, other param groups or another block."
         )
-    shapes = {key: _shapes(values) for key, values in state.items()}
+    # Among the shapes of a parameter's state should be its own.
+    shapes = {
+        key: [tuple(value.shape) for name, value in values.items() if isinstance(value, Tensor) and name != "step"]
+        for key, values in state.items()
+    }
     left = list(params)
     names = {}
     for key in keys:
@@ -113,11 +112,6 @@ def _names(
             )
         names[key] = parameter
     return names
-
-
-def _shapes(values: dict[str, Any]) -> list[tuple[int, ...]]:
-    """List the shapes of a parameter's state, among which should be that of the parameter."""
-    return [tuple(value.shape) for state, value in values.items() if isinstance(value, Tensor) and state != "step"]
 
 
 def _groups(name: str, groups: list[dict[str, Any]], boosted: Boosted, params: ParameterList) -> list[dict[str, Any]]:

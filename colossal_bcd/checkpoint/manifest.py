@@ -87,18 +87,16 @@ def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
     """Turn a manifest of an old version into one of this version."""
     if manifest["version"] == VERSION:
         return manifest
+
+    def untyped(value: Any) -> Any:
+        """Lists may have been tuples; a dict was a dict."""
+        return {UNTYPED: value} if isinstance(value, list) else encode(value, "value of an old file")
+
     groups = [
-        {**group, "hyper": {name: _untyped(value) for name, value in group["hyper"].items()}}
+        {**group, "hyper": {name: untyped(value) for name, value in group["hyper"].items()}}
         for group in manifest["groups"]
     ]
     return {**manifest, "version": VERSION, "groups": groups}
-
-
-def _untyped(value: Any) -> Any:
-    """Lists may have been tuples; a dict was a dict."""
-    if isinstance(value, list):
-        return {UNTYPED: value}
-    return encode(value, "value of an old file")
 
 
 def load_scaler(scaler: Any, saved: Mapping[str, Any] | None) -> None:

@@ -96,8 +96,11 @@ def save_file(boosted: Boosted, path: Path) -> None:
                 torch.save(state, file)
 
 
-def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
-    """Collect all state, in tensors that do not depend on the mesh, on the writer or on all ranks."""
+def whole_state(boosted: Boosted, *, everywhere: bool, pinned: Pinned | None = None) -> dict[str, Any]:
+    """Collect all state, in tensors that do not depend on the mesh, on the writer or on all ranks.
+
+    State by parameter is copied into the buffers of `pinned`, if they are given.
+    """
     local, assembly, manifest = agreed_state(boosted)
     state: dict[int, dict[str, Any]] = {}
     others: dict[str, Tensor] = {}
@@ -107,7 +110,8 @@ def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
         if values is None:
             continue
         if tensor.in_state:
-            state[assembly.keys[tensor.parameter]][tensor.state] = values
+            key = assembly.keys[tensor.parameter]
+            state[key][tensor.state] = _buffered(pinned, key, tensor.state, values)
         else:
             others[tensor.name] = values
     groups = [
@@ -120,15 +124,6 @@ def whole_state(boosted: Boosted, *, everywhere: bool) -> dict[str, Any]:
 
 def _plain_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return plain_values({name: value for name, value in numbers.items() if not tensors_within(value)})
-
-
-def pinned_state(boosted: Boosted, pinned: Pinned | None, *, everywhere: bool) -> dict[str, Any]:
-    """Collect `whole_state`, in the buffers of `pinned` if they are given."""
-    state = whole_state(boosted, everywhere=everywhere)
-    for key in state["manifest"]["keys"].values():
-        if values := state["state"].get(key):
-            state["state"][key] = {name: _buffered(pinned, key, name, value) for name, value in values.items()}
-    return state
 
 
 def state_shards(
