@@ -61,10 +61,6 @@ class ImportanceOptions:
 class Importance:
     """Norms that all ranks know alike; a `Contributor` to checkpoints.
 
-    Args:
-        options: see there.
-        num_blocks: of the plan.
-
     Attributes:
         norms: by block, when they were measured last; None: never, or no finite number.
         home: parameter of an active block on this rank -> position of the block among the active ones.
@@ -85,12 +81,7 @@ class Importance:
         return self.options.by == "gradient"
 
     def begin(self, active: tuple[int, ...], members: Sequence[Collection[Parameter]]) -> None:
-        """A period begins.
-
-        Args:
-            active: indices of the blocks that are active in it.
-            members: the parameters of each of them on this rank.
-        """
+        """A period begins in which the blocks with these indices are active; `members` are theirs on this rank."""
         self._active, self._squares, self._num_steps = active, None, 0
         self.home = {param: place for place, params in enumerate(members) for param in params}
 
@@ -118,14 +109,12 @@ class Importance:
         self.note(self.by_block(squares, like))
 
     def end(self, schedule: Schedule, num_steps: int, weights: Callable[[list[int]], Tensor]) -> Schedule:
-        """A period ends: note the norms, and draw the epochs that begin.
+        """A period ends: note the norms, and draw the epochs that begin; the schedule from now on.
 
         Args:
             schedule: as it is.
             num_steps: applied steps.
             weights: squared norms of the weights of the blocks with these indices, over all ranks.
-        Returns:
-            The schedule from now on.
         """
         if self._squares is not None:
             for block, square in zip(self._active, self._squares.tolist(), strict=True):

@@ -163,12 +163,7 @@ class Options:
         importance: ImportanceOptions | Literal["gradient", "weight"],
         switch_mode: Mode,
     ) -> Options:
-        """Options from values and from flat keywords, each option from one of the two.
-
-        Raises:
-            TypeError: a keyword is unknown.
-            ValueError: an option is given twice, or one is wrong.
-        """
+        """Options from values and from flat keywords, each option from one of the two, as errors say."""
         fields = _by_class(flat)
         for name, value in {"lora": lora, "correction": correction, "residual": residual}.items():
             _require_once(name, value, fields)

@@ -93,17 +93,7 @@ def partition(
 
 
 def match(prefix: str, names: Sequence[str], aliases: Mapping[str, str], subject: str) -> set[str]:
-    """Canonical names of the parameters under a prefix (see `Pattern`).
-
-    Args:
-        prefix: what to look for.
-        names: canonical names.
-        aliases: further name -> canonical name.
-        subject: what the prefix is, for errors.
-    Raises:
-        TypeError: the prefix is not a string.
-        ValueError: it matches nothing.
-    """
+    """Canonical names of the parameters under a prefix (see `Pattern`), which has to match; `subject` is what it is."""
     everything = {**{name: name for name in names}, **aliases}
     return {everything[name] for name in Pattern(prefix, "start", subject).select(everything)}
 

@@ -75,9 +75,7 @@ class Residuals:
 
     A residual counts from the weight as it is when the master is made anew: where a correction has moved the weight
     meanwhile, the master is that far, in the new weight's last places, from the new weight, and still rounds to it.
-
-    Args:
-        options: None: nothing is kept.
+    Without options nothing is kept.
 
     Attributes:
         of: parameter -> int8 or int16 tensor of its master's shape.
@@ -88,12 +86,7 @@ class Residuals:
         self.of: dict[Parameter, Tensor] = {}
 
     def empty(self, param: Parameter, shape: tuple[int, ...]) -> Tensor:
-        """Where a residual is written; zeros.
-
-        Args:
-            param: whose it is.
-            shape: of the master.
-        """
+        """Zeros, where the residual of a master of this shape is written."""
         assert self._options is not None
         on_cpu = self._options.offload
         device = torch.device("cpu") if on_cpu else param.device
@@ -102,12 +95,9 @@ class Residuals:
 
     @torch.no_grad()
     def keep(self, param: Parameter, master: Tensor, weight: Tensor) -> None:
-        """Take what rounding has cut off a master; nothing where the master has the weight's dtype.
+        """Take what rounding has cut off a master that is given up; nothing where it has the weight's dtype.
 
-        Args:
-            param: whose it is.
-            master: given up.
-            weight: the values of the parameter that the master stands for, in the parameter's dtype.
+        The weight is what the master stands for of the parameter, in the parameter's dtype.
         """
         if self._options is None or master.dtype != torch.float32 or weight.dtype not in _NEIGHBOURS:
             return
@@ -120,12 +110,7 @@ class Residuals:
 
     @torch.no_grad()
     def give_back(self, param: Parameter, master: Tensor) -> None:
-        """Turn the weight's values into those of the last master, in place.
-
-        Args:
-            param: whose they are.
-            master: a new one.
-        """
+        """Turn the weight's values in a new master into those of the last one, in place."""
         residual = self.of.pop(param, None)
         if residual is None:
             return

@@ -49,11 +49,7 @@ def take_state(trained: Trained) -> dict[str, Any]:
 
 
 def load_state(trained: Trained, saved: Mapping[str, Any]) -> None:
-    """Check everything, then activate the block and load masters and state.
-
-    Raises:
-        ValueError: it does not fit, or an engine holds the masters.
-    """
+    """Check everything, then activate the block and load masters and state; raises ValueError where it does not fit."""
     _require_local(trained)
     if "block" not in saved:
         raise ValueError(

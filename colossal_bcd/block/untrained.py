@@ -119,9 +119,7 @@ class Reach:
     def look(self, trained: Trained, *, by_stage: bool = False) -> None:
         """Before a step, when every master has its gradient; the masters of an engine have that of any rank.
 
-        Args:
-            trained: has blocks.
-            by_stage: only some of the blocks have parameters on this rank.
+        With `by_stage` only some of the blocks have parameters on this rank.
         """
         tensors, named = trained.active_set.masters, trained.named_parameters
         groups, grouped = dict[str, dict[str, bool]](), set[Parameter]()
@@ -138,11 +136,7 @@ class Reach:
     def end(self, ended: Collection[str], every: Sequence[str]) -> None:
         """Refuse to go on where every group has had its period and none has had a gradient, but something else has.
 
-        Args:
-            ended: groups whose period ends.
-            every: all groups.
-        Raises:
-            ValueError: see above.
+        The period of the groups that have `ended` is over.
         """
         if self._ever:
             return

@@ -122,11 +122,7 @@ def _complete(cls: Any) -> Any:
 
 @contextlib.contextmanager
 def writing_together() -> Iterator[None]:
-    """Inside, ranks that cannot write go on with ColossalAI's collectives; at the end, all raise what the first met.
-
-    Raises:
-        CheckpointError: on every rank.
-    """
+    """Inside, ranks that cannot write go on with ColossalAI's collectives; at the end, all raise what the first met."""
     errors: list[Exception] = []
     owners: list[Any] = [utils, general_checkpoint_io, hybrid_parallel_checkpoint_io]
     places = [(owner, "save_state_dict") for owner in owners] + [(CheckpointIndexFile, "write_index_file")]

@@ -126,13 +126,10 @@ class HostAccelerator(CpuAccelerator):
 
 
 def install_cpu_accelerator() -> bool:
-    """Use `HostAccelerator` where ColossalAI has found no device; called by the plugins when they are constructed.
+    """Use `HostAccelerator` where ColossalAI has found no device; whether this machine runs on its CPU.
 
     Pipeline parallelism needs one more thing there: ColossalAI asks torch for a backend that only vendor builds have
     (pipeline/p2p.py, `is_hccl_available`), so that question is answered from the group's own backend.
-
-    Returns:
-        Whether this machine runs on its CPU.
     """
     accelerator = get_accelerator()
     if accelerator.name != "cpu":

@@ -31,10 +31,8 @@ def shard_layouts(
         shapes: id of a parameter -> its global shape, taken before ShardFormer (which keeps the parameter objects).
         tp_rank: this rank in the tensor-parallel group.
         tp_size: number of ranks in it.
-        required: ids of those that are to be trained; others are left out where their shard does not follow from the
-            global shape.  None: all.
-    Raises:
-        ValueError: a required parameter's shard does not follow from its global shape.
+        required: ids of those that are to be trained (None: all), whose shards have to follow from the global shapes;
+            others are left out where theirs do not.
     """
     layouts = {}
     for name, param in module.named_parameters():

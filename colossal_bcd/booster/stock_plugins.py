@@ -90,11 +90,7 @@ def _table() -> dict[Any, Any]:
 
 
 def cast_for_stock_plugin(optimizer: Any) -> Any:
-    """What ColossalAI's plugins call instead of their own cast, before they shard anything.
-
-    Raises:
-        ValueError: block coordinate descent, or what `cast` refuses.
-    """
+    """What ColossalAI's plugins call instead of their own cast, before they shard anything; refuses blocks."""
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
         return optimizer
     if not is_plain(optimizer):

@@ -422,9 +422,6 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
 class EngineGradients:
     """The `GradientSource` of an engine, whose reducer is made anew at every switch, with a sink for what is inactive.
 
-    Args:
-        engine: brings the averages.
-        state: what updates the weights.
     Raises:
         ValueError: sequence parallelism leaves gradients that are shares of a sum.
     """

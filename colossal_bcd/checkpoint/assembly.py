@@ -79,11 +79,7 @@ class FullTensor(LocalPart):
 
 
 class LocalTensors:
-    """The tensors of this rank, by their names in a file.
-
-    Args:
-        boosted: the optimizer.
-    """
+    """The tensors of this rank, by their names in a file."""
 
     def __init__(self, boosted: Boosted) -> None:
         self._base = boosted.base

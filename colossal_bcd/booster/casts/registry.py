@@ -267,11 +267,7 @@ def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
 
 
 def _cast_ratio(theirs: Any) -> BlockOptimizerRatio:
-    """Ours with hyper-parameters, names and param-group dicts of `badam.BlockOptimizerRatio`, whose hooks are removed.
-
-    Raises:
-        ValueError: it has taken steps.
-    """
+    """Ours with hyper-parameters, names and groups of a fresh `badam.BlockOptimizerRatio`, whose hooks are removed."""
     if theirs.global_step:
         raise ValueError(
             f"BlockOptimizerRatio has taken {theirs.global_step} steps, whose moments a cast would lose, expected "

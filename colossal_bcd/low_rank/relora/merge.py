@@ -56,8 +56,7 @@ class AdapterAccess(Protocol):
 class LocalAdapters:
     """Factors that an optimizer trains as whole tensors: on one process, or on every rank under torch's DDP.
 
-    Args:
-        optimizer: any `torch.optim.Optimizer`; None where only the gradient is to be set.
+    Without an optimizer only the gradient is to be set.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:

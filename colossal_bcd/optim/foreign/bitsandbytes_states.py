@@ -216,15 +216,10 @@ def num_chunks(layout: Layout) -> int:
 
 
 def completed(optimizer: Any, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """State of a weight as a file has it, with what no file has.
+    """State of a weight as a file has it, with what no file has; only that of bitsandbytes' optimizers changes.
 
     The optimizer's own table takes the place of an equal one, and the padding gets the code of zero: code 0 is the
     largest negative value of a chunk, which would be the scale of the data beside it.
-
-    Args:
-        optimizer: any; only state of bitsandbytes' changes.
-        state: of a weight, its codes zero where there is padding.
-        layout: of the weight's part.
     """
     if not is_bitsandbytes(optimizer):
         return dict(state)

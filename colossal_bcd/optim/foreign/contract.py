@@ -120,9 +120,7 @@ class Contract:
     def begin(self, optimizer: Optimizer, survivors: Set[Tensor] = frozenset()) -> None:
         """Set again what the constructor sets, for the tensors that are in the param groups now.
 
-        Args:
-            optimizer: has its new tensors already.
-            survivors: tensors that keep their state; a group that holds one keeps its counts.
+        Survivors are tensors that keep their state; a group that holds one keeps its counts.
         """
         for group, beginning in zip(optimizer.param_groups, self.beginnings, strict=False):
             if survivors.isdisjoint(group["params"]):
