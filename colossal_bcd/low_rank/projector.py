@@ -1,6 +1,10 @@
 """Bases of low-rank projections: singular vectors, subspace iteration, and uniform draws.
 
 R, C: shape of the matrix; q: rank of the basis, with orthonormal columns.
+
+A singular vector is one up to its sign, and LAPACK's depends on the last bit of the matrix: `signed` decides it, so
+that meshes, whose gradients differ by rounding, have the same bases, and moments that are not carried over at a refresh
+meet a basis of the same signs.
 """
 
 from __future__ import annotations
@@ -16,8 +20,24 @@ Method = Literal["exact", "subspace", "random"]
 Bases = tuple[Tensor | None, Tensor | None]
 
 
+TIE = 0.01
+"""Components of a vector whose sizes differ by less than this part of the largest count as equally large."""
+
+
+def signed(basis: Tensor) -> Tensor:
+    """[n, q] with the sign of each column that makes its largest component positive, of equally large ones the first.
+
+    Rounding can change the answer only where the size of a component is within rounding of 1 - `TIE` of the largest,
+    and not where several are equally large, as symmetries make them.
+    """
+    sizes = basis.abs()
+    # argmax takes the first of equal values.
+    first = (sizes >= (1 - TIE) * sizes.amax(0)).to(torch.uint8).argmax(0, keepdim=True)
+    return (basis * basis.gather(0, first).sgn()).contiguous()
+
+
 def singular_bases(matrix: Tensor, rank: int, side: str) -> Bases:
-    """Leading singular vectors (arXiv 2403.03507, algorithm 2).
+    """Leading singular vectors (arXiv 2403.03507, algorithm 2), with signs of their own.
 
     Args:
         matrix: [R, C].
@@ -27,9 +47,7 @@ def singular_bases(matrix: Tensor, rank: int, side: str) -> Bases:
         Left basis [R, q] and right basis [C, q]; None where the side needs none.
     """
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    left = u[:, :rank].contiguous() if side != "right" else None
-    right = vh[:rank].T.contiguous() if side != "left" else None
-    return left, right
+    return signed(u[:, :rank]) if side != "right" else None, signed(vh[:rank].T) if side != "left" else None
 
 
 def subspace_bases(matrix: Tensor, rank: int, side: str, start: Bases, seed: int, iterations: int = 2) -> Bases:
@@ -56,8 +74,7 @@ def subspace_bases(matrix: Tensor, rank: int, side: str, start: Bases, seed: int
         block = torch.linalg.qr(work.T @ left).Q
     left, small = torch.linalg.qr(work @ block)
     u, _, vh = torch.linalg.svd(small)  # [width, width]
-    right = (block @ vh[:rank].T).contiguous()
-    other = (left @ u[:, :rank]).contiguous()
+    right, other = signed(block @ vh[:rank].T), signed(left @ u[:, :rank])
     if side == "full":
         return other, right
     return (right, None) if transposed else (None, right)

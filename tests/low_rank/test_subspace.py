@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from refreshes import (
     stagger_row,
 )
 
-from colossal_bcd.low_rank.projector import captured_energy, random_energy, singular_bases, subspace_bases
+from colossal_bcd.low_rank.projector import captured_energy, random_energy, signed, singular_bases, subspace_bases
 
 SIDES = ("left", "right", "full")
 
@@ -122,3 +123,35 @@ def test_benchmark_rows_hold_ratios() -> None:
     assert stagger_row("exact", 2, staggered, unstaggered) == (
         "| exact | 2 | **0.50** | **0.50** | 4000 | 8000 | 3500 | 4000 |"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("side", ["left", "right", "full"])
+@pytest.mark.parametrize(
+    "bases", [singular_bases, lambda m, q, side: subspace_bases(m, q, side, (None, None), 0)], ids=["exact", "subspace"]
+)
+def test_bases_have_the_signs_of_the_convention_whatever_the_library_gives(
+    bases: Any, side: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Singular vectors flipped at gradient noise of 1e-16, so that two meshes had moments of opposite signs."""
+    matrix = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    want = bases(matrix, 3, side)
+    original = torch.linalg.svd
+
+    def flipped(*args: Any, **kwargs: Any) -> Any:
+        u, s, vh = original(*args, **kwargs)
+        signs = torch.tensor([-1.0, 1.0]).to(u).repeat(len(s))[: len(s)]
+        return u * signs, s, vh * signs[:, None]
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    for found, basis in zip(bases(matrix, 3, side), want, strict=True):
+        assert (found is None) == (basis is None)
+        assert found is None or torch.equal(found, basis)
+
+
+def test_signs_stay_under_noise_where_components_are_equally_large() -> None:
+    even = torch.tensor([[0.1, 0.7, -0.7, 0.1]], dtype=torch.float64).T
+    for noise in (0.0, 1e-16, -1e-16, 1e-8, -1e-8):
+        moved = even + noise * torch.tensor([[0.0, -1.0, -1.0, 0.0]], dtype=torch.float64).T
+        assert signed(moved)[1] > 0
+        assert signed(-moved)[1] > 0

@@ -10,6 +10,8 @@ import zlib
 import references
 import torch
 
+from support.signs import with_signs
+
 
 def stiefel(size, rank, seed):
     """Uniform on the Stiefel manifold: QR of a Gaussian, with a positive diagonal of R."""
@@ -25,7 +27,7 @@ def bases_of(matrix, rank, side, random, seed):
         left, right = stiefel(rows, rank, seed), stiefel(columns, rank, seed + 1)
     else:
         u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-        left, right = u[:, :rank], vh[:rank].T
+        left, right = with_signs(u[:, :rank]), with_signs(vh[:rank].T)
     return left if side != "right" else torch.eye(rows).double(), right if side != "left" else torch.eye(
         columns
     ).double()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from support.signs import with_signs
+
 
 def direction(rule: str, grad: Tensor, state: dict[str, Any]) -> Tensor:
     """Textbook update of one parameter; momentum and Lion keep their average in bfloat16."""
@@ -35,7 +37,7 @@ def galore(grad: Tensor, state: dict[str, Any]) -> Tensor:
     count = state["count"] = state.get("count", -1) + 1
     if count % 3 == 0:
         left, _, right = torch.linalg.svd(grad, full_matrices=False)
-        state["basis"] = right[:2] if grad.shape[0] >= grad.shape[1] else left[:, :2]
+        state["basis"] = with_signs(right[:2].T).T if grad.shape[0] >= grad.shape[1] else with_signs(left[:, :2])
     basis = state["basis"]
     tall = grad.shape[0] >= grad.shape[1]
     image = grad @ basis.T if tall else basis.T @ grad

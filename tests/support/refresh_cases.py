@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from colossal_bcd import GaLoreAdamW
 from colossal_bcd.testing import CollectiveCounter
 from support.errors import largest_error
+from support.signs import with_signs
 
 STEPS, RANK, LR = 17, 3, 1e-2
 CASES = [
@@ -138,7 +139,7 @@ def plain_loop(due: list[list[int]] | None, hyper: dict[str, Any]) -> dict[str, 
             if wanted:
                 done[-1].append(index)
                 u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-                new = vh[:RANK].T if tall else u[:, :RANK]
+                new = with_signs(vh[:RANK].T if tall else u[:, :RANK])
                 if due is None:
                     _lazily(state, step // gap, new, threshold, hyper["lazy_patience"])
                 if hyper.get("reproject_momentum") and step:
