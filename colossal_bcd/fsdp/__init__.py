@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colossal_bcd.fsdp.cpu import enable_cpu
+    from colossal_bcd.fsdp.torch_private import fully_shard
 
 _HOMES = {
     "enable_cpu": "colossal_bcd.fsdp.cpu",
+    "fully_shard": "colossal_bcd.fsdp.torch_private",
 }
 __all__ = [
     "enable_cpu",
+    "fully_shard",
 ]
 
 

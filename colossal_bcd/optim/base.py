@@ -34,6 +34,7 @@ from colossal_bcd.optim.state.storage import (
     require_storable,
     stored_temporaries,
 )
+from colossal_bcd.optim.state.whole import local_state, whole_states
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
 from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of, local_values, placed_like
 
@@ -245,12 +246,37 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         finally:
             self._handed = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; state of DTensors as DTensors of whole shapes, for which all ranks must call."""
+        found = super().state_dict()
+        states = {
+            key: (param, self._layouts[param], self._specs_of(param, group), found["state"][key])
+            for group, saved in zip(self.param_groups, found["param_groups"], strict=True)
+            for param, key in zip(group["params"], saved["params"], strict=True)
+            if found["state"].get(key) and is_dtensor(param)
+        }
+        found["state"] |= dict(zip(states, whole_states(list(states.values()), self._mesh), strict=True))
+        return found
+
+    def _specs_of(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, StateSpec]:
+        return self.state_spec(self._layouts[param], self.hyper_of(group, self._keys[param]))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, tensors in the dtype in which they were saved."""
         seen: dict[str, Any] = {}
+
+        def localise(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            seen.update(state_dict, state=dict(state_dict["state"]))
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                for param, key in zip(group["params"], saved["params"], strict=True):
+                    if key in seen["state"] and is_dtensor(param):
+                        specs = self._specs_of(param, {**group, **saved})
+                        seen["state"][key] = local_state(param, self._layouts[param], specs, seen["state"][key])
+            return seen
+
         # torch casts state to the parameter's dtype, which rounds the float32 state of a bf16 parameter.  A hook that
         # is registered last sees what is about to be cast.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state_dict: seen.update(state_dict))
+        handle = self.register_load_state_dict_pre_hook(localise)
         try:
             super().load_state_dict(state_dict)
         finally:

@@ -15,8 +15,12 @@ Replicas (HSDP) and meshes of one rank drop out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -25,6 +29,8 @@ from torch import Tensor
 
 from colossal_bcd.sharding.layout import FlatSlice, Layout, TensorSplit
 from colossal_bcd.sharding.mesh import Mesh
+from colossal_bcd.sharding.regions import Region
+from colossal_bcd.sharding.rounds import Sum
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -144,6 +150,122 @@ def layout_of(tensor: Tensor, axes: MeshAxes) -> Layout:
         else:
             split = TensorSplit(axis=axes.name("tp", mesh, index), dim=dim, rank=rank, size=size)
     return Layout(shape=shape, split=split, slice=piece)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeTensor:
+    """A tensor that belongs to a parameter, such as its state, as a DTensor of its whole shape on the parameter's mesh.
+
+    Args:
+        region_of: which part of the tensor a rank has whose layout of the parameter is given.
+        param: the parameter.
+        layout: of the parameter on this rank.
+    """
+
+    region_of: Callable[[Layout], Region]
+    param: DTensor
+    layout: Layout
+
+    @property
+    def region(self) -> Region:
+        """This rank's part."""
+        return self.region_of(self.layout)
+
+    @cached_property
+    def is_sliced(self) -> bool:
+        """Whether the slices of the parameter divide the tensor, too, along the first dim of its region's layout.
+
+        Raises:
+            ValueError: they divide it in another way than `fully_shard` does.
+        """
+        regions = self._of_slices
+        if all((each.start, each.stop) == (0, each.layout.shard_data) or not each.numel for each in regions):
+            return False
+        first = self._first
+        length = -(-first // len(regions)) * (self.region.layout.shard_data // first)
+        bounds = [min(rank * length, self.region.layout.shard_data) for rank in range(len(regions) + 1)]
+        if [(each.start, each.stop) for each in regions if each.numel] != [
+            pair for pair in itertools.pairwise(bounds) if pair[0] < pair[1]
+        ]:
+            raise ValueError(
+                f"a tensor of {self.region.shape} that belongs to a parameter of {self.layout.shape} is not divided by "
+                "rows, so torch.distributed.checkpoint cannot have it. Save it by colossal_bcd's own checkpoints."
+            )
+        return True
+
+    @property
+    def is_missing_somewhere(self) -> bool:
+        """Whether ranks without data of the parameter lack what the others have alike."""
+        return not self.is_sliced and any(not each.numel for each in self._of_slices)
+
+    def sum_of_first(self, values: Tensor) -> Sum:
+        """Request the values where some rank lacks them: replicas write into one file, so all must have them.
+
+        Args:
+            values: [n] data on this rank.
+        """
+        piece, total = self.layout.slice, self.region.layout.shard_data
+        assert piece is not None
+        sent = values if piece.rank == 0 else values.new_zeros(total)
+        return Sum(sent, (piece.axis,), exact=True)
+
+    def join(self, values: Tensor) -> DTensor:
+        """The DTensor.
+
+        Args:
+            values: [n] data on this rank; of `sum_of_first` where some rank lacks it.
+        """
+        from torch.distributed.tensor import DTensor
+
+        shape = list(self.region.layout.shard_shape)
+        if self.is_sliced:
+            shape[0] = len(values) // max(math.prod(shape[1:]), 1)
+        local = values.reshape(shape)
+        whole = torch.empty(self.region.shape, device="meta")
+        return DTensor.from_local(
+            (local.T if self.region.transposed else local).contiguous(),
+            self.param.device_mesh,
+            self._placements,
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+
+    def part(self, whole: Tensor) -> Tensor:
+        """[n] this rank's data of a whole tensor, which may be a DTensor of any placements on the parameter's mesh."""
+        if is_dtensor(whole):
+            if tuple(whole.placements) == self._placements and whole.device_mesh == self.param.device_mesh:
+                local = local_values(whole)
+                return (local.T if self.region.transposed else local).reshape(-1)[: self.region.numel]
+            whole = whole.full_tensor()
+        return self.region.pick(whole)
+
+    @cached_property
+    def _of_slices(self) -> list[Region]:
+        piece = self.layout.slice
+        if piece is None:
+            return [self.region]
+        return [self.region_of(self.layout.at(slice_rank=rank)) for rank in range(piece.size)]
+
+    @property
+    def _first(self) -> int:
+        shape = self.region.layout.shard_shape
+        return shape[0] if shape else 1
+
+    @cached_property
+    def _placements(self) -> tuple[Placement, ...]:
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        placements: list[Placement] = [Replicate() for _ in self.param.placements]
+        dims, split, last = _divided(self.param), self.region.layout.split, len(self.region.shape) - 1
+        if split is not None and split.size > 1:
+            placements[dims[0]] = Shard(last - split.dim if self.region.transposed else split.dim)
+        if self.is_sliced:
+            dim = last if self.region.transposed else 0
+            behind = split.size if split is not None and split.dim == 0 and dims[-1] < dims[0] else 1
+            placements[dims[-1]] = Shard(dim) if behind == 1 else _StridedShard(dim, split_factor=behind)
+        return tuple(placements)
 
 
 def _divided(tensor: DTensor) -> list[int]:

@@ -21,7 +21,7 @@ def make(name, model, **options):
     """Matrices projected where the optimizer projects."""
     options |= {"relative_step": False} if "Adafactor" in name else {}
     options |= {"total_steps": 4} if name.startswith("GoLore") else {}
-    projection = {"rank": 2, "update_proj_gap": 2} if "Lore" in name else {}
+    projection = {"rank": 2, "update_proj_gap": 2, "clamp": True} if "Lore" in name else {}
     matrices = [param for param in model.parameters() if param.dim() > 1]
     vectors = [param for param in model.parameters() if param.dim() < 2]
     return OPTIMIZERS[name]([{"params": matrices, **projection}, {"params": vectors, "lr": 3e-2}], lr=1e-2, **options)

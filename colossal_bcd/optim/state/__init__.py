@@ -6,4 +6,5 @@ stack      parameters of equal layout whose state shares one storage, so that on
 quantized  8-bit moments with a scale for every chunk of 256 values, and from full ones back to them bit for bit
 rounding   stochastic rounding of low-precision weights by counters
 filed      state as it is in files: full tensors, whatever the mesh
+whole      state of DTensors as DTensors of whole shapes, for state dicts
 """
