@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block.residual import ResidualOptions, Residuals
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.contract import Contract
+from colossal_bcd.sharding.dtensor import local_values
 
 CHUNKS = {"cpu": 2**18}
 """Values that are compared at once, so that temporaries do not grow with the parameter, and fit a core's cache."""
@@ -132,11 +133,11 @@ class ActiveSet:
         """Have these masters aside; they go before their weights until these are written."""
         self.aside = masters
         for param in masters:
-            self._marks[param] = param._version, param.data_ptr(), -1
+            self._marks[param] = *_written(param), -1
 
     def note(self, param: Parameter, master: Tensor) -> None:
         """Remember that weight and master agree."""
-        self._marks[param] = param._version, param.data_ptr(), master._version
+        self._marks[param] = *_written(param), master._version
 
     @torch.no_grad()
     def follow(self, params: Iterable[Parameter] | None = None) -> None:
@@ -154,7 +155,7 @@ class ActiveSet:
             return
         for param, master in [*self.masters.items(), *self.aside.items()]:
             version, address, of_master = self._marks[param]
-            master_alone = of_master != master._version and (version, address) == (param._version, param.data_ptr())
+            master_alone = of_master != master._version and (version, address) == _written(param)
             if master is not param and not master_alone:
                 self._maker.follow(param, master)
                 self.note(param, master)
@@ -208,6 +209,12 @@ class NothingActive(list[Any]):
         if not len(self) and index == 0 and not isinstance(index, slice):
             return torch.empty(0)
         return super().__getitem__(index)
+
+
+def _written(param: Parameter) -> tuple[int, int]:
+    """How often the values of a parameter on this rank were written, and where they are."""
+    values = local_values(param)
+    return values._version, values.data_ptr()
 
 
 def follow(master: Tensor, weight: Tensor) -> None:

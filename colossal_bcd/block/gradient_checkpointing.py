@@ -44,10 +44,13 @@ def _apply(cls: Any, function: Any, preserve_rng_state: bool, *args: Any) -> Any
 def prefer_non_reentrant(model: nn.Module) -> None:
     """Switch a model of transformers that checkpoints to `use_reentrant=False`, also where segments share layers.
 
-    See `keep_checkpoints_whole` for all others.
+    Its embeddings' output then needs no gradient, for which transformers 5 asks whatever the kind: backward would run
+    through all layers.  See `keep_checkpoints_whole` for all others.
     """
     module: Any
     for module in model.modules():
+        if hasattr(module, "_require_grads_hook"):
+            module.disable_input_require_grads()
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
             keywords = {**function.keywords, "use_reentrant": False}

@@ -15,6 +15,7 @@ from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights
 from colossal_bcd.optim.state.rounding import LOW_PRECISION
 from colossal_bcd.sharding import Layout, Mesh
+from colossal_bcd.sharding.dtensor import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,10 @@ class LocalMasters:
         self._used_up = self._said_used_up = False
 
     def make_master(self, param: Parameter) -> Tensor:
-        """See `MasterMaker`."""
-        return param if param.dtype not in LOW_PRECISION else param.detach().to(torch.float32).requires_grad_()
+        """See `MasterMaker`; there is none of a DTensor, on which no step is taken."""
+        if param.dtype not in LOW_PRECISION or is_dtensor(param):
+            return param
+        return param.detach().to(torch.float32).requires_grad_()
 
     def weight_of(self, param: Parameter) -> Tensor:
         """See `MasterMaker`."""
@@ -53,6 +56,8 @@ class LocalMasters:
             active: the masters by parameter.
             keys: number of each parameter, by id.
         """
+        if any(map(is_dtensor, active.masters)):
+            return
         if isinstance(base, ShardedOptimizer):
             whole = {master: Layout.whole(tuple(master.shape)) for master in active.masters.values()}
             base.bind(whole, Mesh(), {master: keys[id(param)] for param, master in active.masters.items()})
@@ -100,6 +105,12 @@ class LocalMasters:
                 param.grad = None if set_to_none else torch.zeros_like(param.grad)
 
     def _check(self, param: Parameter, master: Tensor) -> None:
+        name = self._names[param]
+        if is_dtensor(param):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor of which this process has a part, expected an engine "
+                "that steps on parts. Call colossal_bcd.fsdp.attach(model, optimizer) before the first step."
+            )
         if param.device != master.device or (master is param) != (param.dtype not in LOW_PRECISION):
             raise ValueError(
                 f"parameter {self._names[param]!r} is now {param.dtype} on {param.device}, its master is "

@@ -30,7 +30,6 @@ from colossal_bcd.block.checks import (
     refuse_torch_checkpoint,
     require_base,
     require_counts_apart,
-    require_int,
     require_rates,
     require_same_parameters,
 )
@@ -39,21 +38,23 @@ from colossal_bcd.block.correction.by_optimizer import OptimizerCorrection
 from colossal_bcd.block.correction.correction import GradientSource, LocalGradients
 from colossal_bcd.block.correction.rules import Correction
 from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole
+from colossal_bcd.block.hosted import Hosted
 from colossal_bcd.block.importance import Importance, ImportanceOptions, Norm, squared_norms
 from colossal_bcd.block.log import active_line, announce
 from colossal_bcd.block.masters import LocalMasters
 from colossal_bcd.block.options import CorrectionOptions, LoraOptions, Options
 from colossal_bcd.block.parameters import NamedParameters, is_frozen_here, read_parameters, set_active
 from colossal_bcd.block.partition import PrefixList
-from colossal_bcd.block.plan import Plan, make_plan
+from colossal_bcd.block.plan import make_plan
 from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.residual import ResidualOptions
 from colossal_bcd.block.schedule import Mode, scaled_rates, warm_up
 from colossal_bcd.block.state_dict import NOT_ALONE, copy_base, load_state, require_copyable, take_state
-from colossal_bcd.block.trained import NO_NEWCOMERS, Engine, Trained
+from colossal_bcd.block.trained import NO_NEWCOMERS, Trained
 from colossal_bcd.block.untrained import Reach, warn_of_heads
 from colossal_bcd.optim.foreign.bitsandbytes_states import remember_weights
 from colossal_bcd.optim.foreign.contract import examine
+from colossal_bcd.sharding.dtensor import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ _LEFT_TO_TORCH = ("step", "_corrections")
 """Schedulers wrap the step of the one object that they were made for; corrections are hooks on its parameters."""
 
 
-class BlockOptimizer(Trained, Optimizer):
+class BlockOptimizer(Hosted, Optimizer):
     """Trains one block of a model at a time with the base optimizer and freezes the rest.
 
     After exactly `switch_block_every` applied steps the next block becomes active: the base optimizer's state is
@@ -166,7 +167,7 @@ class BlockOptimizer(Trained, Optimizer):
         self.active_set.begin_anew(self._local)
         self._adopt(base_optimizer)
         self._names, self._reach, self._graphs = names, Reach(), CompiledGraphs()
-        self._replicas: Averages | None = averages_for(self, self._data_group, self.corrector, alone=True)
+        self._replicas: Averages | None = self._found_replicas(alone=True)
         """What averages gradients where there are several processes without an engine."""
         self._corrections: GradientSource | None = None
         if self.corrector is not None:
@@ -210,10 +211,10 @@ class BlockOptimizer(Trained, Optimizer):
             ValueError: a gradient is sparse, the model was moved or converted, the base optimizer was given more
                 parameters, or a closure comes while an engine feeds the gradients.
         """
-        if self.attached:
+        if self.engine is not None:
             if closure is not None:
-                raise ValueError("closure: got one under a booster, expected None. Compute the loss before the step.")
-            self._base_step()
+                raise ValueError("closure: got one under an engine, expected None. Compute the loss before the step.")
+            self.engine.drive(self._base_step)
             return None
         loss = None
         if closure is not None:
@@ -294,80 +295,6 @@ class BlockOptimizer(Trained, Optimizer):
         self._log_active()
         return True
 
-    def attach(
-        self, engine: Engine, *, held: Iterable[Parameter] | None = None, corrections: GradientSource | None = None
-    ) -> None:
-        """See `Trained`.
-
-        Raises:
-            ValueError: steps were taken, whose state would be lost, or there is nobody for the corrections.
-        """
-        if self.num_steps or self.active_set.has_stepped(self.base_optimizer):
-            raise ValueError(
-                f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
-            )
-        if self._corrections is not None:
-            if corrections is None:
-                raise ValueError("attach: got an engine without corrections, expected some, as sgd_mode asks for them")
-            self._corrections.activate([])
-            self._corrections = corrections
-        if self._replicas is not None:
-            self._replicas.detach()
-            self._replicas = None
-        self._graphs = CompiledGraphs()  # sharding may have moved the parameters to other modules
-        here = None if held is None else set(held)
-        if here is not None:
-            for param in set(self.named_parameters.values()) - here:
-                set_active(param, False)
-            # Weights of other pipeline stages must not be kept alive.
-            self._names = {param: name for param, name in self._names.items() if param in here}
-            self._local = LocalMasters(self._names)
-        self._serve(engine, engine.masters, here)
-        self._activate(keep=frozenset())
-
-    def reschedule(self, block_ranges: Sequence[tuple[int, int]], stages: Sequence[Sequence[int]] = ()) -> None:
-        """See `Trained`.
-
-        Raises:
-            ValueError: steps were taken, or the ranges do not cover the blocks.
-        """
-        if self.num_steps:
-            raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
-        self.stages = tuple(stages)
-        schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
-        self.resume_at(0, dataclasses.replace(self.plan, schedule=schedule))
-
-    def resume_at(self, num_steps: int, plan: Plan | None = None) -> None:
-        """See `Trained`.
-
-        Raises:
-            ValueError: with "importance", the order of that epoch was not drawn here.
-        """
-        require_int("num_steps", num_steps, 0)
-        (plan or self.plan).schedule.active(num_steps)  # raises where that is not known
-        self.plan = plan or self.plan
-        self._count(num_steps)
-        self._activate(keep=frozenset())
-        self._log_active()
-
-    def replace_base(self, base_optimizer: Optimizer) -> None:
-        """Go on with another base optimizer over the same param-group dicts.
-
-        Raises:
-            ValueError: the present one has state, or the groups are others.
-        """
-        old = self.base_optimizer
-        same = len(old.param_groups) == len(base_optimizer.param_groups) and all(
-            ours is theirs for ours, theirs in zip(old.param_groups, base_optimizer.param_groups, strict=True)
-        )
-        if self.active_set.has_stepped(old) or not same:
-            raise ValueError(
-                f"replace_base: got a {type(base_optimizer).__name__} while the {type(old).__name__} has state of "
-                f"{len(old.state)} parameters and {'the same' if same else 'other'} param groups; expected no state "
-                "and the same group dicts. Replace it before the first step."
-            )
-        self._adopt(base_optimizer)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group["params"]:
             raise ValueError(NO_NEWCOMERS)
@@ -419,10 +346,15 @@ class BlockOptimizer(Trained, Optimizer):
         for param, grad in averages.items():
             param.grad = grad.view(param.shape)
 
+    def _found_replicas(self, *, alone: bool) -> Averages | None:
+        if any(map(is_dtensor, self.named_parameters.values())):
+            return None  # steps are refused until an engine takes over
+        return averages_for(self, self._data_group, self.corrector, alone=alone)
+
     def _average(self) -> None:
         """Before a step: average what waits, and gradients of backward passes that nobody has seen."""
         if self._replicas is None:
-            self._replicas = averages_for(self, self._data_group, self.corrector)
+            self._replicas = self._found_replicas(alone=False)
             if self._replicas is None:
                 return
             if self.corrector is not None:

@@ -52,13 +52,22 @@ class Contributor(Protocol):
 class Engine(Protocol):
     """What averages gradients, has masters made and writes weights back, for what is active."""
 
-    masters: MasterMaker
+    @property
+    def masters(self) -> MasterMaker:
+        """Makes masters of parameters."""
 
     def release(self) -> None:
         """Let go of what is active, before masters are freed."""
 
     def adopt(self, groups: Sequence[Sequence[Parameter]]) -> None:
         """Serve these parameters of each param group from now on; the active set has their masters."""
+
+    def drive(self, update: Callable[[], None]) -> None:
+        """Carry out `step` of what is trained: the update alone where the engine's own step has called it.
+
+        Args:
+            update: steps the base optimizer on the gradients of its masters, and counts.
+        """
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of active parameters and of their masters."""

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -40,14 +40,14 @@ from colossal_bcd.engine.config import EngineConfig, ReducerConfig, mesh_of
 from colossal_bcd.engine.failures import LateCheck, says_where
 from colossal_bcd.engine.masters import ShardedMasters, require_quantized_shares
 from colossal_bcd.engine.newcomers import Newcomers
-from colossal_bcd.engine.norm import scale_gradients, squared_weights
+from colossal_bcd.engine.norm import scale_gradients, squared_weights, totals_of
 from colossal_bcd.engine.reducer import GradientReducer
 from colossal_bcd.engine.sinks import Apply, ApplyConfig
 from colossal_bcd.engine.transport import prefers_whole_rows, transport_of
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights, slice_chunk
 from colossal_bcd.optim.options import require_real
-from colossal_bcd.sharding import Layout
+from colossal_bcd.sharding import Layout, Sum, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,10 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
         self._reducer = GradientReducer(list(self.masters.of), self._reducer_config())
         self._publish(groups, self.masters.of)
         self.bind()
+
+    def drive(self, update: Callable[[], None]) -> None:
+        """See `Engine`: `step` has moved the gradients."""
+        update()
 
     def load_gradients(self) -> None:
         """Move the averaged gradients to the masters."""
@@ -410,8 +414,11 @@ class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
             for param, grad in grads.items()
             if param not in self._tied_elsewhere
         }
-        settings = self._mesh, self._device, self.config.max_norm, loss_scale
-        self._current_grad_norm = scale_gradients(list(grads.values()), squares, *settings, self.trained.importance)
+        answers = dict(zip(squares, resolve(list(squares.values()), self._mesh), strict=True))
+        importance = self.trained.importance
+        (totals,) = resolve([Sum(totals_of(answers, self._device, importance), ("pp",))], self._mesh)
+        settings = self.config.max_norm, loss_scale, importance
+        self._current_grad_norm = scale_gradients(list(grads.values()), totals, *settings)
         self.late_check.note(self._current_grad_norm)
 
     def _force_wait_all_gather(self) -> None:

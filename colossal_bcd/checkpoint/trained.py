@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from colossal_bcd.block.trained import Contributor, trained_of
-from colossal_bcd.engine.masters import ShardedMasters
+from colossal_bcd.block.trained import Contributor, Trained, trained_of
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.state.filed import FiledTensor, filed_like
 from colossal_bcd.sharding import Layout
@@ -110,8 +109,8 @@ class Boosted:
 class SavedResiduals:
     """What rounding has taken off the masters of inactive parameters, as a `Contributor`."""
 
-    def __init__(self, masters: ShardedMasters) -> None:
-        self._residuals, self._layout = masters.active_set.residuals, masters.layout
+    def __init__(self, masters: Any) -> None:
+        self._residuals, self._layout, self._weight_of = masters.active_set.residuals, masters.layout, masters.weight_of
 
     def filed(self) -> Iterator[tuple[Parameter, dict[str, Any], Sequence[FiledTensor]]]:
         for param, tensor in self._residuals.of.items():
@@ -122,11 +121,11 @@ class SavedResiduals:
 
     def load(self, numbers: Mapping[str, Any], saved: Mapping[Parameter, Sequence[str]]) -> None:
         residuals = self._residuals
-        residuals.of = {param: residuals.empty(param, self._layout(param).local_shape) for param in saved}
+        residuals.of = {param: residuals.empty(param, tuple(self._weight_of(param).shape)) for param in saved}
 
 
 class EngineState(Boosted):
-    """Under the plugins of this package."""
+    """Under an engine of this package."""
 
     def active(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
         groups: list[list[Parameter]] = list(self.wrapper._working_param_groups.values())
@@ -222,7 +221,7 @@ def boosted_of(wrapper: Any) -> Boosted | None:
     names = getattr(wrapper, "parameter_names", None)
     if names is None:
         return None
-    if isinstance(getattr(wrapper, "masters", None), ShardedMasters):
+    if isinstance(getattr(wrapper, "trained", None), Trained):
         wrapper.admit_newcomers()
         return EngineState(wrapper, names)
     return (

@@ -54,8 +54,6 @@ class BAdamCallback(TrainerCallback):
                 f"BAdamCallback: got max_grad_norm={args.max_grad_norm}, which has no effect on gradients that were "
                 "cut down to a share. Pass dense_gradients=True to the optimizer, or max_grad_norm=0 to the trainer."
             )
-        if hasattr(model, "_require_grads_hook"):
-            model.disable_input_require_grads()
         prefer_non_reentrant(model)
         _let_random_states_load()
 

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 PLUGINS = "booster.boost with a plugin of colossal_bcd.booster"
-_SHARDING = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP", "DeepSpeedEngine": "DeepSpeed"}
+_SHARDING = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP2", "DeepSpeedEngine": "DeepSpeed"}
 
 
 class ForwardWatch(ABC):
@@ -195,9 +195,11 @@ def _refuse_sharding(model: nn.Module) -> None:
         for kind in type(module).__mro__:
             if kind.__name__ in _SHARDING and kind.__module__.startswith(("torch.", "deepspeed.")):
                 name = _SHARDING[kind.__name__]
+                attach = "Call colossal_bcd.fsdp.attach(model, optimizer), use" if name == "FSDP2" else "Use"
                 raise ValueError(
                     f"BlockOptimizer: the model is in a {kind.__name__}, expected whole weights on every process: "
-                    f"{name} shards them, or their gradients. Use torch's DDP, or {PLUGINS}, which shards what trains."
+                    f"{name} shards them, or their gradients. {attach} torch's DDP, or {PLUGINS}, which shards what "
+                    "trains."
                 )
 
 

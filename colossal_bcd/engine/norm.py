@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from colossal_bcd.block.importance import Importance, squared_norms
 from colossal_bcd.engine.masters import ShardedMasters
-from colossal_bcd.sharding import Layout, Mesh, Request, Sum, resolve
+from colossal_bcd.sharding import Layout, Mesh
 
 
 def total_of(squares: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -22,33 +22,41 @@ def total_of(squares: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
+def totals_of(
+    squares: Mapping[Parameter, Tensor], device: torch.device, importance: Importance | None = None
+) -> Tensor:
+    """[1 + a] the squared norm of all gradients and, where importance asks for them, those of the a active blocks.
+
+    Args:
+        squares: squared norms over all ranks, but for other pipeline stages, by parameter.
+        device: where the process groups communicate.
+        importance: see there.
+    """
+    total = total_of(list(squares.values()), device)
+    if importance is None or not importance.by_gradient:
+        return total
+    return torch.cat([total, importance.by_block(squares, total)])
+
+
+@torch.no_grad()
 def scale_gradients(
     grads: Sequence[Tensor],
-    squares: Mapping[Parameter, Request],
-    mesh: Mesh,
-    device: torch.device,
+    totals: Tensor,
     max_norm: float,
-    loss_scale: float,
+    loss_scale: float = 1.0,
     importance: Importance | None = None,
 ) -> Tensor:
-    """Undo the loss scale and clip by the global norm of what is active, in place: one packed sum per axis.
+    """Undo the loss scale and clip by the global norm of what is active, in place.
 
     Args:
         grads: what the step takes: whole and low-rank gradients.
-        squares: requests for their squared norms by parameter; what another pipeline stage counts is not among them.
-        mesh: of the optimizer.
-        device: where the process groups communicate.
+        totals: see `totals_of`, over all ranks.
         max_norm: 0 does not clip.
         loss_scale: by which the gradients are too large.
-        importance: notes the norms of blocks, which travel with the total.
+        importance: notes the norms of blocks.
     Returns:
         The norm before clipping, without the loss scale.
     """
-    answers = dict(zip(squares, resolve(list(squares.values()), mesh), strict=True))
-    totals = total_of(list(answers.values()), device)
-    if importance is not None and importance.by_gradient:
-        totals = torch.cat([totals, importance.by_block(answers, totals)])
-    (totals,) = resolve([Sum(totals, ("pp",))], mesh)
     if importance is not None and importance.by_gradient:
         importance.note(totals[1:] / loss_scale**2)
     norm: Tensor = totals[0].sqrt() / loss_scale

@@ -3,6 +3,10 @@
 Plain optimizers of this package need nothing of this folder: made over the parameters of a sharded model they read
 their layouts from the DTensors (see `sharding.dtensor`).
 
+engine          `attach`: blocks on sharded weights; a picture of a step
+masters         rows of what trains, in the precision in which they are updated
+sharded_model   `shard`: groups of FSDP2 that are the blocks
+checkpoint      `save_optimizer`, `load_optimizer`: files that load on any mesh, under every engine
 cpu             `enable_cpu`: FSDP2 on CPUs with gloo, for versions of torch that need help there
 torch_private   names of torch's FSDP that are not public, or not in one place in all versions
 """
@@ -13,16 +17,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from colossal_bcd.fsdp.checkpoint import load_optimizer, save_optimizer
     from colossal_bcd.fsdp.cpu import enable_cpu
+    from colossal_bcd.fsdp.engine import FsdpEngine, attach
+    from colossal_bcd.fsdp.sharded_model import shard
     from colossal_bcd.fsdp.torch_private import fully_shard
 
 _HOMES = {
+    "FsdpEngine": "colossal_bcd.fsdp.engine",
+    "attach": "colossal_bcd.fsdp.engine",
     "enable_cpu": "colossal_bcd.fsdp.cpu",
     "fully_shard": "colossal_bcd.fsdp.torch_private",
+    "load_optimizer": "colossal_bcd.fsdp.checkpoint",
+    "save_optimizer": "colossal_bcd.fsdp.checkpoint",
+    "shard": "colossal_bcd.fsdp.sharded_model",
 }
 __all__ = [
+    "FsdpEngine",
+    "attach",
     "enable_cpu",
     "fully_shard",
+    "load_optimizer",
+    "save_optimizer",
+    "shard",
 ]
 
 

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn import Parameter
+
+from colossal_bcd.engine.failures import says_where
+from colossal_bcd.sharding.dtensor import local_values
 
 try:
     from torch.distributed.fsdp import (  # type: ignore[attr-defined]
@@ -99,3 +105,150 @@ def divide_sums() -> None:
         return 1.0, float(scattered.size() * (1 if reduced is None else reduced.size()))
 
     module._get_gradient_divide_factors = divisors  # type: ignore[attr-defined]
+
+
+_OF_GROUPS = (
+    "fsdp_params", "device", "post_backward", "unshard", "wait_for_unshard", "is_sharded", "reduce_grads",
+    "all_reduce_grads", "_training_state", "_all_gather_result", "_partial_reduce_output", "_init_mp_dtypes",
+)  # fmt: skip
+
+
+class ShardGroup:
+    """Parameters that FSDP2 gathers together, and whose gradients it reduces together.
+
+    It copies `requires_grad` of its sharded parameters whenever it gathers, so that freezing these freezes the group.
+
+    Args:
+        module: whose `fully_shard` made it.
+        group: torch's own.
+    """
+
+    def __init__(self, module: nn.Module, group: Any) -> None:
+        for name in _OF_GROUPS:
+            private(group, name, "block coordinate descent")
+        self.module, self._group = module, group
+        self.late = False
+        """Whether the last backward pass kept its gradients back for the next one."""
+        self.absent: set[Parameter] = set()
+        """Parameters whose gradient on this rank since `begin` is zeros in the place of none."""
+        self._reached: set[Parameter] = set()
+
+    @property
+    def params(self) -> list[Parameter]:
+        """The sharded parameters that are in the model now."""
+        return [each.sharded_param for each in self._group.fsdp_params]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it communicates and computes."""
+        device: torch.device = self._group.device
+        return device
+
+    @property
+    def copies_late(self) -> bool:
+        """Whether gradients are copied to pinned memory while backward goes on, without waiting for hooks."""
+        return VERSION < (2, 13) and any(each.offload_to_cpu and each.pin_memory for each in self._group.fsdp_params)
+
+    def stores(self, param: Parameter) -> bool:
+        """Whether the values that it will gather are those of the parameter."""
+        each = next((each for each in self._group.fsdp_params if each.sharded_param is param), None)
+        if each is None:
+            return False
+        gathered = each._sharded_param_data.untyped_storage().data_ptr()
+        return bool(gathered == local_values(param).untyped_storage().data_ptr())
+
+    def begin(self) -> None:
+        """A step has used the gradients up, or they are forgotten; so are those that were kept back."""
+        self.late, self.absent, self._reached = False, set(), set()
+        for each in self._group.fsdp_params:
+            each.unsharded_accumulated_grad = None
+        self._group._partial_reduce_output = None
+
+    def renew(self) -> None:
+        """Look again at what trains: torch 2.13 takes the dtypes of gradients from that, once, at the first forward."""
+        self._group._init_mp_dtypes()
+
+    def forget_prefetched(self) -> None:
+        """Drop a gather that backward did not come to: torch 2.5 would compute with its weights in the next forward."""
+        result = self._group._all_gather_result
+        if result is None:
+            return
+        if result.all_gather_work is not None:
+            result.all_gather_work.wait()
+        if result.all_gather_event is not None and self.device.type != "cpu":
+            torch.get_device_module(self.device).current_stream().wait_event(result.all_gather_event)
+        self._group._all_gather_result = None
+
+    def reshard(self) -> None:
+        """Free the gathered weights, which a step has made stale."""
+        if not self._group.is_sharded:
+            self.module.reshard()
+
+    def end_prefetch(self) -> Callable[[], None]:
+        """Let backward gather nothing ahead from here on; the result undoes that."""
+        state = self.module._get_fsdp_state()
+        before = state._states_to_backward_prefetch
+        # What is gathered already is not gathered again.
+        self.module.set_modules_to_backward_prefetch([self.module])
+
+        def undo() -> None:
+            state._states_to_backward_prefetch = before
+
+        return undo
+
+    def watch(self, keep_back: Callable[[Collection[Parameter]], None]) -> None:
+        """Note which gradients come, give zeros for those that do not, and say where ranks are lost.
+
+        Ranks reduce the gradients that they have, and would reduce different ones where a batch uses fewer weights.
+
+        Args:
+            keep_back: called with the parameters whose gradients a pass does not reduce.
+        """
+        group = self._group
+        reduce = says_where("average of gradients")(group.post_backward)
+        group.unshard = says_where("gather of weights")(group.unshard)
+        group.wait_for_unshard = says_where("gather of weights")(group.wait_for_unshard)
+
+        def post_backward(*unused: Any) -> None:
+            # Called again at the end of all, where nothing new has come.
+            if group._training_state.name == "PRE_BACKWARD":
+                here = self._note()
+                self.late = not group.reduce_grads or not group.all_reduce_grads
+                if not group.reduce_grads:
+                    keep_back(here)
+            reduce(*unused)
+
+        group.post_backward = post_backward
+
+    def _note(self) -> list[Parameter]:
+        """Parameters with a gradient in this pass; the others get zeros if the pass reduces them."""
+        trained = [each for each in self._group.fsdp_params if each.sharded_param.requires_grad]
+        here = [each.sharded_param for each in trained if each._unsharded_param.grad is not None]
+        kept = [each for each in trained if each.unsharded_accumulated_grad is not None]
+        self._reached.update(here)
+        self.absent.difference_update(here)
+        if self._group.reduce_grads:
+            for each in trained:
+                if each._unsharded_param.grad is None and each not in kept:
+                    if each.sharded_param not in self._reached:
+                        self.absent.add(each.sharded_param)
+                    zeros = torch.zeros_like(each._unsharded_param, requires_grad=False)
+                    if kept:  # in the dtype of the reduction
+                        each.unsharded_accumulated_grad = zeros.to(kept[0].unsharded_accumulated_grad.dtype)
+                    else:
+                        each._unsharded_param.grad = zeros
+        return here
+
+
+def shard_groups(model: nn.Module) -> Iterator[ShardGroup]:
+    """The groups of FSDP2 in a model, in its order."""
+    seen = set()
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        one = getattr(state, "_fsdp_param_group", None)
+        for group in getattr(state, "_fsdp_param_groups", [] if one is None else [one]):
+            if id(group) not in seen:
+                seen.add(id(group))
+                yield ShardGroup(module, group)

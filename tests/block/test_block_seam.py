@@ -86,6 +86,9 @@ class FakeEngine:
     def adopt(self, groups):
         self.calls.append((len(groups), sum(map(len, groups))))
 
+    def drive(self, update):
+        update()
+
     def make_master(self, param):
         self.of[param] = param.detach().clone()
         return self.of[param]

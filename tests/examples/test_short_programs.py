@@ -46,3 +46,13 @@ def test_quickstart_runs_as_a_program_without_colossalai() -> None:
     code = "import sys; sys.modules['colossalai'] = None; import quickstart; quickstart.main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES)])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
+
+
+def test_example_of_sharded_weights_runs_under_torchrun_without_colossalai() -> None:
+    code = (
+        "import sys, runpy; sys.modules['colossalai'] = None; runpy.run_path('examples/fsdp.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES)])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    program = [sys.executable, "-c", code]
+    subprocess.run([*command, *program], check=True, env=environment, cwd=EXAMPLES.parent, timeout=300)

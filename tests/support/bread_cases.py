@@ -5,50 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import block_cases
 import models
 import torch
 import torch.distributed as dist
+from bread_rules import RULES
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colossal_bcd import GaLoreSGD
-from colossal_bcd.block import LionCorrection, MomentumCorrection, OptimizerCorrection, SignCorrection
-from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.testing import CollectiveCounter, PeakBytes, live_bytes
 from support.errors import largest_error, worst
-
-
-@dataclass(frozen=True)
-class DescentHyper:
-    lr: float
-
-
-class Descent(ShardedOptimizer[DescentHyper]):
-    """Gradient descent, as an optimizer that corrects."""
-
-    hyper_type = DescentHyper
-    temporary_bytes = 0
-
-    def state_spec(self, layout: Any, hyper: DescentHyper) -> dict[str, Any]:
-        return {}
-
-    def update(self, view: Any, state: Any, hyper: DescentHyper) -> Any:
-        view.param.add_(view.grad, alpha=-hyper.lr)
-        yield from ()
-
-
-RULES: dict[str, Any] = {
-    "sgd": None,
-    "sign": SignCorrection(),
-    "momentum": MomentumCorrection(),
-    "lion": LionCorrection(),
-    "descent": OptimizerCorrection(Descent),
-    "galore": OptimizerCorrection(GaLoreSGD, rank=2, update_proj_gap=3, scale=0.7, momentum=0.5),
-}
 
 
 def options_of(rule: str, **options: Any) -> dict[str, Any]:

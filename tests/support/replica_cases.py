@@ -240,7 +240,7 @@ def refusals() -> dict[str, str]:
         model, mesh = Net(), init_device_mesh("cpu", (dist.get_world_size(),))
         for name, param in list(model.lm_head.named_parameters()):
             setattr(model.lm_head, name, nn.Parameter(distribute_tensor(param.detach(), mesh, [Replicate()])))
-        wrap(model)
+        wrap(model, ratio=True)
 
     class DeepSpeedEngine(nn.Module):
         """Stands for DeepSpeed's, by its name."""

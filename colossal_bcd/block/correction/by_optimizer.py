@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from colossal_bcd.block.correction.correction import CorrectionState
+from colossal_bcd.block.correction.correction import CorrectionState, stored
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.options import Storage, plain_number
 from colossal_bcd.optim.state.filed import FiledTensor, allocate, filed_tensors
@@ -77,7 +77,7 @@ class OptimizerState(CorrectionState):
     ) -> None:
         super().adopt(named, groups)
         # Parameters may change their class (see `ElementwiseState`) and their data; these are always plain tensors.
-        self._weights = {param: param.data for _, params in groups for param in params}
+        self._weights = {param: stored(param) for _, params in groups for param in params}
         made = self.rule.build([[self._weights[p] for p in params] for _, params in groups], self.rounding, self.seed)
         self._optimizer, self._sources = made, list(groups)
         self._group_of: dict[Parameter, dict[str, Any]] = {}
@@ -126,7 +126,7 @@ class OptimizerState(CorrectionState):
         handed = {}
         for param, grad in gradients.items():
             weight = self._weights[param]
-            weight.data = param.data
+            weight.data = self._part(param)
             grad = grad.view(weight.shape)
             handed[weight] = grad if loss_scale == 1 else grad.to(wide(grad.dtype)) / loss_scale
         self._optimizer.step_on(handed)
@@ -137,6 +137,11 @@ class OptimizerState(CorrectionState):
             group["params"] = [held[param] for param in params if param in held]
             self._group_of.update(dict.fromkeys(params, group))
         for param, weight in held.items():
-            weight.data = param.data
+            weight.data = self._part(param)
         layouts = {weight: self._layouts[param] for param, weight in held.items()}
         self._optimizer.bind(layouts, mesh, {weight: self._keys[param] for param, weight in held.items()})
+
+    def _part(self, param: Parameter) -> Tensor:
+        """The weight as the optimizer takes it: a slice is flat."""
+        values = stored(param)
+        return values if self._layouts[param].slice is None else values.view(-1)

@@ -31,6 +31,7 @@ from colossal_bcd.optim.state.rounding import (
     stream,
 )
 from colossal_bcd.sharding import Layout, Mesh, wide
+from colossal_bcd.sharding.dtensor import is_dtensor, local_values
 
 CorrectionMode: TypeAlias = Literal["all", "partial", "disabled"]
 
@@ -69,9 +70,9 @@ class CorrectionState(ABC):
     def adopt(
         self, named: Mapping[str, Parameter], groups: Sequence[tuple[dict[str, Any], Sequence[Parameter]]]
     ) -> None:
-        """Note each parameter's number, and the param group that has its learning rate; all of them are whole here."""
+        """Note each parameter's number, and the param group that has its learning rate; all are whole, or DTensors."""
         self._keys = {param: key for key, param in enumerate(named.values())}
-        self._layouts = {param: Layout.whole(tuple(param.shape)) for param in named.values()}
+        self._layouts = {param: Layout.whole(tuple(param.shape)) for param in named.values() if not is_dtensor(param)}
         for group, params in groups:
             self._groups.update(dict.fromkeys(params, group))
 
@@ -180,8 +181,7 @@ class ElementwiseState(CorrectionState):
             self._apply(param, grad, loss_scale, finite)
 
     def _apply(self, param: Parameter, grad: Tensor, loss_scale: float, finite: Tensor | None) -> None:
-        # `data`: ColossalAI's own parameter classes have in-place operations that are not in place.
-        weight, layout = param.data.contiguous(), self._layouts[param]
+        weight, layout = stored(param).contiguous(), self._layouts[param]
         values, n = weight.view(-1), layout.num_local
         if param not in self._state:
             self._state[param] = self._new_state(param)
@@ -200,8 +200,8 @@ class ElementwiseState(CorrectionState):
                 bits = random_bits(layout.positions(part.start, part.stop, weight.device), numbers)
                 new = stochastic_round(new, bits, param.dtype)
             values[part] = new
-        if not param.data.is_contiguous():
-            param.data.copy_(weight)
+        if not stored(param).is_contiguous():
+            stored(param).copy_(weight)
 
     def _new_state(self, param: Parameter) -> dict[str, Tensor]:
         n = self._layouts[param].num_local
@@ -224,6 +224,12 @@ class ElementwiseState(CorrectionState):
         return direction if finite is None else torch.where(finite, direction, 0)
 
 
+def stored(param: Parameter) -> Tensor:
+    """The values of a weight on this rank, in a plain tensor."""
+    # `data`: ColossalAI's own parameter classes have in-place operations that are not in place.
+    return local_values(param) if is_dtensor(param) else param.data
+
+
 class GradientSource(Protocol):
     """Who brings the gradients of inactive parameters to a `CorrectionState`."""
 
@@ -238,7 +244,7 @@ class GradientSource(Protocol):
 
 
 class LocalGradients:
-    """Corrections of whole parameters on one process, from hooks in backward.
+    """Corrections from hooks in backward: of whole parameters on one process, or of this rank's part of a DTensor.
 
     With `accumulation_steps` above 1 gradients of the first micro-batches wait in bfloat16, 2 bytes per parameter, and
     the last micro-batch's makes the update, or the step if that comes before.
@@ -266,10 +272,16 @@ class LocalGradients:
         self._counts.clear()
         self._waiting.clear()
 
+    def note_pass(self, params: Iterable[Parameter]) -> None:
+        """Count a micro-batch whose gradients come together with the next one's."""
+        for param in params:
+            self._counts[param] = self._counts.get(param, 0) + 1
+
     @torch.no_grad()
     def _on_grad(self, param: Parameter) -> None:
         grad, param.grad = param.grad, None
         assert grad is not None
+        grad = local_values(grad)
         if grad.layout != torch.strided:
             raise ValueError(
                 f"parameter {self._names[param]!r} has a sparse gradient, expected a dense one. Build its embedding "

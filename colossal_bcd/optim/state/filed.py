@@ -169,6 +169,8 @@ def _observed(
     optimizer: Optimizer, name: str, tensor: Tensor, layout: Layout, constant: Collection[str]
 ) -> FiledTensor:
     shape, local = tuple(tensor.shape), layout.local_shape
+    if layout.slice is not None and shape[-1:] == (layout.num_local,):
+        local = shape[-1:]  # a slice without padding
     lead = shape[: len(shape) - len(local)]
     region = scale_region(name, tensor, layout) if is_bitsandbytes(optimizer) and tensor.dim() else None
     kind: Kind = "part"
