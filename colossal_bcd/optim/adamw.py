@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
 from colossal_bcd.optim.options import OPTIONAL, RoundingOptions, Storage, require, require_adam
 from colossal_bcd.optim.register import register
-from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.sharding import Rounds, View
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec, require_no_capture
+from colossal_bcd.sharding import Rounds, View, wide
 
 Order = Literal["torch", "bitsandbytes", "galore"]
 
@@ -71,3 +75,26 @@ class AdamW(ShardedOptimizer[AdamWHyper]):
 
     def update(self, view: View, state: State, hyper: AdamWHyper) -> Rounds:
         return adamw(view, state, hyper)
+
+    def is_fused(self, hyper: AdamWHyper, dtype: torch.dtype) -> bool:
+        return hyper.order == "torch" and hyper.correct_bias and hyper.moment_bits == 32 and wide(dtype) == dtype
+
+    def update_fused(self, values: Mapping[str, list[Tensor]], step: int, hyper: AdamWHyper) -> None:
+        require_no_capture("the number of the step")
+        weights = values["weight"]
+        steps = [torch.full((), step, dtype=torch.float32, device=weights[0].device)] * len(weights)
+        torch._fused_adamw_(
+            weights,
+            values["grad"],
+            values["exp_avg"],
+            values["exp_avg_sq"],
+            [],
+            steps,
+            lr=hyper.lr,
+            beta1=hyper.betas[0],
+            beta2=hyper.betas[1],
+            weight_decay=hyper.weight_decay,
+            eps=hyper.eps,
+            amsgrad=False,
+            maximize=False,
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from colossal_bcd.optim.math import is_fusable
 from colossal_bcd.optim.options import (
     Storage,
     flat_options,
@@ -29,6 +30,7 @@ from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
 from colossal_bcd.optim.state.storage import (
     StoredState,
     StoredWeights,
+    begin_update,
     count_step,
     not_rounded,
     require_storable,
@@ -232,7 +234,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         for group in self.param_groups:
             count_step(group)
         self._warn_of_rounding(active)
-        run_rounds(map(self._task, self._stacked(active)), self._mesh, self.wave_bytes)
+        run_rounds(map(self._task, self._stacked(self._unfused(active))), self._mesh, self.wave_bytes)
 
     def step_on(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """One step of some parameters on gradients that are handed over; `param.grad` is neither read nor written.
@@ -308,6 +310,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
             dtype: of the weights.
             num_members: parameters that the rule updates at once.
         """
+        if self.is_fused(hyper, dtype):
+            return 0
         per_value = self.temporary_bytes * wide(dtype).itemsize // torch.float32.itemsize
         per_value += stored_temporaries(hyper, dtype)
         if num_members > 1:
@@ -353,6 +357,52 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
                 key, layout = self._keys[param], self._layouts[param]
                 active.append(Member(param, layout, hyper, key, step, number, num_steps))
         return active
+
+    def is_fused(self, hyper: HyperT, dtype: torch.dtype) -> bool:
+        """Whether `update_fused` does the whole update of weights of `dtype`, without temporaries."""
+        return False
+
+    def update_fused(self, values: Mapping[str, list[Tensor]], step: int, hyper: HyperT) -> None:
+        """The rule as one of torch's kernels, for many parameters; without communication.
+
+        Args:
+            values: lists of tensors of equal length, one tensor per parameter and all of its sizes equal: `weight` and
+                `grad`, and the state by name.
+            step: number of this update, from 1.
+            hyper: of all of them.
+        """
+        raise NotImplementedError
+
+    def _unfused(self, active: list[Member]) -> list[Member]:
+        """Update what torch's kernels do in one go, and return the rest."""
+        rest: list[Member] = []
+        batches: dict[Hashable, tuple[Member, list[str], list[list[Tensor]]]] = {}
+        specs: dict[Hashable, Mapping[str, StateSpec]] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
+        for member in active:
+            grad, layout = self._grad(member.param), member.layout
+            if not self.is_fused(member.hyper, member.param.dtype) or not is_fusable(member.param, grad):
+                rest.append(member)
+                continue
+            stored = local_values(member.param)
+            weight = stored.contiguous()
+            if weight is not stored:
+                copies.append((stored, weight))
+            if (layout, member.group) not in specs:
+                specs[layout, member.group] = self.state_spec(layout, member.hyper)
+            spec, state = specs[layout, member.group], self.state[member.param]
+            begin_update(member, state, spec)
+            tensors = [weight, *self._gradients([member]), *(state[name] for name in spec)]
+            if weight.numel() != layout.num_local or any(tensor.shape != weight.shape for tensor in tensors):
+                tensors = [tensor.view(-1)[: layout.num_local] for tensor in tensors]
+            kind = member.group, member.step, weight.dtype, weight.device
+            batches.setdefault(kind, (member, ["weight", "grad", *spec], []))[2].append(tensors)
+        for first, names, rows in batches.values():
+            columns = map(list, zip(*rows, strict=True))
+            self.update_fused(dict(zip(names, columns, strict=True)), first.step, first.hyper)
+        for stored, weight in copies:
+            stored.copy_(weight)
+        return rest
 
     def _require_in_model(self) -> None:
         """At the first step, refuse parameters that `fully_shard` has taken out of their model."""

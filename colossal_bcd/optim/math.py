@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+FUSED_DEVICES = ("cpu", "cuda")
+"""Where torch has fused kernels."""
+
+
+def is_fusable(*tensors: Tensor) -> bool:
+    """Whether a fused kernel of torch takes tensors: of one dtype, on one device that has such kernels."""
+    first = tensors[0]
+    alike = all(each.dtype == first.dtype and each.device == first.device for each in tensors)
+    return alike and first.device.type in FUSED_DEVICES
+
 
 def update_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, betas: tuple[float, float]) -> None:
     """Exponential averages of the gradient and of its square, in place; all [n]."""

@@ -63,13 +63,7 @@ class StoredState:
     ) -> None:
         self._specs, self._states = specs, states
         for member, state in zip(members, states, strict=True):
-            if not state:
-                for name, spec in specs.items():
-                    state.update({part: stored.allocate(member.param) for part, stored in spec.stored(name).items()})
-            for name, spec in specs.items():
-                if spec.kind in ("elementwise", "low_rank"):
-                    require_stored(name, state[name], spec.bits)
-            state["step"] = member.step
+            begin_update(member, state, specs)
         tensors = [part for name, spec in specs.items() if spec.kind != "scalar" for part in spec.stored(name)]
         self._stacks = {name: Stack.of_state(states, name, lead) for name in tensors}
 
@@ -94,6 +88,17 @@ class StoredState:
                 quantize_into(as_seen(spec, view, codes), absmax, seen[name], spec.signed)
         for stack in self._stacks.values():
             stack.write_back()
+
+
+def begin_update(member: Member, state: dict[str, Any], specs: Mapping[str, StateSpec]) -> None:
+    """Fill a parameter's state at its first update, and count this one."""
+    if not state:
+        for name, spec in specs.items():
+            state.update({part: stored.allocate(member.param) for part, stored in spec.stored(name).items()})
+    for name, spec in specs.items():
+        if spec.kind in ("elementwise", "low_rank"):
+            require_stored(name, state[name], spec.bits)
+    state["step"] = member.step
 
 
 def as_seen(spec: StateSpec, view: ShardView, stored: Tensor) -> Tensor:
