@@ -9,20 +9,57 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colossal_bcd import SGD, AdamW, Lamb
-from colossal_bcd.optim import base
+from colossal_bcd.optim import base, math
 from colossal_bcd.optim.state import stack
 from colossal_bcd.testing import PeakBytes
 
 
+class Kernels(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ()], ids=["fused", "plain"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("hyper", [{}, {"betas": (0.5, 0.9), "eps": 1e-3, "lr": 0.1}], ids=["default", "other"])
-def test_adamw_equals_torch_to_the_last_bits(weight_decay, hyper):
+def test_adamw_equals_torch_to_the_last_bits(monkeypatch, weight_decay, hyper, devices):
+    monkeypatch.setattr(math, "FUSED_DEVICES", devices)
     ours, theirs = make_params(), make_params()
     one = train(AdamW(ours, weight_decay=weight_decay, **hyper), ours)
     other = train(torch.optim.AdamW(theirs, weight_decay=weight_decay, foreach=False, **hyper), theirs)
     # 2^-51 is one last bit of weights between 2 and 4, the largest of the table.
     assert max(errors(one, other)) <= 2**-51
     assert max(errors(one, make_params())) > 1e-3
+
+
+def test_adamw_is_one_kernel_without_temporaries_in_each_group():
+    params = make_params(torch.float32, [(6, 10)] * 20 + [(300,)] * 20)
+    optimizer = AdamW([{"params": params[:25]}, {"params": params[25:], "lr": 0.5}])
+    train(optimizer, params, num_steps=2)
+    with Kernels() as kernels, PeakBytes() as peak:
+        optimizer.step()
+    assert kernels.names.count("_fused_adamw_") == 2
+    assert peak.peak <= 64, "more than the number of the step"
+
+
+def test_adamw_of_other_dtypes_or_orders_is_not_fused():
+    for options, dtype, same in (
+        ({"moment_bits": 32}, torch.float32, True),
+        ({"order": "bitsandbytes"}, torch.float32, False),
+        ({"correct_bias": False}, torch.float32, False),
+        ({}, torch.bfloat16, False),
+    ):
+        params = make_params(dtype)
+        optimizer = AdamW(params, **options)
+        set_grads(params, 0)
+        with Kernels() as kernels:
+            optimizer.step()
+        assert ("_fused_adamw_" in kernels.names) == same
 
 
 def test_adamw_defaults_are_torchs():
