@@ -381,7 +381,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         copies: list[tuple[Tensor, Tensor]] = []
         for member in active:
             grad, layout = self._grad(member.param), member.layout
-            if not self.is_fused(member.hyper, member.param.dtype) or not is_fusable(member.param, grad):
+            fused = self.is_fused(member.hyper, member.param.dtype)
+            if grad is None or not fused or not is_fusable(member.param, grad):
                 rest.append(member)
                 continue
             stored = local_values(member.param)
