@@ -259,3 +259,32 @@ def test_fully_sharded_model_of_one_rank_trains_as_whole(name: str, group_of_one
             optimizer.zero_grad()
         runs.append([getattr(param, "full_tensor", lambda param=param: param)() for param in model.parameters()])
     assert largest_error([each.detach().cpu() for each in runs[1]], [each.detach().cpu() for each in runs[0]]) <= 1e-12
+
+
+@pytest.mark.parametrize("group_of_one", DEVICES, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_of_a_sharded_model_of_one_rank_train_as_whole(dtype: torch.dtype, group_of_one: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from colossal_bcd import fsdp
+
+    # torch clips gradients of bfloat16 weights in bfloat16, the engine those of their masters.
+    max_norm, runs = 0.5 if dtype == torch.float64 else 0.0, []
+    for sharded in (False, True):
+        model: Any = block_net.Net(dtype=dtype).to(group_of_one)
+        if sharded:
+            fsdp.shard(model, init_device_mesh(group_of_one, (1,)))
+        optimizer = BlockOptimizer(
+            AdamW(model.parameters(), lr=1e-2), list(model.named_parameters()), switch_block_every=2, verbose=0
+        )
+        if sharded:
+            fsdp.attach(model, optimizer, max_norm=max_norm)
+        for step in range(7):
+            model(block_net.tokens(step).to(group_of_one)).backward()
+            if max_norm and not sharded:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([getattr(param, "full_tensor", lambda param=param: param)() for param in model.parameters()])
+    bound = 1e-12 if max_norm else 0.0
+    assert largest_error([each.detach().cpu() for each in runs[1]], [each.detach().cpu() for each in runs[0]]) <= bound
