@@ -95,7 +95,11 @@ def test_memory_is_what_the_estimate_says(name: str, vocab: int, device: str) ->
             param.grad = None
     # Tensors between steps: master, gradient and at most six of state; in a step as many again.
     # Sums of squares copy a sixteenth of the largest one to float64.
-    slack = 16 * SCALARS * len(params) + max(param.numel() for param in params) // 16 * 8
+    largest = max(param.numel() for param in params)
+    slack = 16 * SCALARS * len(params) + largest // 16 * 8
+    if device == "cuda" and name in ("Adafactor", "CAME"):
+        # CUDA sums long columns of narrow matrices in two passes; their partial sums are up to half of the matrix.
+        slack += 2 * largest
     assert meter.now() - before == pytest.approx(guess.between_steps, abs=slack)
     # A working gradient is freed once its master has it, one after the other.
     assert peak - before <= guess.in_step + guess.gradients * (name == "blocks") + slack
