@@ -65,8 +65,9 @@ class Estimate:
         return max(self.after_backward, self.in_step)
 
     def __str__(self) -> str:
-        rows = [field.name for field in fields(self)] + ["between_steps", "after_backward", "in_step"]
-        return "\n".join(f"{name.replace('_', ' '):<17}{getattr(self, name) / 2**20:>12.1f} MiB" for name in rows)
+        counted = [field.name for field in fields(self) if isinstance(getattr(self, field.name), int)]
+        rows = [*counted, "between_steps", "after_backward", "in_step"]
+        return "\n".join(f"{name.replace('_', ' '):<21}{getattr(self, name) / 2**20:>12.1f} MiB" for name in rows)
 
 
 @dataclass(frozen=True)

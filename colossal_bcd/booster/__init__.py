@@ -2,6 +2,7 @@
 
 What a user calls
     plugins        LowLevelZeroPlugin, HybridParallelPlugin and TorchDDPPlugin
+    fsdp           FSDP2Plugin: weights are sharded, too
     low_level      `LowLevelZeroOptimizer`, for programs without a booster
     stock_plugins  `install`: this package's optimizers under ColossalAI's own plugins
     distributed    ColossalAI's distributed optimizers, and the call that tells them what is divided
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from colossal_bcd.booster.casts.registry import cast
     from colossal_bcd.booster.explanation import estimate, explain
+    from colossal_bcd.booster.fsdp import FSDP2Plugin
     from colossal_bcd.booster.low_level import LowLevelZeroOptimizer
     from colossal_bcd.booster.plugins import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
     from colossal_bcd.booster.stock_plugins import install
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointError": "colossal_bcd.checkpoint",
     "CheckpointFolder": "colossal_bcd.checkpoint",
+    "FSDP2Plugin": "colossal_bcd.booster.fsdp",
     "HybridParallelPlugin": "colossal_bcd.booster.plugins",
     "LowLevelZeroOptimizer": "colossal_bcd.booster.low_level",
     "LowLevelZeroPlugin": "colossal_bcd.booster.plugins",
@@ -52,6 +55,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "CheckpointFolder",
+    "FSDP2Plugin",
     "HybridParallelPlugin",
     "LowLevelZeroOptimizer",
     "LowLevelZeroPlugin",

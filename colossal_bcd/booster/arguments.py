@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -83,6 +84,38 @@ def check_zero(arguments: Arguments, stock: type) -> None:
     """Refuse what LowLevelZeroPlugin of this package does not do, and say what has no effect."""
     refuse_fp8(arguments)
     _say_without_effect(stock, arguments, _idle_scaling(arguments))
+
+
+def check_fsdp(arguments: Mapping[str, Any], num_ranks: int) -> None:
+    """Refuse arguments of FSDP2Plugin that would have no effect, or another one than they say."""
+    if arguments["precision"] not in ("bf16", "fp32"):
+        raise ValueError(
+            f"FSDP2Plugin: got precision={arguments['precision']!r}, expected 'bf16' or 'fp32': losses are not scaled "
+            "here. Use 'bf16', or LowLevelZeroPlugin(precision='fp16')."
+        )
+    norm, dtype = arguments["max_norm"], arguments["reduce_dtype"]
+    if isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 0 <= norm < math.inf:
+        raise ValueError(f"FSDP2Plugin: got max_norm={norm!r}, expected a number of at least 0, which does not clip")
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise ValueError(f"FSDP2Plugin: got reduce_dtype={dtype!r}, expected a floating torch.dtype, or None")
+    for name in ("tp_size", "replicate_size"):
+        size = arguments[name]
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"FSDP2Plugin: got {name}={size!r}, expected a number of ranks, 1 for none")
+    tp_size, copies = arguments["tp_size"], arguments["replicate_size"]
+    if num_ranks % (tp_size * copies):
+        raise ValueError(
+            f"FSDP2Plugin: got tp_size={tp_size} and replicate_size={copies} on {num_ranks} ranks, expected their "
+            "product to divide these. Start another number of ranks."
+        )
+    if arguments["tp_plan"] is not None and tp_size == 1:
+        raise ValueError("FSDP2Plugin: got a tp_plan with tp_size=1, which divides nothing. Pass tp_size, too.")
+    keep, ranks = arguments["reshard_after_forward"], num_ranks // (tp_size * copies)
+    if not isinstance(keep, bool) and not (isinstance(keep, int) and 1 < keep < ranks and ranks % keep == 0):
+        raise ValueError(
+            f"FSDP2Plugin: got reshard_after_forward={keep!r} and {ranks} ranks that share a model, expected True, "
+            "False, or a number between that divides them."
+        )
 
 
 def refuse_torch_reducer(plugin: str, arguments: Arguments, when: str, why: str) -> None:

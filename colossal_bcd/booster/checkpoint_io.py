@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPCheckpointIO
 from colossalai.checkpoint_io import CheckpointIO, general_checkpoint_io, hybrid_parallel_checkpoint_io, utils
 from colossalai.checkpoint_io.index_file import CheckpointIndexFile
 from colossalai.tensor.padded_tensor import api as padding
@@ -27,11 +28,106 @@ from colossal_bcd.checkpoint.opened import read_torch
 from colossal_bcd.checkpoint.save import index_name, save_file, save_folder
 from colossal_bcd.checkpoint.trained import boosted_of
 from colossal_bcd.engine.failures import require_finite, says_where
+from colossal_bcd.fsdp.weights import WholeTensors, load_whole, require_names, reshard
 
 logger = logging.getLogger(__name__)
 
 ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a full or broken disk raises, in Python, in torch and in safetensors."""
+
+
+class ShardedModelIO(TorchDDPCheckpointIO):
+    """Files of a model whose weights FSDP2 has sharded: whole tensors, as other plugins and transformers read them."""
+
+    def save_unsharded_model(
+        self, model: Any, checkpoint: str, gather_dtensor: bool, use_safetensors: bool, use_async: bool = False
+    ) -> None:
+        state = self._whole(model, gather_dtensor, use_async)
+        kept = {name: value for name, value in state.items() if self.coordinator.is_master()}
+        if self.coordinator.is_master():
+            utils.save_state_dict(kept, checkpoint, use_safetensors)
+
+    def save_sharded_model(
+        self,
+        model: Any,
+        checkpoint_path: str,
+        gather_dtensor: bool = True,
+        prefix: str | None = None,
+        max_shard_size: int = 1024,
+        use_safetensors: bool = False,
+        use_async: bool = False,
+    ) -> None:
+        folder, is_master = Path(checkpoint_path), self.coordinator.is_master()
+        with on_all_ranks():
+            if folder.is_file():
+                raise CheckpointError(f"save_model(shard=True): {folder} is a file, expected a folder")
+            folder.mkdir(parents=True, exist_ok=True)
+        name, index_name = utils.get_model_base_filenames(prefix, use_safetensors)
+        index = CheckpointIndexFile(str(folder))
+        size = utils.save_state_dict_shards(
+            utils.shard_model_checkpoint(self._whole(model, gather_dtensor, use_async), max_shard_size),
+            str(folder),
+            index,
+            name,
+            is_master,
+            use_safetensors=use_safetensors,
+        )
+        if is_master:
+            index.append_meta_data("total_size", size)
+            index.write_index_file(index_name)
+            utils.save_config_file(model.unwrap(), str(folder))
+
+    def load_unsharded_model(
+        self, model: Any, checkpoint: str, strict: bool = True, low_cpu_mem_mode: bool = True, num_threads: int = 1
+    ) -> None:
+        with on_all_ranks():
+            state = utils.load_state_dict(checkpoint)
+        self._load(model, state, strict)
+
+    def load_sharded_model(
+        self,
+        model: Any,
+        checkpoint_index_file: Path,
+        strict: bool = False,
+        use_safetensors: bool = False,
+        load_sub_module: bool = True,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+    ) -> None:
+        with on_all_ranks():
+            index = CheckpointIndexFile.from_file(checkpoint_index_file)
+            files, _ = index.get_checkpoint_filenames()
+            if strict:
+                require_names(model.unwrap().state_dict(), index.weight_map)
+        for file in files:
+            with on_all_ranks():
+                state = utils.load_state_dict(str(file))
+            self._load(model, state, False)
+
+    def save_lora_as_pretrained(
+        self, model: Any, checkpoint: str, use_safetensors: bool = False, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        module = model.unwrap(unwrap_peft=False)
+        if state_dict is None and hasattr(module, "peft_config"):
+            marks = ("lora_", "modules_to_save", "bias")
+            adapters = {name: each for name, each in module.state_dict().items() if any(mark in name for mark in marks)}
+            state_dict = dict(WholeTensors(adapters))
+        super().save_lora_as_pretrained(model, checkpoint, use_safetensors, state_dict=state_dict)
+
+    def _whole(self, model: Any, gather_dtensor: bool, use_async: bool) -> WholeTensors:
+        if not gather_dtensor:
+            raise CheckpointError(
+                "save_model(gather_dtensor=False): files here never depend on the mesh. Leave it at True."
+            )
+        if use_async:
+            logger.warning("save_model(use_async=True): sharded weights are gathered and written at once")
+        reshard(model.unwrap(unwrap_peft=False))
+        return WholeTensors(model.unwrap().state_dict())
+
+    def _load(self, model: Any, state: dict[str, Any], strict: bool) -> None:
+        reshard(model.unwrap(unwrap_peft=False))
+        with on_all_ranks():
+            load_whole(model.unwrap(), state, strict=strict)
 
 
 def checkpoint_io(stock: CheckpointIO) -> CheckpointIO:

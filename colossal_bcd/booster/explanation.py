@@ -12,11 +12,14 @@ from torch.optim import Optimizer
 
 from colossal_bcd import memory
 from colossal_bcd.block.trained import Trained, trained_of
+from colossal_bcd.booster.fsdp import FSDP2Optimizer
 from colossal_bcd.booster.zero import ZeroOptimizer
+from colossal_bcd.fsdp.sharded_estimate import estimate as sharded_estimate
 from colossal_bcd.memory import Estimate
 from colossal_bcd.optim import ShardedOptimizer, State
 from colossal_bcd.optim.state.storage import as_seen
 from colossal_bcd.sharding import Collect, Layout, Mesh, ShardView, resolve
+from colossal_bcd.sharding.dtensor import local_values
 
 
 def explain(optimizer: Any) -> str:
@@ -54,11 +57,15 @@ def explain(optimizer: Any) -> str:
 def estimate(optimizer: Any) -> Estimate:
     """What training holds on this rank beyond the weights (see `colossal_bcd.memory`).
 
+    Under FSDP2Plugin, where these are sharded, too, it is a `ShardedEstimate`, which counts them.
+
     Args:
         optimizer: what `booster.boost` returned under a plugin of this package.
     Raises:
         TypeError: something else.
     """
+    if isinstance(optimizer, FSDP2Optimizer):
+        return sharded_estimate(optimizer.engine)
     if not isinstance(optimizer, ZeroOptimizer):
         raise TypeError(
             f"estimate: got a {type(optimizer).__name__}, expected what booster.boost returned under a plugin of "
@@ -78,16 +85,16 @@ def estimate(optimizer: Any) -> Estimate:
 
 def _trained(optimizer: Any) -> Trained:
     """What is trained by an optimizer, boosted or not."""
-    engine = isinstance(optimizer, ZeroOptimizer)
+    engine = isinstance(optimizer, (ZeroOptimizer, FSDP2Optimizer))
     return optimizer.trained if engine else trained_of(getattr(optimizer, "optim", optimizer))
 
 
 def _names(optimizer: Any, trained: Trained, held: list[Tensor]) -> tuple[list[str], set[int]]:
     """Name of every tensor that the optimizer holds, and the addresses of the model's own weights."""
-    if isinstance(optimizer, ZeroOptimizer):
+    if isinstance(optimizer, (ZeroOptimizer, FSDP2Optimizer)):
         of, named = optimizer.masters.of, optimizer.model.unwrap(unwrap_peft=False).named_parameters()
         name_of = {of[param]: name for name, param in named if param in of}
-        return [name_of[tensor] for tensor in held], {param.data_ptr() for param in of}
+        return [name_of[tensor] for tensor in held], {local_values(param).data_ptr() for param in of}
     weights = [param for param in trained.parameters() if isinstance(param, torch.nn.Parameter)]
     return list(chain(*trained.group_names(trained.num_steps))), {param.data_ptr() for param in weights}
 
@@ -99,7 +106,7 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
         specs = base.state_spec(layout, hyper).values()
         num_bytes = sum(spec.num_bytes(param.dtype) for spec in specs)
         return layout, _rounds(base, layout, hyper), num_bytes
-    of = optimizer if isinstance(optimizer, ZeroOptimizer) else None
+    of = optimizer if isinstance(optimizer, (ZeroOptimizer, FSDP2Optimizer)) else None
     layout = of.masters.layout(of.master_to_working_param[id(param)]) if of else Layout.whole(tuple(param.shape))
     state = [value.nbytes for value in base.state.get(param, {}).values() if isinstance(value, Tensor)]
     return layout, 0, sum(state) if param in base.state else None

@@ -221,9 +221,10 @@ def boosted_of(wrapper: Any) -> Boosted | None:
     names = getattr(wrapper, "parameter_names", None)
     if names is None:
         return None
-    if isinstance(getattr(wrapper, "trained", None), Trained):
-        wrapper.admit_newcomers()
-        return EngineState(wrapper, names)
+    engine = getattr(wrapper, "engine", wrapper)
+    if isinstance(getattr(engine, "trained", None), Trained):
+        engine.admit_newcomers()
+        return EngineState(engine, names)
     return (
         OtherState(wrapper, names)
         if isinstance(wrapper.optim, ShardedOptimizer) or getattr(wrapper, "has_whole_state", False)

@@ -15,8 +15,9 @@ from colossal_bcd.block.schedule import Mode
 from colossal_bcd.names import role_of
 
 _REMEDY = (
-    "Boost the model and this optimizer with a plugin of colossal_bcd.booster: LowLevelZeroPlugin(stage=2) shards "
-    "gradients and states, HybridParallelPlugin(tp_size=..., pp_size=..., zero_stage=1) weights, too."
+    "Boost the model and this optimizer with a plugin of colossal_bcd.booster: FSDP2Plugin() shards weights, gradients "
+    "and states, which is ZeRO-3, LowLevelZeroPlugin(stage=2) the latter two, and HybridParallelPlugin(tp_size=..., "
+    "pp_size=..., zero_stage=1) divides layers."
 )
 
 

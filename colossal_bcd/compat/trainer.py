@@ -42,7 +42,7 @@ class BAdamCallback(TrainerCallback):
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "BAdamCallback: the trainer uses DeepSpeed's ZeRO-3, which is not supported, expected none. Use "
-                "booster.boost with a plugin of colossal_bcd.booster, stage 1 or 2."
+                "booster.boost with FSDP2Plugin of colossal_bcd.booster, which shards weights, too."
             )
         if args.fp16:
             raise ValueError(

@@ -13,17 +13,18 @@ Freezing a sharded parameter is all that FSDP2 needs to be told: it reduces what
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from colossal_bcd.block.correction.correction import LocalGradients
 from colossal_bcd.block.gradient_checkpointing import prefer_non_reentrant
 from colossal_bcd.block.importance import squared_norms
 from colossal_bcd.block.optimizer import BlockOptimizer
-from colossal_bcd.block.trained import Trained
+from colossal_bcd.block.trained import NO_NEWCOMERS, PlainOptimizer, Trained
 from colossal_bcd.engine.agreement import SAME_CONSTRUCTION, is_equal
 from colossal_bcd.engine.failures import LateCheck, limit_waiting, says_where
 from colossal_bcd.engine.norm import scale_gradients, totals_of
@@ -31,11 +32,22 @@ from colossal_bcd.fsdp.masters import RowMasters
 from colossal_bcd.fsdp.torch_private import shard_groups
 from colossal_bcd.names import plain_name
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.foreign.bitsandbytes_states import follow_weights
+from colossal_bcd.optim.foreign.bitsandbytes_states import (
+    describe_misaligned,
+    follow_weights,
+    misaligned,
+    remember_weights,
+    require_whole_chunks,
+)
 from colossal_bcd.sharding import Sum, resolve, sum_of_squares
-from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of
+from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of, local_values
 
 logger = logging.getLogger(__name__)
+
+NO_LATE = (
+    "step: got a weight that was {} after the optimizer was attached, expected none: it has no master and no state. "
+    "Attach with it trainable and in the param groups, and freeze it afterwards."
+)
 
 
 class FsdpEngine:
@@ -64,6 +76,11 @@ class FsdpEngine:
         self._process_groups = tuple(mesh.get_group(dim) for dim in dims)
         self.mesh = axes.mesh()
         self._device = self.groups[0].device
+        base, divided = trained.base_optimizer, any(layout.axes for layout in self.layouts.values())
+        require_whole_chunks(base, self.parameter_names, divided)
+        changed = misaligned(base, self.layouts)
+        if changed and all(self.mesh.rank(axis) == 0 for axis in self.axes):
+            logger.warning(describe_misaligned(base, changed, self.parameter_names))
         self._keys = trained.keys()
         self.masters = RowMasters(trained.active_set, self.layouts)
         self.late_check = LateCheck()
@@ -98,6 +115,7 @@ class FsdpEngine:
     def drive(self, update: Callable[[], None]) -> None:
         """See `Engine`."""
         self.late_check.raise_if_bad()
+        self.require_reduced()
         self._check()
         for group in self.groups:
             group.forget_prefetched()
@@ -132,6 +150,28 @@ class FsdpEngine:
             param.grad = master.grad = None
         for group in self.groups:
             group.begin()
+
+    @torch.no_grad()
+    def gradients(self) -> dict[Parameter, Tensor]:
+        """This rank's rows of the averaged gradients between backward and step; what is written there counts.
+
+        Raises:
+            ValueError: they are not averaged yet.
+        """
+        self.require_reduced()
+        return {param: local_values(param.grad) for param in self.masters.of if param.grad is not None}
+
+    @torch.no_grad()
+    @says_where("norm of gradients")
+    def norm_of(self, grads: Mapping[Parameter, Tensor]) -> Tensor:
+        """Scalar, float64: the Euclidean norm of whole gradients, in one sum for each axis.
+
+        Args:
+            grads: what `gradients` returns; all ranks must call.
+        """
+        squares = [sum_of_squares(grad.reshape(-1), self.layouts[param].axes) for param, grad in grads.items()]
+        answers = resolve(squares, self.mesh)
+        return totals_of(dict(zip(grads, answers, strict=True)), self._device)[0].sqrt()
 
     @says_where("switch of blocks")
     def squared_weights(self, blocks: Sequence[Sequence[Parameter]]) -> Tensor:
@@ -175,8 +215,8 @@ class FsdpEngine:
             return lambda: None
         return self._home[trained[0]].end_prefetch()
 
-    def _check(self) -> None:
-        """Refuse a step on what FSDP2 no longer gathers, or on gradients that it has kept back."""
+    def require_reduced(self) -> None:
+        """Refuse to read gradients that FSDP2 has kept back."""
         for group in self.groups:
             if group.late:
                 name = self.parameter_names.get(id(group.params[0]), "?")
@@ -185,7 +225,17 @@ class FsdpEngine:
                     "it, expected that of the last micro-batch to. Call model.set_requires_gradient_sync(True) and "
                     "model.set_requires_all_reduce(True) before it."
                 )
-        for param, master in self.masters.of.items():
+
+    def _check(self) -> None:
+        """Refuse a step on what FSDP2 no longer gathers, or that this engine does not know."""
+        trained, of = self.trained, self.masters.of
+        masters = {id(master) for master in of.values()}
+        given = [tensor for group in trained.base_optimizer.param_groups for tensor in group["params"]]
+        if any(id(tensor) not in masters for tensor in given):
+            raise ValueError(NO_NEWCOMERS if not trained.plan.is_whole else NO_LATE.format("added"))
+        if trained.plan.is_whole and any(p.requires_grad and p not in of for group in trained.members for p in group):
+            raise ValueError(NO_LATE.format("thawed"))
+        for param, master in of.items():
             name = self.parameter_names[id(param)]
             if not self._home[param].stores(param):
                 raise ValueError(
@@ -276,4 +326,25 @@ def attach(model: nn.Module, optimizer: BlockOptimizer, *, max_norm: float = 0.0
         names = {param: name for name, param in optimizer.named_parameters.items()}
         engine.corrections = LocalGradients(corrector, names)
     optimizer.attach(engine, corrections=engine.corrections)
+    return engine
+
+
+def attach_plain(
+    model: nn.Module, optimizer: Optimizer, names: Mapping[int, str], *, max_norm: float = 0.0
+) -> FsdpEngine:
+    """Let an optimizer without blocks train float32 masters of a model's rows: a plan of one block, never switched.
+
+    Args:
+        model: the outermost module that was sharded.
+        optimizer: made from its parameters; without state.
+        names: of the parameters, by id.
+        max_norm: clip the global norm of the gradients; 0 does not.
+    Returns:
+        The engine, which steps by `drive(optimizer.step)`.
+    """
+    trained = PlainOptimizer(optimizer, names)
+    remember_weights(optimizer, trained.members)
+    with limit_waiting():
+        engine = FsdpEngine(model, trained, max_norm=max_norm)
+    trained.attach(engine)
     return engine

@@ -110,6 +110,7 @@ def divide_sums() -> None:
 _OF_GROUPS = (
     "fsdp_params", "device", "post_backward", "unshard", "wait_for_unshard", "is_sharded", "reduce_grads",
     "all_reduce_grads", "_training_state", "_all_gather_result", "_partial_reduce_output", "_init_mp_dtypes",
+    "mp_policy", "mesh_info", "post_forward_mesh_info",
 )  # fmt: skip
 
 
@@ -143,6 +144,23 @@ class ShardGroup:
         """Where it communicates and computes."""
         device: torch.device = self._group.device
         return device
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """In which gradients travel; None: their own."""
+        dtype: torch.dtype | None = self._group.mp_policy.reduce_dtype
+        return dtype
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share its weights."""
+        return int(self._group.mesh_info.shard_mesh_size)
+
+    @property
+    def kept_over(self) -> int:
+        """Ranks over which its weights stay divided from forward to backward; 1: they stay whole."""
+        kept = self._group.post_forward_mesh_info
+        return 1 if kept is None else int(kept.shard_mesh_size)
 
     @property
     def copies_late(self) -> bool:

@@ -281,7 +281,7 @@ def test_zero3_code_says_what_to_use_instead(argument: str, calls: int) -> None:
     with pytest.raises(
         ValueError,
         match=rf"^{argument}: got .*, expected None.*DeepSpeed.*not supported.*colossal_bcd\.booster.*"
-        r"LowLevelZeroPlugin\(stage=2\).*HybridParallelPlugin\(tp_size=",
+        r"FSDP2Plugin\(\) shards weights.*ZeRO-3.*LowLevelZeroPlugin\(stage=2\).*HybridParallelPlugin\(tp_size=",
     ):
         exec(renamed(code), {**names, "deepspeed": deepspeed, "ds_config": {"zero_optimization": {"stage": 3}}})
     assert deepspeed.calls == calls

@@ -61,7 +61,7 @@ def test_every_optimizer_equals_itself_on_one_process_or_is_refused_by_name() ->
                 different = {key for errors in (found, other) for key, error in errors.items() if error != 0}
                 expected = mesh == "tp2" and name.endswith("8bit")
                 assert {key.split(".")[-2] for key in different} == (MISALIGNED if expected else set()), case
-                assert [f"{name}: tensor parallelism divides 4 weights" in text for text in warned] == [True] * expected
+                assert [f"{name}: ranks have parts of 4 weights" in text for text in warned] == [True] * expected
                 assert all(key in warned[0] for key in different), case
 
 

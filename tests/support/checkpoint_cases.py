@@ -15,7 +15,7 @@ from torch import nn
 import colossal_bcd
 from colossal_bcd import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block import MomentumCorrection, OptimizerCorrection
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
+from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin
 
 LR = 1e-3
 BEFORE, AFTER = 5, 4
@@ -30,6 +30,9 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2 x3": (3, {"stage": 2}),
     "tp2": (2, {"tp_size": 2, "pp_size": 1, "zero_stage": 0}),
     "tp2+zero2 x4": (4, {"tp_size": 2, "pp_size": 1, "zero_stage": 2}),
+    "fsdp x2": (2, {}),
+    "fsdp x3": (3, {}),
+    "tp2+fsdp x4": (4, {"tp_size": 2}),
     "pp2": (2, {"tp_size": 1, "pp_size": 2, "zero_stage": 1, "num_microbatches": 2}),
 }
 
@@ -129,7 +132,11 @@ class Run:
     """A boosted Llama of three layers whose vocabulary tensor parallelism pads."""
 
     def __init__(self, mesh: str, optimizer: str, **overrides: Any) -> None:
-        options = {"precision": "bf16", "initial_scale": 2.0**8, **MESHES[mesh][1], **overrides}
+        options = {"precision": "bf16", **MESHES[mesh][1], **overrides}
+        plugin: Any = FSDP2Plugin
+        if "fsdp" not in mesh:
+            plugin = LowLevelZeroPlugin if "stage" in options else HybridParallelPlugin
+            options = {"initial_scale": 2.0**8, **options}
         vocab = options.pop("vocab", 250)
         dtype = torch.float32 if options["precision"] == "fp32" else torch.bfloat16
         model: Any = models.llama(vocab=vocab, layers=3)
@@ -139,7 +146,6 @@ class Run:
         model = model.to(dtype)
         made = MAKE[optimizer](model)
         self.scheduler: Any = torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1 / (1 + step))
-        plugin = LowLevelZeroPlugin if "stage" in options else HybridParallelPlugin
         self.booster = Booster(plugin=plugin(**options))
         self.model, self.engine, _, _, self.scheduler = self.booster.boost(model, made, lr_scheduler=self.scheduler)
 
@@ -148,6 +154,8 @@ class Run:
         plugin = self.booster.plugin
         group = getattr(plugin, "dp_group", dist.group.WORLD)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        if isinstance(plugin, FSDP2Plugin):  # tensor-parallel ranks have equal losses, too
+            ranks, rank = plugin.world_size, plugin.rank
         batch = models.tokens(number, batch=BATCH, vocab=250).chunk(ranks)[rank]
         if getattr(plugin, "pp_size", 1) > 1:
             data = iter([{"input_ids": batch, "labels": batch}])
@@ -165,7 +173,7 @@ class Run:
             return None
         total = loss.detach().float().clone()
         dist.all_reduce(total, group=group)
-        return (total / ranks).item()
+        return (total / dist.get_world_size(group)).item()
 
     def save(self, folder: str, shard: bool = True) -> None:
         self.booster.save_model(self.model, f"{folder}/model", shard=True, use_safetensors=True)

@@ -66,6 +66,19 @@ def remember_weights(optimizer: Any, groups: Sequence[Iterable[Parameter]]) -> N
         optimizer.mng = WeightManager(optimizer.mng, optimizer.args, groups)
 
 
+def replace_weights(optimizer: Any, new: Mapping[Any, Parameter]) -> None:
+    """Let overrides follow weights that others have taken the places of, as those that `fully_shard` makes.
+
+    Args:
+        optimizer: any; only those of bitsandbytes change.
+        new: weight by the one that it replaces.
+    """
+    if is_bitsandbytes(optimizer):
+        if not isinstance(optimizer.mng, WeightManager):
+            remember_weights(optimizer, [group["params"] for group in optimizer.param_groups])
+        optimizer.mng.replace(new)
+
+
 def follow_weights(
     optimizer: Any, tensors: Mapping[Parameter, Tensor], layouts: Mapping[Parameter, Layout] | None = None
 ) -> None:
@@ -101,6 +114,8 @@ class WeightManager(Mapping[int, Config]):
         self._places = {param: (i, j) for i, group in enumerate(groups) for j, param in enumerate(group)}
         self._weights: dict[int, Parameter] = {id(param): param for param in self._places}
         self._sizes: Mapping[Parameter, int] = {}
+        self._replaced: dict[Parameter, Config] = {}
+        """What was overridden for the weights that others have replaced, which are not kept alive."""
 
     @property
     def pid2config(self) -> Mapping[int, Config]:
@@ -111,9 +126,15 @@ class WeightManager(Mapping[int, Config]):
         self._weights = {id(tensor): param for param, tensor in tensors.items()}
         self._sizes = sizes
 
+    def replace(self, new: Mapping[Any, Parameter]) -> None:
+        """See `replace_weights`."""
+        self._replaced = {new[param]: self.overrides(param) for param in self._places if param in new}
+        self._places = {new.get(param, param): place for param, place in self._places.items()}
+        self._weights = {id(param): param for param in self._places}
+
     def overrides(self, weight: Parameter) -> Config:
         """What the user has overridden for a weight, by its place, by itself, or by module and name."""
-        config: Config = {}
+        config: Config = dict(self._replaced.get(weight, {}))
         if weight in self._places:
             config.update(self._global.index2config.get(self._places[weight], {}))
         config.update(self._global.pid2config.get(id(weight), {}))
@@ -178,15 +199,21 @@ def require_whole_chunks(optimizer: Any, names: Mapping[int, str], divided: bool
 
 
 def misaligned(optimizer: Any, layouts: Mapping[Parameter, Layout]) -> list[Parameter]:
-    """Weights in 8 bits whose chunks are not those of the whole weight, because tensor parallelism divides these."""
+    """Weights in 8 bits whose chunks are not those of the whole weight on some rank, because ranks have parts."""
     manager = getattr(optimizer, "mng", None)
     if not isinstance(manager, WeightManager):
         return []
     return [
         param
         for param, layout in layouts.items()
-        if param in manager._places and manager.is_quantised(param, layout.numel) and chunks(layout, CHUNK) is None
+        if param in manager._places and manager.is_quantised(param, layout.numel) and not _begin_at_chunks(layout)
     ]
+
+
+def _begin_at_chunks(layout: Layout) -> bool:
+    """Whether every rank's part begins at a chunk of the whole weight."""
+    piece = layout.slice
+    return chunks(layout, CHUNK) is not None and (piece is None or piece.size == 1 or piece.length % CHUNK == 0)
 
 
 def describe_misaligned(optimizer: Any, params: Sequence[Parameter], names: Mapping[int, str]) -> str:
@@ -194,9 +221,9 @@ def describe_misaligned(optimizer: Any, params: Sequence[Parameter], names: Mapp
     shown = ", ".join(f"{names[id(param)]} {tuple(param.shape)}" for param in params[:5])
     more = f" and {len(params) - 5} more" if len(params) > 5 else ""
     return (
-        f"{type(optimizer).__name__}: tensor parallelism divides {len(params)} weights into shards, {shown}{more}, "
+        f"{type(optimizer).__name__}: ranks have parts of {len(params)} weights, {shown}{more}, "
         f"whose {CHUNK} values that share a scale are others than those of the whole weight, expected runs of a "
-        f"multiple of {CHUNK}: these weights train a little differently on other numbers of tensor-parallel ranks, and "
+        f"multiple of {CHUNK}: these weights train a little differently on other numbers of ranks, and "
         "their state loads on the same number of them only. optim_bits=32, also for a weight alone by "
         "GlobalOptimManager.override_config, makes them equal."
     )
