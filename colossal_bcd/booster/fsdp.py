@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin.dp_plugin_base import DPPluginBase
 from colossalai.interface import AMPModelMixin, ModelWrapper, OptimizerWrapper
 from torch import Tensor, nn
@@ -286,6 +287,11 @@ class FSDP2Model(ModelWrapper, AMPModelMixin):
         if self._dtype is not None:
             args, kwargs = tree_map(self._cast, args), tree_map(self._cast, kwargs)
         return super().forward(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, whether its weights are offloaded or not."""
+        return get_accelerator().get_current_device()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

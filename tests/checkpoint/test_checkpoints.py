@@ -21,7 +21,7 @@ SAMPLE = {
     ("tp2+zero2 x4", "zero2 x3"): QUICK,
     ("zero2 x2", "pp2"): QUICK,
     ("pp2", "1 rank"): QUICK,
-    ("fsdp x2", "fsdp x2"): [*QUICK, "torch", "bread", "badam-residual", "bread-lora-came"],
+    ("fsdp x2", "fsdp x2"): [*QUICK, "torch", "bread", "badam-residual", "bread-lora-came", "galore-8bit"],
     ("fsdp x2", "zero2 x2"): ["badam", "badam-came", "came"],
     ("fsdp x2", "fsdp x3"): ["badam", "badam-came", "came"],
     ("zero2 x2", "fsdp x2"): ["badam", "badam-came", "came"],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from colossal_bcd.testing import run_ranks
-from examples import badam, bread, galore, quickstart, resume, tensor_parallel
+from examples import badam, bread, fsdp_booster, galore, quickstart, resume, tensor_parallel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -29,6 +29,11 @@ def test_example_on_one_process_trains(program) -> None:
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_example_under_tensor_parallelism_trains(tp_size: int) -> None:
     for losses in run_ranks(2, tensor_parallel.main, 40, tp_size):
+        assert losses[-1] < 0.9 * losses[0]
+
+
+def test_example_of_sharded_weights_under_the_booster_trains() -> None:
+    for losses in run_ranks(2, fsdp_booster.main):
         assert losses[-1] < 0.9 * losses[0]
 
 

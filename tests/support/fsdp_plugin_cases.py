@@ -21,7 +21,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from colossal_bcd import CAME, BlockOptimizer, GaLoreAdamW, Lamb
+from colossal_bcd import (
+    CAME,
+    Adafactor,
+    BlockOptimizer,
+    BlockOptimizerRatio,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreSGD,
+    GoLoreAdamW,
+    Lamb,
+)
 from colossal_bcd.booster import FSDP2Plugin, estimate, explain
 from colossal_bcd.compat import ReLoRaModel
 from colossal_bcd.fsdp.weights import WholeTensors
@@ -30,14 +40,28 @@ from support.errors import largest_error
 
 LAYERS, PERIOD, VOCAB, LR = 3, 2, 250, 1e-3
 PREFIXES = tuple(f"model.layers.{layer}." for layer in range(LAYERS))
+PROJECTED: Any = {"rank": 4, "update_proj_gap": 2, "clamp": True}
 BASES: dict[str, Any] = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=0.1),
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
     "lamb": lambda params: Lamb(params, lr=LR, weight_decay=0.1),
     "came": lambda params: CAME(params, lr=LR, weight_decay=0.1),
     "original came": lambda params: came_pytorch.CAME(params, lr=LR, weight_decay=0.1),
-    "galore": lambda params: GaLoreAdamW(params, lr=LR, rank=4, update_proj_gap=2, clamp=True),
+    "adafactor": lambda params: Adafactor(params, beta1=0.9, weight_decay=0.1),
+    "galore": lambda params: GaLoreAdamW(params, lr=LR, **PROJECTED),
+    "golore": lambda params: GoLoreAdamW(params, lr=LR, random_from_step=3, **PROJECTED),
+    "galore sgd": lambda params: GaLoreSGD(params, lr=0.05, momentum=0.9, **PROJECTED),
+    "galore adafactor": lambda params: GaLoreAdafactor(params, beta1=0.9, **PROJECTED),
+    "ratio": lambda params: ratio(list(params)),
 }
+
+
+def ratio(params: list[Any]) -> BlockOptimizerRatio:
+    """Of a Llama's weights, or of masters in their places."""
+    names = [name for name, _ in models.llama(vocab=VOCAB, layers=LAYERS).named_parameters()]
+    named = [(name, param.requires_grad_()) for name, param in zip(names, params, strict=True)]
+    options: dict[str, Any] = {"switch_every": PERIOD, "include_embedding": True, "include_lm_head": True}
+    return BlockOptimizerRatio(params, named, update_ratio=0.3, mask_mode="scatter", lr=LR, verbose=0, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
