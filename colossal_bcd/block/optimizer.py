@@ -197,7 +197,10 @@ class BlockOptimizer(Hosted, Optimizer):
     @property
     def state(self) -> Any:
         """State of the base optimizer, by what its groups hold."""
-        refuse_torch_checkpoint(type(self).__name__, "Use torch.save(optimizer.state_dict(), path).")
+        save = "torch.save(optimizer.state_dict(), path)"
+        if self.engine is not None:
+            save = "colossal_bcd.fsdp.save_optimizer(engine, path)"
+        refuse_torch_checkpoint(type(self).__name__, f"Use {save}.")
         return self.__dict__["state"]
 
     @state.setter

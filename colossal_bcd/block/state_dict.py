@@ -74,8 +74,8 @@ def load_state(trained: Trained, saved: Mapping[str, Any]) -> None:
 def _require_local(trained: Trained) -> None:
     if trained.engine is not None:
         raise ValueError(
-            "state dict of a BlockOptimizer: an engine holds the masters, and only parts of them. Save "
-            "the model; a run starts at its first block."
+            "state dict of a BlockOptimizer: an engine holds the masters, and only parts of them, expected none. Use "
+            "booster.save_optimizer(optimizer, path) or colossal_bcd.fsdp.save_optimizer(engine, path)."
         )
 
 

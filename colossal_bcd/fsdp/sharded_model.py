@@ -23,7 +23,7 @@ def shard(
     *,
     mp_policy: Any = None,
     offload_policy: Any = None,
-    reshard_after_forward: bool | int = True,
+    reshard_after_forward: bool | int | None = None,
 ) -> nn.Module:
     """Shard a model by torch's `fully_shard`: each layer, the embeddings and the head as a group, the rest as another.
 
@@ -36,7 +36,7 @@ def shard(
         mp_policy: torch's MixedPrecisionPolicy; None: none.
         offload_policy: torch's CPUOffloadPolicy; None: none.
         reshard_after_forward: whether backward gathers again (True) or weights stay (False), or the number of ranks
-            over which they stay.
+            over which they stay.  None: backward gathers again what is not in the group of the rest.
     Returns:
         The model.
     Raises:
@@ -50,9 +50,13 @@ def shard(
         mesh = mesh or init_device_mesh(communication_device().type, (num_ranks(),))
     if mesh.device_type == "cpu":
         enable_cpu()
-    policies = {"mp_policy": mp_policy, "offload_policy": offload_policy}
-    options: dict[str, Any] = {name: policy for name, policy in policies.items() if policy is not None}
-    options.update(mesh=mesh, reshard_after_forward=reshard_after_forward)
+    given = {
+        "mp_policy": mp_policy,
+        "offload_policy": offload_policy,
+        "reshard_after_forward": reshard_after_forward,
+    }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options["mesh"] = mesh
     frozen = {name for name, param in model.named_parameters() if is_frozen_here(param)}
     for module in _separate_groups(model):
         fully_shard(module, **options)

@@ -43,6 +43,8 @@ CLOSE = {
     "clip": Case(**SGD, max_norm=0.5),
     "one reduction of two micro-batches": Case(**SGD, accumulate=2, sync=False, max_norm=0.5),
     "two reductions": Case(**SGD, accumulate=2),
+    "galore": Case(dtype=F64, base="galore"),
+    **{base: Case(dtype=F64, base=base, turns=1, max_norm=0.5) for base in ("lamb", "came", "adafactor")},
     "checkpointing": Case(**SGD, checkpoint=False, accumulate=2, sync=False),
     "ends": Case(**SGD, prefixes=ENDS, turns=len(ENDS), by_user=True, evaluate=True),
     "tied and offloaded": Case(

@@ -144,7 +144,7 @@ def test_a_gradient_that_only_some_ranks_have_counts_and_one_that_none_has_does_
 
 def test_what_would_train_wrongly_raises_with_the_remedy(found: Any) -> None:
     for each in found:
-        forgotten, unattached, plain, norm, again, shard, closure, kept, steps = each["guards"]
+        forgotten, unattached, plain, norm, again, shard, closure, kept, steps, *others = each["guards"]
         assert "Call colossal_bcd.fsdp.attach(model, optimizer)" in forgotten
         assert "Call colossal_bcd.fsdp.attach(model, optimizer)" in unattached
         assert "expected a BlockOptimizer" in plain
@@ -154,6 +154,10 @@ def test_what_would_train_wrongly_raises_with_the_remedy(found: Any) -> None:
         assert "closure: got one under an engine" in closure
         assert "set_requires_gradient_sync(True)" in kept
         assert "point_to: got it after 1 steps" in steps
+        ratio, state, torchs = others
+        assert "Use a BlockOptimizer with colossal_bcd.fsdp.attach" in ratio
+        assert "colossal_bcd.fsdp.save_optimizer(engine, path)" in state
+        assert "colossal_bcd.fsdp.save_optimizer(engine, path)" in torchs
 
 
 def test_a_step_after_gradients_that_are_not_finite_raises_on_all_ranks(found: Any) -> None:

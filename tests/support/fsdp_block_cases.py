@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from colossal_bcd import CAME, Adafactor, AdamW, BlockOptimizer, GaLoreAdamW, Lamb, fsdp
+from colossal_bcd import CAME, Adafactor, AdamW, BlockOptimizer, GaLoreSGD, Lamb, fsdp
 from colossal_bcd.fsdp.torch_private import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from support.errors import largest_error
 
@@ -30,7 +30,7 @@ BASES: dict[str, Any] = {
     "lamb": lambda params: Lamb(params, lr=LR, weight_decay=0.1),
     "came": lambda params: CAME(params, lr=LR, weight_decay=0.1),
     "adafactor": lambda params: Adafactor(params, beta1=0.9, weight_decay=0.1),
-    "galore": lambda params: GaLoreAdamW(params, lr=LR, rank=4, update_proj_gap=2, clamp=True),
+    "galore": lambda params: GaLoreSGD(params, lr=0.05, momentum=0.9, rank=4, update_proj_gap=2, clamp=True),
 }
 OFFLOAD = CPUOffloadPolicy(pin_memory=False)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from fsdp_block_cases import BASES, LAYERS, PERIOD, VOCAB, Case, whole
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from colossal_bcd import BlockOptimizer, fsdp
+from colossal_bcd import BlockOptimizer, BlockOptimizerRatio, fsdp
 from colossal_bcd.fsdp.torch_private import ShardGroup, fully_shard, shard_groups
 from colossal_bcd.testing import CollectiveCounter, live_bytes
 from support.errors import largest_error
@@ -239,7 +240,8 @@ def embeddings_output_needs_no_gradient() -> list[bool]:
     """Whether the embeddings' output needs a gradient: as transformers asks for it, and with an engine."""
     case = Case(checkpoint=False, mode="descending")
     model = case.build()
-    model.enable_input_require_grads()
+    if not hasattr(model, "_require_grads_hook"):  # else transformers has called it when checkpointing was enabled
+        model.enable_input_require_grads()
     found: list[bool] = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: found.append(out.requires_grad))
     model.requires_grad_(False)
@@ -363,6 +365,10 @@ def guards() -> list[str]:
     model.set_requires_gradient_sync(True)
     cases.advance(Case(), model, optimizer, 0)
     found.append(message(lambda: optimizer.point_to(dict(model.named_parameters()))))
+    named = list(model.named_parameters())
+    found.append(message(lambda: BlockOptimizerRatio(model.parameters(), named)))
+    found.append(message(optimizer.state_dict))
+    found.append(message(lambda: get_optimizer_state_dict(model, optimizer)))
     return found
 
 

@@ -27,6 +27,7 @@ from colossal_bcd.optim.options import require, require_adam
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.optim.state.stack import Member
 from colossal_bcd.sharding import Layout, Mesh, Rounds, ShardView, square_sum
+from colossal_bcd.sharding.dtensor import is_dtensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,13 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
             seed=options.seed,
         )
         model = read_parameters(named_parameters_list)
+        sharded = next((name for name, param in model.parameters.items() if is_dtensor(param)), None)
+        if sharded is not None:
+            raise ValueError(
+                f"BlockOptimizerRatio: parameter {sharded!r} is a DTensor of which this process has a part, expected "
+                "whole parameters. Use a BlockOptimizer with colossal_bcd.fsdp.attach, or booster.boost with a plugin "
+                "of colossal_bcd.booster, which shards what trains."
+            )
         self._names = {param: name for name, param in model.parameters.items()}
         # Of several patterns that match a name the last one counts.
         self._ratios: dict[str, float] = {}
