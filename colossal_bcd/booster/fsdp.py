@@ -66,7 +66,7 @@ class FSDP2Plugin(DPPluginBase):
         max_norm: clip the global norm of the gradients of what trains; 0 does not.
         cpu_offload: weights, masters, state and the update are on the CPU.
         reshard_after_forward: gather weights again for backward (True), keep them (False), or keep them sharded over
-            so many ranks.
+            so many ranks; those of the outermost group stay in any case.
         reduce_dtype: dtype in which gradients travel; None: that of the weights.
         tp_size: ranks that divide layers below FSDP2, and get the same batches.
         tp_plan: see `fsdp.parallelize`; None: the model's own plan.
@@ -255,7 +255,7 @@ class FSDP2Plugin(DPPluginBase):
             self.mesh,
             mp_policy=None if self.reduce_dtype is None else MixedPrecisionPolicy(reduce_dtype=self.reduce_dtype),
             offload_policy=CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else None,
-            reshard_after_forward=self.reshard_after_forward,
+            reshard_after_forward=None if self.reshard_after_forward is True else self.reshard_after_forward,
         )
         if self.verbose and dist.get_rank() == 0:
             groups = sum(isinstance(module, FSDPModule) for module in model.modules())

@@ -6,10 +6,13 @@ import re
 from typing import Any
 
 import fsdp_plugin_cases as cases
+import models
 import pytest
 import torch
 from fsdp_plugin_cases import LAYERS, Case
+from torch.distributed.tensor.parallel import ColwiseParallel
 
+from colossal_bcd.fsdp.tensor_parallel import styles_of
 from colossal_bcd.testing import run_ranks
 
 BF16: Any = {"dtype": torch.bfloat16}
@@ -167,3 +170,27 @@ def test_overrides_of_bitsandbytes_follow_the_sharded_weights(found: Any) -> Non
 
 def test_a_share_of_every_tensor_trains_as_under_zero(found: Any) -> None:
     assert found["ratio"] <= 1e-12
+
+
+def test_models_are_saved_whole_and_loaded_in_the_middle_of_a_run(found: Any) -> None:
+    """Float32 masters of before would overwrite what was loaded at the next step."""
+    files = found["files"]
+    assert "got a checkpoint without [] and with ['model.layers.3" in files.pop("other")
+    assert files == dict.fromkeys(files, True)
+    assert len(files) == 7
+
+
+def test_a_head_that_is_tied_or_does_not_divide_stays_whole() -> None:
+    plan = {
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+        "lm_head": "colwise_rep",
+    }
+    assert "lm_head" in styles_of(models.llama(), 2, plan)
+    assert "lm_head" not in styles_of(models.llama(tied=True), 2, plan)
+    assert "lm_head" not in styles_of(models.llama(vocab=251), 2, plan)
+    plan["model.layers.*.mlp.up_proj"] = ColwiseParallel()
+    model = models.llama()
+    model.config.num_attention_heads = model.config.num_key_value_heads = 5
+    with pytest.raises(ValueError, match=r"up_proj' has a weight of \(96, 64\), expected ColwiseParallel to divide"):
+        styles_of(model, 5, plan)

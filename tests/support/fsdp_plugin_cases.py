@@ -20,6 +20,7 @@ from colossalai.interface import ModelWrapper
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from colossal_bcd import (
     CAME,
@@ -32,7 +33,7 @@ from colossal_bcd import (
     GoLoreAdamW,
     Lamb,
 )
-from colossal_bcd.booster import FSDP2Plugin, LowLevelZeroPlugin, estimate, explain
+from colossal_bcd.booster import CheckpointFolder, FSDP2Plugin, LowLevelZeroPlugin, estimate, explain
 from colossal_bcd.compat import ReLoRaModel
 from colossal_bcd.fsdp.weights import WholeTensors
 from colossal_bcd.testing import CollectiveCounter, live_bytes
@@ -190,6 +191,7 @@ def everything(cases: dict[str, Case]) -> dict[str, Any]:
         "lora": lora(),
         "overrides": overrides(),
         "ratio": ratio(),
+        "files": files(),
     }
 
 
@@ -307,6 +309,49 @@ def bytes_by_moment(dtype: torch.dtype) -> dict[str, Any]:
     return found
 
 
+def shared_folder() -> str:
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def files() -> dict[str, Any]:
+    """Files of a model in the middle of training, and what loading them leaves."""
+    run, folder = Run(Case(dtype=torch.bfloat16)), shared_folder()
+    for step in range(3):
+        run.step(step)
+    with torch.no_grad():  # the weights of the outermost group stay whole after it
+        models.loss(run.model, batch(0, 0))
+    run.booster.save_model(run.model, f"{folder}/model.pt")
+    run.booster.save_model(run.model, f"{folder}/shards", shard=True, size_per_shard=0.1, use_safetensors=True)
+    CheckpointFolder(f"{folder}/run").save(run.booster, run.model, run.optimizer, run.scheduler, step=3)
+    dist.barrier()
+    weights = run.weights()
+    one = torch.load(f"{folder}/model.pt", weights_only=True)
+    names = [name for name, _ in run.model.unwrap().named_parameters()]
+    whole = [torch.equal(one[name], weight) for name, weight in zip(names, weights, strict=True)]
+    read = dict(LlamaForCausalLM.from_pretrained(f"{folder}/shards", torch_dtype="auto").named_parameters())
+    found = {"whole": all(whole), "transformers": all(map(torch.equal, [read[name] for name in names], weights))}
+    losses = [run.step(step) for step in range(3, 6)]
+    for path in (f"{folder}/shards", f"{folder}/model.pt"):
+        run.step(9)
+        run.booster.load_model(run.model, path)
+        found[f"loaded {path[len(folder) :]}"] = all(map(torch.equal, run.weights(), weights))
+        masters = run.optimizer.masters.of.items()
+        found[f"masters {path[len(folder) :]}"] = all(
+            torch.equal(master.bfloat16(), run.optimizer.masters.weight_of(param)) for param, master in masters
+        )
+    resumed = CheckpointFolder(f"{folder}/run").load(run.booster, run.model, run.optimizer, run.scheduler)
+    assert resumed is not None
+    found["resumed"] = [run.step(step) for step in range(3, 6)] == losses
+    other = models.llama(vocab=VOCAB, layers=LAYERS + 1)
+    if dist.get_rank() == 0:
+        torch.save(dict(other.state_dict()), f"{folder}/other.pt")
+    dist.barrier()
+    found["other"] = message(lambda: run.booster.load_model(run.model, f"{folder}/other.pt"))
+    return found
+
+
 def lora() -> dict[str, Any]:
     """Adapters train, and what they adapt does not; they are saved as peft saves them."""
     plugin = FSDP2Plugin()
@@ -322,11 +367,10 @@ def lora() -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     end = dict(WholeTensors(inner.state_dict()))
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    booster.save_lora_as_pretrained(model, folder[0], use_safetensors=True)
+    folder = shared_folder()
+    booster.save_lora_as_pretrained(model, folder, use_safetensors=True)
     dist.barrier()
-    saved = load_file(f"{folder[0]}/adapter_model.safetensors")
+    saved = load_file(f"{folder}/adapter_model.safetensors")
     same = [torch.equal(value, end[name.replace(".weight", ".default.weight")]) for name, value in saved.items()]
     changed = {name for name in start if not torch.equal(start[name], end[name])}
     return {
