@@ -66,7 +66,7 @@ $(LATEST)/.installed: setup.py
 	$(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/pip install --quiet torch==2.13.0
 	$(LATEST)/bin/pip install --quiet --editable '.[trainer,low-bit]' torch==2.13.0 'transformers>=5' \
-		'came_pytorch>=0.1.3' 'galore_torch>=1.0' hypothesis 'lion-pytorch>=0.2' 'pytest>=8' 'pytest-xdist>=3.6' pytorch_optimizer \
+		'badam>=1.4' 'came_pytorch>=0.1.3' 'galore_torch>=1.0' hypothesis 'lion-pytorch>=0.2' 'pytest>=8' 'pytest-xdist>=3.6' pytorch_optimizer \
 		schedulefree click matplotlib rich tokenizers
 	@touch $@
 
