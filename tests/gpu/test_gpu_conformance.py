@@ -82,7 +82,7 @@ def test_one_step_in_low_precision_is_within_its_roundings(name: str, dtype: tor
         want = row.reference(start.double(), grad.double(), {"key": index}, **told)
         # The decay and the step each round the weight to its dtype.  The step itself is a few dozen float32 operations
         # and sums of at most 65,472 values, added up as trees of 16 levels.
-        largest = max(start.abs().max().item(), want.abs().max().item())
+        largest = torch.stack((start.double(), want)).abs().max().item()
         bound = 2 * torch.finfo(dtype).eps * largest + 64 * 2**-24 * (want - start.double()).abs().max().item()
         assert largest_error(param.detach().cpu(), want) <= bound, tuple(start.shape)
 

@@ -10,7 +10,7 @@ def with_signs(vectors):
     """[n, q] with the first component of each column that is within 1 % of its largest made positive."""
     columns = []
     for column in vectors.T:
-        largest = max(abs(value) for value in column.tolist())
+        largest = column.abs().max().item()
         leading = next(value for value in column.tolist() if abs(value) >= 0.99 * largest)
         columns.append(column if leading > 0 else -column)
     return torch.stack(columns, 1)
