@@ -25,13 +25,17 @@ from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole, prefer_non_reentrant
 from colossal_bcd.block.trained import is_plain, trained_of
 from colossal_bcd.booster.adapters import adopt_adapters
-from colossal_bcd.booster.casts.fitness import Given, require_fit
 from colossal_bcd.booster.casts.registry import cast, names_of
 from colossal_bcd.engine.agreement import differing, gathered, num_ranks
+from colossal_bcd.engine.fitness import Given, require_fit
 
 FOLLOWING = (
     "Boost with them trainable and freeze them afterwards (torch's DDP then asks for find_unused_parameters=True), or "
     "use LowLevelZeroPlugin or HybridParallelPlugin of colossal_bcd.booster, which follow."
+)
+UNDIVIDED = (
+    "Use an optimizer of colossal_bcd, or a plugin that divides none: TorchDDPPlugin, or HybridParallelPlugin with "
+    "tp_size=1, pp_size=1, zero_stage=0."
 )
 
 
@@ -53,7 +57,7 @@ def ready_to_boost(model: nn.Module, optimizer: Any, given: Given) -> Optimizer:
             raise ValueError(f"module {name!r} has sparse gradients, expected dense ones. Build it with sparse=False.")
     keep_checkpoints_whole()
     optimizer = cast(optimizer, measured=True)
-    require_fit(optimizer, given)
+    require_fit(optimizer, given, "boost", UNDIVIDED)
     if isinstance(optimizer, (BlockOptimizer, BlockOptimizerRatio)):
         prefer_non_reentrant(model)
     return optimizer

@@ -30,7 +30,6 @@ from colossal_bcd.booster.arguments import (
     refuse_torch_reducer,
 )
 from colossal_bcd.booster.boosting import configured_by_stock, ready_to_boost, same_start, thawed
-from colossal_bcd.booster.casts.fitness import Given
 from colossal_bcd.booster.casts.registry import names_of, shapes_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
@@ -40,6 +39,7 @@ from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.config import EngineConfig, LowRankOptions
 from colossal_bcd.engine.failures import limit_waiting, says_where
+from colossal_bcd.engine.fitness import Given
 from colossal_bcd.sharding import Layout
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ From backward to the step
     norm           one norm of gradients over all axes, and norms of blocks
     newcomers      weights that were thawed or added, and those that no batch uses
 What keeps ranks together
+    fitness        whether an optimizer of another package is right on parts of tensors
     agreement      one check that ranks have the same
     failures       time limits, errors that say in which round a rank was lost, steps that were not finite
     config         what a host decides

@@ -27,6 +27,7 @@ from colossal_bcd.block.optimizer import BlockOptimizer
 from colossal_bcd.block.trained import NO_NEWCOMERS, PlainOptimizer, Trained
 from colossal_bcd.engine.agreement import SAME_CONSTRUCTION, is_equal
 from colossal_bcd.engine.failures import LateCheck, limit_waiting, says_where
+from colossal_bcd.engine.fitness import require_fit
 from colossal_bcd.engine.norm import scale_gradients, totals_of
 from colossal_bcd.fsdp.masters import RowMasters
 from colossal_bcd.fsdp.torch_private import shard_groups
@@ -47,6 +48,10 @@ logger = logging.getLogger(__name__)
 NO_LATE = (
     "step: got a weight that was {} after the optimizer was attached, expected none: it has no master and no state. "
     "Attach with it trainable and in the param groups, and freeze it afterwards."
+)
+IN_WHOLE = (
+    "Use an optimizer of colossal_bcd, such as Adafactor, CAME, Lamb or GaLoreAdamW, which computes with whole "
+    "matrices on any mesh."
 )
 
 
@@ -318,6 +323,8 @@ def attach(model: nn.Module, optimizer: BlockOptimizer, *, max_norm: float = 0.0
             f"{torch.__version__}, which corrects by gradients before they have arrived; expected pin_memory=False, or "
             "torch 2.13 or later."
         )
+    divided = any(param.device_mesh.size() > 1 for param in sharded if is_dtensor(param))
+    require_fit(optimizer, "parts" if divided else "wholes", "attach", IN_WHOLE)
     with limit_waiting():
         engine = FsdpEngine(model, optimizer, max_norm=float(max_norm))
     engine.agree()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
@@ -66,16 +67,19 @@ def optimizer_of(name: str, model: Net, in_blocks: bool) -> Any:
     return wrap(model, base, verbose=0, switch_block_every=PERIOD) if in_blocks else base
 
 
-def expected(name: str, in_blocks: bool) -> list[Tensor]:
-    """Weights of one process that averages the ranks' gradients; blocks by a new optimizer for each."""
+def expected(name: str, in_blocks: bool, becomes: Callable[[Any], Any] | None = None) -> list[Tensor]:
+    """Weights of one process that averages the ranks' gradients; blocks by a new optimizer for each.
+
+    What a plugin casts is stepped as what it becomes.
+    """
+    becomes = becomes or functools.partial(cast, measured=True)
     model = Net(layers=LAYERS, width=5)
-    # What a plugin casts is stepped as what it becomes.
-    optimizer = None if in_blocks else cast(make(name, model), measured=True)
+    optimizer = None if in_blocks else becomes(make(name, model))
     for step in range(STEPS[in_blocks]):
         if in_blocks and step % PERIOD == 0:
             layer = model.layers[step // PERIOD % LAYERS]
             model.requires_grad_(False)
-            optimizer = cast(make(name, layer.requires_grad_(True)), measured=True)
+            optimizer = becomes(make(name, layer.requires_grad_(True)))
         grads = []
         for rank in range(dist.get_world_size()):
             model.zero_grad()

@@ -1,5 +1,4 @@
 """What the user's optimizer becomes when it is boosted.
 
 registry  the table of casts by qualified class name, and the cast itself
-fitness   whether an optimizer of another package can be sharded as it is
 """

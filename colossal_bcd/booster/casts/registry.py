@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from colossal_bcd.low_rank import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from colossal_bcd.names import plain_name
 from colossal_bcd.optim import CAME, Adafactor, Lamb, ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import require_sound
+from colossal_bcd.optim.foreign.elementwise import ELEMENTWISE, is_of, runs_update_of
 from colossal_bcd.optim.register import registered
 
 logger = logging.getLogger(__name__)
@@ -26,21 +26,6 @@ Group = Mapping[str, Any]
 
 OPTIMIZERS = registered("colossal_bcd.optim", "colossal_bcd.low_rank")
 """Every optimizer of this package by its public name, with what its file says that it replaces."""
-
-_BITS = ("", "8bit", "32bit")
-
-ELEMENTWISE: dict[str, set[str]] = {
-    "torch.optim": {
-        "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
-    },
-    "transformers.optimization": {"AdamW"},
-    "colossalai.nn.optimizer": {"CPUAdam", "FusedAdam", "FusedSGD", "HybridAdam"},
-    "bitsandbytes.optim": {
-        *map("".join, product(("Adagrad", "RMSprop", "SGD"), _BITS)),
-        *map("".join, product(("", "Paged"), ("Adam", "AdamW", "AdEMAMix", "Lion"), _BITS)),
-    },
-}  # fmt: skip
-"""Package -> optimizers whose update of a value needs that value alone: right on any shard as they are."""
 
 WHOLE_MATRIX: dict[str, set[str]] = {
     "torch.optim": {"Adafactor", "LBFGS", "Muon"},
@@ -202,17 +187,6 @@ CASTS: dict[str, tuple[Any, Callable[[Any, Group], dict[str, Any]]]] = {
 """Qualified name -> our class, and what differs from the keys of a group (or of the defaults)."""
 
 
-UPDATE_METHODS = ("step", "update_step", "_get_lr", "_get_options", "_rms", "_approx_sq_grad")
-"""What makes the update: bitsandbytes' optimizers share `step` and differ in the second; the others are Adafactor's."""
-
-
-def is_known_elementwise(optimizer: Optimizer) -> bool:
-    """Whether the optimizer runs the update of one of `ELEMENTWISE`."""
-    home, unchanged = _origin(type(optimizer))
-    package, _, name = (home or "").rpartition(".")
-    return unchanged and name in ELEMENTWISE.get(package, ())
-
-
 def cast(optimizer: Optimizer, *, measured: bool = False) -> Optimizer:
     """The optimizer to train with on a mesh.
 
@@ -318,8 +292,7 @@ def _origin(cls: type) -> tuple[str | None, bool]:
     """Name of its nearest ancestor that is in the tables (it may be itself), and whether it runs that one's update."""
     for parent in cls.__mro__:
         if (name := _known(parent)) is not None:
-            methods: list[Any] = [[getattr(c, method, None) for c in (parent, cls)] for method in UPDATE_METHODS]
-            return name, all(inspect.unwrap(theirs) is inspect.unwrap(own) for theirs, own in methods)
+            return name, runs_update_of(parent, cls)
     return None, False
 
 
@@ -330,7 +303,7 @@ def _known(cls: type) -> str | None:
         listed = name in CASTS or any(
             cls.__qualname__ in table.get(package, ()) for table in (ELEMENTWISE, WHOLE_MATRIX, BLOCKWISE)
         )
-        if listed and (cls.__module__ == package or cls.__module__.startswith(package + ".")):
+        if listed and is_of(cls, package):
             return name
     return None
 
