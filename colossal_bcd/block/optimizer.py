@@ -199,7 +199,7 @@ class BlockOptimizer(Hosted, Optimizer):
         """State of the base optimizer, by what its groups hold."""
         save = "torch.save(optimizer.state_dict(), path)"
         if self.engine is not None:
-            save = "colossal_bcd.fsdp.save_optimizer(engine, path)"
+            save = "dcp.save({..., 'optim': colossal_bcd.fsdp.Checkpointable(engine)}, ...)"
         refuse_torch_checkpoint(type(self).__name__, f"Use {save}.")
         return self.__dict__["state"]
 

@@ -93,7 +93,10 @@ class LocalTensors:
         self.members: list[list[tuple[int, str]]] = [[] for _ in (*boosted.groups(), "waiting")]
         """Numbers and names of the parameters of each group, and of those that wait."""
         active, waiting = boosted.active(), boosted.waiting()
-        apart = [] if isinstance(self._base, ShardedOptimizer) else [*active, *waiting]
+        # Nothing is learnt from parameters of which this rank has no values: all of their state is empty alike.
+        apart = [each for each in (*active, *waiting) if each.layout.num_local]
+        if isinstance(self._base, ShardedOptimizer):
+            apart = []
         self._constant = constant_names(
             (trained.layout.local_shape, taken_apart(boosted.state(trained))[0]) for trained in apart
         )

@@ -192,7 +192,7 @@ class Loading:
         states = self._checkpoint.states_of(trained.name)
         if states.pop(MASTER, None) is not None:
             region = elements(trained.layout)
-            region.write(tensor, region.pick(self._checkpoint.tensor(f"{trained.name}.{MASTER}")))
+            region.write(tensor, self._checkpoint.pick(f"{trained.name}.{MASTER}", region))
         numbers = self._manifest["numbers"].get(trained.name)
         if numbers is None or not self._is_sharded:
             base.state.pop(tensor, None)
@@ -208,9 +208,11 @@ class Loading:
 
     def _write(self, owner: str, filed: FiledTensor, state: dict[str, Any]) -> None:
         name = f"{owner}.{filed.name}"
-        is_saved = name in self._checkpoint.index
-        full = self._checkpoint.tensor(name if is_saved else f"{owner}.{filed.mean_of}")
-        write(filed, state, filed.region.pick(full if is_saved else full.mean(-1)))
+        if name in self._checkpoint.index:
+            values = self._checkpoint.pick(name, filed.region)
+        else:
+            values = filed.region.pick(self._checkpoint.tensor(f"{owner}.{filed.mean_of}").mean(-1))
+        write(filed, state, values)
 
     def _load_contributors(self) -> None:
         boosted, manifest = self._boosted, self._manifest
@@ -244,8 +246,9 @@ class Loading:
             name, mark, of = full.partition(MARK)
             if mark and of != here:
                 continue
-            read = self._checkpoint.tensor(f"{trained.name}.{full}")
+            full_name = f"{trained.name}.{full}"
             if said["kind"] in SAME_ON_ALL:
+                read = self._checkpoint.tensor(full_name)
                 # torch's optimizers keep the step on the host unless a captured graph counts it.
                 on_device = name != "step" or group.get("capturable") or group.get("fused")
                 tensors[name] = read.to(tensor.device if on_device else "cpu", copy=True)
@@ -254,8 +257,9 @@ class Loading:
             assert region is not None
             lead = region.lead if isinstance(region, StackedRegion) else ()
             shape = (num_chunks(trained.layout),) if said["kind"] == "chunks" else tuple(tensor.shape)
-            tensors[name] = torch.zeros(lead + shape, dtype=read.dtype, device=tensor.device)
-            region.write(tensors[name], region.pick(read))
+            values = self._checkpoint.pick(full_name, region)
+            tensors[name] = torch.zeros(lead + shape, dtype=values.dtype, device=tensor.device)
+            region.write(tensors[name], values)
         return completed(base, put_together(tensors, numbers), trained.layout)
 
 

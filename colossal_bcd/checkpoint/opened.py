@@ -15,6 +15,7 @@ from torch import Tensor
 from colossal_bcd.checkpoint.errors import CheckpointError
 from colossal_bcd.checkpoint.files import check_file, read_json
 from colossal_bcd.checkpoint.manifest import FORMAT, OLD_VERSIONS, VERSION, upgraded
+from colossal_bcd.sharding.regions import Region
 
 TORCH_INDEX = ".index.json"
 """How the name of ColossalAI's index of a folder ends."""
@@ -65,6 +66,10 @@ class Checkpoint:
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor
 
+    def pick(self, name: str, region: Region) -> Tensor:
+        """Read a region of a tensor, [n]."""
+        return region.pick(self.tensor(name))
+
 
 def open_checkpoint(path: Path, index: str, *, contents: bool) -> Checkpoint | dict[str, Any]:
     """Find out what a folder, an index or a file is.
@@ -96,7 +101,7 @@ def open_checkpoint(path: Path, index: str, *, contents: bool) -> Checkpoint | d
     return opened_state(read_torch(path, contents=contents), str(path))
 
 
-def _checked(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
+def checked_manifest(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest of this version, or of one that loads, too, as one of this version."""
     if manifest.get("format") != FORMAT or manifest.get("version") not in (VERSION, *OLD_VERSIONS):
         raise CheckpointError(
@@ -107,7 +112,7 @@ def _checked(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_index(index: Path) -> Checkpoint:
-    manifest = _checked(str(index), read_json(index))
+    manifest = checked_manifest(str(index), read_json(index))
     for name, said in manifest["files"].items():
         check_file(index.parent / name, said, contents=False)
     return Checkpoint(str(index), manifest, {}, index.parent)
@@ -122,7 +127,7 @@ def opened_state(state: dict[str, Any], name: str = "state dict") -> Checkpoint 
                 "'param_groups'). It is something else."
             )
         return state
-    manifest = _checked(name, state["manifest"])
+    manifest = checked_manifest(name, state["manifest"])
     names = {key: name for name, key in manifest["keys"].items()}
     tensors = {
         f"{names[key]}.{name_in_state}": value

@@ -6,7 +6,8 @@ their layouts from the DTensors (see `sharding.dtensor`).
 engine          `attach`: blocks on sharded weights; a picture of a step
 masters         rows of what trains, in the precision in which they are updated
 sharded_model   `shard`: groups of FSDP2 that are the blocks
-checkpoint      `save_optimizer`, `load_optimizer`: files that load on any mesh, under every engine
+checkpoint      `save_optimizer`, `load_optimizer`: files that load on any mesh, under every engine; `Checkpointable`:
+                the same by torch.distributed.checkpoint
 weights         whole tensors of a sharded model, for files that any mesh reads, and back
 tensor_parallel   `parallelize`: layers are divided below FSDP2
 sharded_estimate   `estimate`: bytes of a rank, with its part of the weights
@@ -20,7 +21,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colossal_bcd.fsdp.checkpoint import load_optimizer, save_optimizer
+    from colossal_bcd.fsdp.checkpoint import Checkpointable, load_optimizer, save_optimizer
     from colossal_bcd.fsdp.cpu import enable_cpu
     from colossal_bcd.fsdp.engine import FsdpEngine, attach
     from colossal_bcd.fsdp.sharded_estimate import estimate
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from colossal_bcd.fsdp.torch_private import fully_shard
 
 _HOMES = {
+    "Checkpointable": "colossal_bcd.fsdp.checkpoint",
     "FsdpEngine": "colossal_bcd.fsdp.engine",
     "attach": "colossal_bcd.fsdp.engine",
     "enable_cpu": "colossal_bcd.fsdp.cpu",
@@ -40,6 +42,7 @@ _HOMES = {
     "shard": "colossal_bcd.fsdp.sharded_model",
 }
 __all__ = [
+    "Checkpointable",
     "FsdpEngine",
     "attach",
     "enable_cpu",

@@ -9,10 +9,11 @@ import fsdp_block_cases as cases
 import models
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from fsdp_block_cases import Case, whole
 from torch import nn
 
-from colossal_bcd.fsdp.checkpoint import load_optimizer, save_optimizer
+from colossal_bcd.fsdp.checkpoint import Checkpointable, load_optimizer, save_optimizer
 
 SAVED, STEPS = 5, 5
 """Steps before and after a checkpoint: the third block has had one of its two steps."""
@@ -35,7 +36,23 @@ def result(case: Case, model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"losses": losses, "weights": [whole(param) for param in model.parameters()]}
 
 
-def save(folder: Path, named: dict[str, Case]) -> dict[str, Any]:
+def write(engine: Any, path: Path, way: str) -> None:
+    """By this package's files, or by torch's."""
+    if way == "files":
+        save_optimizer(engine, path)
+    else:
+        dcp.save({"optim": Checkpointable(engine)}, checkpoint_id=path)
+
+
+def read(engine: Any, path: Path, way: str) -> None:
+    """What `write` has written."""
+    if way == "files":
+        load_optimizer(engine, path)
+    else:
+        dcp.load({"optim": Checkpointable(engine, resume_from=path)}, checkpoint_id=path)
+
+
+def save(folder: Path, named: dict[str, Case], way: str = "files") -> dict[str, Any]:
     """Train, save, and go on."""
     found = {}
     for name, case in named.items():
@@ -45,12 +62,12 @@ def save(folder: Path, named: dict[str, Case]) -> dict[str, Any]:
         if dist.get_rank() == 0:
             (folder / name).mkdir()
             torch.save(weights, folder / name / "weights.pt")
-        save_optimizer(engine, folder / name / "optimizer")
+        write(engine, folder / name / "optimizer", way)
         found[name] = result(case, model, optimizer)
     return found
 
 
-def load(folder: Path, named: dict[str, Case]) -> dict[str, Any]:
+def load(folder: Path, named: dict[str, Case], way: str = "files") -> dict[str, Any]:
     """Go on with what was saved."""
     dist.barrier()
     found = {}
@@ -60,7 +77,7 @@ def load(folder: Path, named: dict[str, Case]) -> dict[str, Any]:
         case.sharded(model)
         optimizer = case.wrap(model)
         engine = cases.fsdp.attach(model, optimizer, max_norm=case.max_norm)
-        load_optimizer(engine, folder / name / "optimizer")
+        read(engine, folder / name / "optimizer", way)
         assert optimizer.num_steps == SAVED
         found[name] = result(case, model, optimizer)
     return found
