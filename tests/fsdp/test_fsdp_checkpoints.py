@@ -58,3 +58,16 @@ def test_a_run_of_three_ranks_goes_on_on_other_meshes(on_three: Any, num_ranks: 
     for name, want in straight.items():
         assert largest_error(resumed[name]["losses"], want["losses"]) <= 1e-11, name
         assert largest_error(resumed[name]["weights"], want["weights"]) <= 1e-11, name
+
+
+def test_ranks_without_values_take_no_state_for_the_same_everywhere() -> None:
+    """Empty moments of weights of several shapes are alike: files had them by rank, for this number of ranks alone."""
+    assert run_ranks(3, cases.kinds_of_empty_ranks) == [{"elementwise"}] * 3
+
+
+def test_torchs_checkpoint_of_another_block_is_refused_without_resume_from(tmp_path: Path) -> None:
+    for found in run_ranks(2, cases.without_resume_from, tmp_path):
+        assert "Checkpointable(engine, resume_from=checkpoint_id)" in found["less"]
+        assert "Missing key" in found["other"]
+        assert "the state of 0 optimizers with blocks" in found["foreign"]
+        assert found["steps"] == 0

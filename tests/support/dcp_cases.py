@@ -4,7 +4,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -115,3 +119,39 @@ def shapes_of_empty_ranks():
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name.endswith("_col")
     }
+
+
+OPTIONS = {
+    "full": {"full_state_dict": True},
+    "broadcast": {"full_state_dict": True, "broadcast_from_rank0": True},
+    "flat": {"flatten_optimizer_state_dict": True},
+}
+"""Of torch's `StateDictOptions`."""
+
+
+def options_of_torch():
+    """By option and optimizer: error of a twin that goes on from a state got and set with it, or why there is none."""
+    return {way: {name: _with_options(name, given, way) for name in OPTIMIZERS} for way, given in OPTIONS.items()}
+
+
+def _with_options(name, given, way):
+    model, twin = model_on(1), model_on(1)
+    optimizer, resumed = make(name, model), make(name, twin)
+    advance(model, optimizer, range(3))
+    getting = StateDictOptions(**{key: value for key, value in given.items() if key != "broadcast_from_rank0"})
+    try:
+        state = get_optimizer_state_dict(model, optimizer, options=getting)
+        if way == "broadcast" and dist.get_rank() > 0:
+            state = {}
+        set_optimizer_state_dict(twin, resumed, optim_state_dict=state, options=StateDictOptions(**given))
+    except (ValueError, NotImplementedError, RuntimeError, KeyError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            local_values(theirs).copy_(local_values(ours))
+    advance(model, optimizer, range(3, 6))
+    advance(twin, resumed, range(3, 6))
+    return worst(
+        largest_error(local_values(ours), local_values(theirs))
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True)
+    )

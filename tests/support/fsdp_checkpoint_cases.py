@@ -12,7 +12,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp_block_cases import Case, whole
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from colossal_bcd import BlockOptimizer, fsdp
+from colossal_bcd.checkpoint.save import agreed_state
+from colossal_bcd.checkpoint.trained import EngineState
 from colossal_bcd.fsdp.checkpoint import Checkpointable, load_optimizer, save_optimizer
 
 SAVED, STEPS = 5, 5
@@ -81,3 +85,58 @@ def load(folder: Path, named: dict[str, Case], way: str = "files") -> dict[str, 
         assert optimizer.num_steps == SAVED
         found[name] = result(case, model, optimizer)
     return found
+
+
+class Rows(nn.Module):
+    """Weights of which the last of three ranks has no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ParameterList([torch.ones(1, 5), torch.ones(1, 7), torch.ones(4, 5)])])
+
+    def forward(self) -> torch.Tensor:
+        return sum((param.square().sum() for param in self.layers[0]), torch.zeros(()))
+
+
+def kinds_of_empty_ranks() -> set[str]:
+    """Kinds of the state that a file has of torch's AdamW, but for its count."""
+    fsdp.enable_cpu()
+    model = Rows()
+    fsdp.fully_shard(model, mesh=cases.mesh_of("fsdp"))
+    base = torch.optim.AdamW(model.parameters())
+    optimizer = BlockOptimizer(base, list(model.named_parameters()), [["layers.0."]], verbose=0)
+    engine = fsdp.attach(model, optimizer)
+    model().backward()
+    optimizer.step()
+    _, assembly, _ = agreed_state(EngineState(engine, engine.parameter_names))
+    return {tensor.kind for tensor in assembly.tensors if tensor.state != "step"}
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except (ValueError, CheckpointException) as error:
+        return str(error)
+    return ""
+
+
+def without_resume_from(folder: Path) -> dict[str, Any]:
+    """Errors of loads by a new optimizer: of its first block, of another, and of a file of something else."""
+    case = Case(dtype=torch.bfloat16, mode="ascending")
+    for name, steps in (("less", 1), ("other", 3)):
+        model, optimizer, engine = case.attached()
+        for step in range(steps):
+            cases.advance(case, model, optimizer, step)
+        write(engine, folder / name, "torch")
+    dcp.save({"something": torch.ones(3)}, checkpoint_id=folder / "foreign")
+    _, optimizer, engine = case.attached()
+
+    def load_present(name: str) -> None:
+        dcp.load({"optim": Checkpointable(engine)}, checkpoint_id=folder / name)
+
+    found: dict[str, Any] = {
+        "less": message(lambda: load_present("less")),
+        "other": message(lambda: load_present("other")),
+        "foreign": message(lambda: read(engine, folder / "foreign", "torch")),
+    }
+    return {**found, "steps": optimizer.num_steps}
