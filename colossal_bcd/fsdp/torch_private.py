@@ -113,6 +113,10 @@ _OF_GROUPS = (
     "mp_policy", "mesh_info", "post_forward_mesh_info",
 )  # fmt: skip
 
+OF_PARAMS = ("sharded_param", "offload_to_cpu", "pin_memory", "_sharded_param_data", "unsharded_accumulated_grad")
+"""Attributes of each parameter of a group; `_unsharded_param` is there once it was gathered."""
+_BLOCKS = "block coordinate descent"
+
 
 class ShardGroup:
     """Parameters that FSDP2 gathers together, and whose gradients it reduces together.
@@ -126,7 +130,10 @@ class ShardGroup:
 
     def __init__(self, module: nn.Module, group: Any) -> None:
         for name in _OF_GROUPS:
-            private(group, name, "block coordinate descent")
+            private(group, name, _BLOCKS)
+        for each in group.fsdp_params:
+            for name in OF_PARAMS:
+                private(each, name, _BLOCKS)
         self.module, self._group = module, group
         self.late = False
         """Whether the last backward pass kept its gradients back for the next one."""
@@ -204,8 +211,8 @@ class ShardGroup:
 
     def end_prefetch(self) -> Callable[[], None]:
         """Let backward gather nothing ahead from here on; the result undoes that."""
-        state = self.module._get_fsdp_state()
-        before = state._states_to_backward_prefetch
+        state = private(self.module, "_get_fsdp_state", _BLOCKS)()
+        before = private(state, "_states_to_backward_prefetch", _BLOCKS)
         # What is gathered already is not gathered again.
         self.module.set_modules_to_backward_prefetch([self.module])
 
@@ -241,20 +248,21 @@ class ShardGroup:
     def _note(self) -> list[Parameter]:
         """Parameters with a gradient in this pass; the others get zeros if the pass reduces them."""
         trained = [each for each in self._group.fsdp_params if each.sharded_param.requires_grad]
-        here = [each.sharded_param for each in trained if each._unsharded_param.grad is not None]
+        whole = {each: private(each, "_unsharded_param", _BLOCKS) for each in trained}
+        here = [each.sharded_param for each in trained if whole[each].grad is not None]
         kept = [each for each in trained if each.unsharded_accumulated_grad is not None]
         self._reached.update(here)
         self.absent.difference_update(here)
         if self._group.reduce_grads:
             for each in trained:
-                if each._unsharded_param.grad is None and each not in kept:
+                if whole[each].grad is None and each not in kept:
                     if each.sharded_param not in self._reached:
                         self.absent.add(each.sharded_param)
-                    zeros = torch.zeros_like(each._unsharded_param, requires_grad=False)
+                    zeros = torch.zeros_like(whole[each], requires_grad=False)
                     if kept:  # in the dtype of the reduction
                         each.unsharded_accumulated_grad = zeros.to(kept[0].unsharded_accumulated_grad.dtype)
                     else:
-                        each._unsharded_param.grad = zeros
+                        whole[each].grad = zeros
         return here
 
 
@@ -264,7 +272,7 @@ def shard_groups(model: nn.Module) -> Iterator[ShardGroup]:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        state = module._get_fsdp_state()
+        state = private(module, "_get_fsdp_state", _BLOCKS)()
         one = getattr(state, "_fsdp_param_group", None)
         for group in getattr(state, "_fsdp_param_groups", [] if one is None else [one]):
             if id(group) not in seen:

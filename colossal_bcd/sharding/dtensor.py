@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeGuard
@@ -266,6 +266,30 @@ class WholeTensor:
             behind = split.size if split is not None and split.dim == 0 and dims[-1] < dims[0] else 1
             placements[dims[-1]] = Shard(dim) if behind == 1 else _StridedShard(dim, split_factor=behind)
         return tuple(placements)
+
+
+def refuse_broadcast(tensors: Iterable[tuple[str, DTensor]]) -> None:
+    """Refuse torch's `broadcast_from_rank0` where it would scramble values; the same on every rank.
+
+    torch puts a tensor together that ranks divide unevenly along another dim than the first as a view with gaps, and
+    broadcasts its memory as if there were none.  What asks for a state dict says which options it was given.
+
+    Args:
+        tensors: that a state dict will have, by name; called by the function that the optimizer's `state_dict` calls.
+    """
+    caller = sys._getframe(3)
+    broadcasts = caller.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict" and getattr(
+        caller.f_locals.get("info"), "broadcast_from_rank0", False
+    )
+    for name, tensor in tensors if broadcasts else ():
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+            dim: int = getattr(placement, "dim", 0)
+            if dim > 0 and tensor.shape[dim] % size:
+                raise ValueError(
+                    f"StateDictOptions(broadcast_from_rank0=True): got state {name!r} of shape {tuple(tensor.shape)}, "
+                    f"whose dim {dim} is divided unevenly by {size} ranks, so that torch's broadcast would scramble "
+                    "it. Give every rank the full state with full_state_dict=True alone, or use dcp.save and dcp.load."
+                )
 
 
 def _divided(tensor: DTensor) -> list[int]:

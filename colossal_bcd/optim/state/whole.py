@@ -6,9 +6,8 @@ there, as another mesh may need it.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,8 @@ from torch import Tensor
 from colossal_bcd.optim.state.quantized import dequantize, restore_into
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, Mesh, resolve
-from colossal_bcd.sharding.dtensor import WholeTensor, is_dtensor
+from colossal_bcd.sharding.dtensor import WholeTensor, is_dtensor, refuse_broadcast
 from colossal_bcd.sharding.regions import totals
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 Specs = Mapping[str, StateSpec]
 
@@ -54,29 +50,8 @@ def whole_states(states: Sequence[tuple[Tensor, Layout, Specs, Mapping[str, Any]
     )
     for index, (state, name, whole, values) in enumerate(tensors):
         state[name] = whole.join(filled.get(index, values))
-    _refuse_broadcast([(name, state[name]) for state, name, _, _ in tensors])
+    refuse_broadcast([(name, state[name]) for state, name, _, _ in tensors])
     return found
-
-
-def _refuse_broadcast(tensors: Iterable[tuple[str, DTensor]]) -> None:
-    """Refuse torch's `broadcast_from_rank0` where it would scramble values; the same on every rank.
-
-    torch puts a tensor together that ranks divide unevenly along another dim than the first as a view with gaps, and
-    broadcasts its memory as if there were none.  What asks for a state dict says which options it was given.
-    """
-    caller = sys._getframe(3)
-    broadcasts = caller.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict" and getattr(
-        caller.f_locals.get("info"), "broadcast_from_rank0", False
-    )
-    for name, tensor in tensors if broadcasts else ():
-        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-            dim: int = getattr(placement, "dim", 0)
-            if dim > 0 and tensor.shape[dim] % size:
-                raise ValueError(
-                    f"StateDictOptions(broadcast_from_rank0=True): got state {name!r} of shape {tuple(tensor.shape)}, "
-                    f"whose dim {dim} is divided unevenly by {size} ranks, so that torch's broadcast would scramble "
-                    "it. Give every rank the full state with full_state_dict=True alone, or use dcp.save and dcp.load."
-                )
 
 
 def local_state(param: Tensor, layout: Layout, specs: Specs, saved: Mapping[str, Any]) -> dict[str, Any]:
