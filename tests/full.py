@@ -21,7 +21,7 @@ FULL: dict[str, tuple[str, ...]] = {
     "optim/test_state_kinds.py::test_state_of_every_kind_comes_back_on_another_mesh": ("1",),
     "sharding/test_canonical.py::test_state_of_every_mesh_is_that_of_one_process": ("tp1-zero1", "tp2-zero1"),
     "low_rank/test_galore_rules.py::test_galore_rule_on_a_mesh_equals_textbook_code": ("tp1-zero3",),
-    "low_rank/test_images.py::test_images_give_the_step_of_whole_gradients": (
+    "low_rank/test_low_rank_gradients.py::test_low_rank_gradients_give_the_step_of_whole_gradients": (
         "partitioned-tp1-zero1",
         "partitioned-tp2-zero1",
         "whole-tp1-zero1",

@@ -22,9 +22,9 @@ import test_edges
 import test_galore
 import test_galore_plugins
 import test_galore_rules
-import test_images
 import test_install
 import test_low_rank
+import test_low_rank_gradients
 import test_optim
 import test_outside
 import test_plugins
@@ -91,7 +91,9 @@ ON_RANKS: dict[str, Callable[[str], None]] = {
     "galore": lambda _: test_galore.test_galore_on_a_mesh_equals_one_process("std", Sizes(1, 2)),
     "galore rules": lambda _: test_galore_rules.test_galore_rule_on_a_mesh_equals_textbook_code(Sizes(1, 2)),
     "refreshes": lambda _: test_refresh.test_refresh_on_a_mesh_equals_a_plain_loop("staggered", Sizes(1, 2)),
-    "low rank": lambda _: test_images.test_images_give_the_step_of_whole_gradients(Sizes(2, 1), True),
+    "low rank": lambda _: test_low_rank_gradients.test_low_rank_gradients_give_the_step_of_whole_gradients(
+        Sizes(2, 1), True
+    ),
     "state in files": lambda _: canonical(),
     "replicas": lambda _: test_replicas.test_replicas_equal_one_process(2),
     "plugins": lambda _: test_plugins.test_plugin_step_equals_textbook("zero2-2"),

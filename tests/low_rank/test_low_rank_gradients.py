@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import image_cases
+import low_rank_gradient_cases
 import pytest
 import torch
 from conformance_cases import Sizes
@@ -18,16 +18,18 @@ PROJECTED = sum(len(case.shape) > 1 for case in CASES)
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("partitioned", [True, False], ids=["partitioned", "whole"])
-def test_images_give_the_step_of_whole_gradients(sizes: Sizes, partitioned: bool) -> None:
+def test_low_rank_gradients_give_the_step_of_whole_gradients(sizes: Sizes, partitioned: bool) -> None:
     """The mean of the ranks' images is the image of their mean gradient; refreshes take whole gradients."""
-    for reports in run_ranks(sizes.tp * sizes.zero, image_cases.sharded_by_projection, sizes, partitioned):
+    for reports in run_ranks(sizes.tp * sizes.zero, low_rank_gradient_cases.sharded_by_projection, sizes, partitioned):
         for projection, report in reports.items():
             assert report["error"] <= 1e-12, projection
             assert report["norm_error"] <= 1e-12, projection
             assert report["counts"] == [0 if step % GAP == 0 else PROJECTED for step in range(STEPS)], projection
 
 
-def test_images_of_bfloat16_gradients_are_computed_in_float32_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_rank_gradients_of_bfloat16_gradients_are_computed_in_float32_by_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Chunks add up 37 rows one after the other, in float32: an error of a root of them in units of 2^-24."""
     monkeypatch.setattr("colossal_bcd.sharding.low_rank.CAST_VALUES", 100)
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +49,7 @@ def test_images_of_bfloat16_gradients_are_computed_in_float32_by_chunks(monkeypa
         assert (found.view(image.shape) - want).abs().max() <= 2 * 37**0.5 * 2**-24 * want.abs().max()
 
 
-def test_images_handed_over_at_a_refresh_are_refused() -> None:
+def test_low_rank_gradients_handed_over_at_a_refresh_are_refused() -> None:
     """The step would have taken bases from a gradient of zeros."""
     param = torch.nn.Parameter(torch.zeros(6, 4))
     optimizer = GaLoreAdamW([{"params": [param], "rank": 2, "update_proj_gap": 5}])
