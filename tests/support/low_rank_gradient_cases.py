@@ -1,4 +1,4 @@
-"""What ranks run in test_low_rank_gradients.py: GaLore on low-rank gradients that were reduced instead of whole ones."""
+"""What ranks run in test_low_rank_gradients.py: GaLore where low-rank gradients were reduced instead of whole ones."""
 
 from __future__ import annotations
 
