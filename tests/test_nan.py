@@ -168,10 +168,16 @@ def stacks() -> None:
         test_stacks.test_stacks_give_the_numbers_of_one_at_a_time(patch, test_optim.AdamW, False)
 
 
+def adamw_of_torch(devices: tuple[str, ...]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_optim.test_adamw_equals_torch_to_the_last_bits(patch, 0.1, {}, devices)
+
+
 ON_ONE_PROCESS: dict[str, Callable[[str], None]] = {
     "conformance": lambda path: test_conformance.test_one_process_equals_the_reference(path, VARIANT),
     "textbook": lambda _: test_edges.test_edges_equal_the_textbook_in_float32("lamb"),
-    "torch": lambda _: test_optim.test_adamw_equals_torch_to_the_last_bits(0.1, {}),
+    "torch": lambda _: adamw_of_torch(("cpu",)),
+    "torch, without a fused kernel": lambda _: adamw_of_torch(()),
     "galore rules": lambda _: test_galore_rules.test_galore_rule_equals_textbook_code("adamw", "std"),
     "galore of the originals": lambda _: test_galore_rules.test_galore_adafactor_equals_the_original("std", None),
     "moments in 8 bits": lambda _: test_quantized.test_moment_follows_the_float32_one_within_the_bound(

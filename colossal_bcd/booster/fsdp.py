@@ -26,9 +26,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from colossal_bcd.block import BlockOptimizer
 from colossal_bcd.block.checks import refuse_torch_checkpoint
-from colossal_bcd.block.trained import Trained
+from colossal_bcd.block.trained import Trained, is_plain
 from colossal_bcd.booster.adapters import has_adapters
 from colossal_bcd.booster.arguments import check_fsdp
 from colossal_bcd.booster.boosting import ready_to_boost, same_start
@@ -126,7 +125,7 @@ class FSDP2Plugin(DPPluginBase):
                 _point_to(optimizer, names, model.unwrap(unwrap_peft=False))
         if fresh:
             module, names = model.unwrap(unwrap_peft=False), names_of(model)
-            if isinstance(optimizer, BlockOptimizer):
+            if not is_plain(optimizer):
                 engine = attach(module, optimizer, max_norm=self.max_norm)
             else:
                 engine = attach_plain(module, optimizer, names, max_norm=self.max_norm)
@@ -329,14 +328,14 @@ class FSDP2Optimizer(OptimizerWrapper, Optimizer):
             raise ValueError("step(closure): a sharded step cannot run the closure; call backward, then step()")
         if not self.require_grad_sync:
             return
-        if isinstance(self.optim, BlockOptimizer):
+        if not is_plain(self.optim):
             self.optim.step()
         else:
             self.engine.drive(self.optim.step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients of what is active; zeros in their place would count as gradients, so none are left."""
-        if isinstance(self.optim, BlockOptimizer):
+        if not is_plain(self.optim):
             self.optim.zero_grad(set_to_none)
         else:
             self.engine.zero_grad(set_to_none)
@@ -473,7 +472,7 @@ def _corrects(optimizer: Any) -> bool:
     return isinstance(optimizer, Trained) and optimizer.corrector is not None
 
 
-def _point_to(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module) -> None:
+def _point_to(optimizer: Any, names: Mapping[int, str], model: nn.Module) -> None:
     """Let an optimizer that was made before the model was sharded train the parameters that are there now.
 
     Args:
@@ -482,7 +481,7 @@ def _point_to(optimizer: Optimizer, names: Mapping[int, str], model: nn.Module) 
         model: as it is now.
     """
     named = {plain_name(name): param for name, param in model.named_parameters()}
-    if isinstance(optimizer, BlockOptimizer):
+    if not is_plain(optimizer):
         listed = optimizer.replica_names()
         new = {param: named.get(names.get(id(param), ""), param) for param in listed}
         replace_weights(optimizer.base_optimizer, new)

@@ -24,7 +24,7 @@ from colossal_bcd.block.correction.correction import LocalGradients
 from colossal_bcd.block.gradient_checkpointing import prefer_non_reentrant
 from colossal_bcd.block.importance import squared_norms
 from colossal_bcd.block.optimizer import BlockOptimizer
-from colossal_bcd.block.trained import NO_NEWCOMERS, PlainOptimizer, Trained
+from colossal_bcd.block.trained import NO_NEWCOMERS, PlainOptimizer, Trained, is_plain
 from colossal_bcd.engine.agreement import SAME_CONSTRUCTION, is_equal
 from colossal_bcd.engine.failures import LateCheck, limit_waiting, says_where
 from colossal_bcd.engine.fitness import require_fit
@@ -292,7 +292,7 @@ def attach(model: nn.Module, optimizer: BlockOptimizer, *, max_norm: float = 0.0
         TypeError: the optimizer is none with blocks; others need no engine.
         ValueError: a parameter that trains is not sharded, steps were taken, an argument is wrong, or ranks differ.
     """
-    if not isinstance(optimizer, BlockOptimizer):
+    if is_plain(optimizer):
         raise TypeError(
             f"attach: got a {type(optimizer).__name__}, expected a BlockOptimizer. Optimizers without blocks step on "
             "sharded parameters as they are; make them after fully_shard."

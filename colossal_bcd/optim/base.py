@@ -269,8 +269,9 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
         def localise(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             seen.update(state_dict, state=dict(state_dict["state"]))
-            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-                for param, key in zip(group["params"], saved["params"], strict=True):
+            # Not strict: torch refuses other groups after this, and says how they differ.
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+                for param, key in zip(group["params"], saved["params"], strict=False):
                     if key in seen["state"] and is_dtensor(param):
                         specs = self._specs_of(param, {**group, **saved})
                         seen["state"][key] = local_state(param, self._layouts[param], specs, seen["state"][key])
