@@ -26,12 +26,13 @@ from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 from common import heading, row
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import colossal_bcd
-from colossal_bcd import BlockOptimizer, estimate
+from colossal_bcd import BlockOptimizer, estimate, fsdp
 from colossal_bcd.optim.math import adam_direction, update_moments_
 
 GB = 1e9
@@ -480,6 +481,21 @@ BADAM_HEADER = (
 
 def badam(bench: Bench) -> Iterator[str]:
     """BAdam on the whole model, blocks from the first layer on, whose backward pass is the longest."""
+    yield from train_blocks(bench, bench.size.batches)
+
+
+def sharded(bench: Bench) -> Iterator[str]:
+    """The same on weights that torch's FSDP2 shards over one rank: what gathering and reducing cost by themselves."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if bench.on_gpu else "gloo", store=store, rank=0, world_size=1)
+    try:
+        yield from train_blocks(bench, bench.size.batches[:1], shard=True)
+    finally:
+        dist.destroy_process_group()
+
+
+def train_blocks(bench: Bench, batches: Sequence[tuple[int, int]], shard: bool = False) -> Iterator[str]:
+    """A line for each batch."""
     bench.free()
     base = bench.allocated()
     model = new_llama(bench)
@@ -494,14 +510,18 @@ def badam(bench: Bench) -> Iterator[str]:
         verbose=0,
     )
     guess = estimate(optimizer)
+    if shard:
+        fsdp.attach(fsdp.shard(model), optimizer)
     yield (
         f"Llama of {count / 1e9:.2f} billion random weights in bfloat16 ({weights / GB:.2f} GB), non-reentrant "
         f"gradient checkpointing, {len(optimizer.blocks)} blocks of one layer, AdamW on float32 masters, loss on "
         "random tokens, ascending blocks from the first on. Medians of two blocks."
     )
     yield f"\n{heading(BADAM_HEADER)}"
-    for batch, length in bench.size.batches:
+    for batch, length in batches:
         yield badam_line(bench, model, optimizer, base, weights + guess.in_step, batch, length)
+    if shard:
+        return
     yield (
         f"\n`estimate` of BAdam, beyond the weights: {guess.between_steps / GB:.2f} GB between steps, "
         f"{guess.in_step / GB:.2f} GB in a step, {guess.after_backward / GB:.2f} GB after backward; activations and "
@@ -558,6 +578,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], Iterator[str]]]] = {
     "steps": ("Steps at the shapes of one layer of Llama 8B", steps),
     "masters": ("bfloat16 weights", masters),
     "badam": ("BAdam on Llama 3-8B", badam),
+    "sharded": ("BAdam on Llama 3-8B, weights sharded over one rank", sharded),
     "tensors": ("Many small tensors", tensors),
     "galore": ("GaLore", galore),
     "compiled": ("A compiled formula", compiled),
