@@ -307,7 +307,7 @@ def steps(bench: Bench) -> Iterator[str]:
     num_values = sum(param.numel() for param in params)
     yield (
         f"{len(shapes)} tensors, {num_values / 1e6:.1f} million values: "
-        f"{', '.join('x'.join(map(str, shape)) for shape in dict.fromkeys(shapes))}. Weights and gradients are float32."
+        f"{', '.join('x'.join(map(str, shape)) for shape in dict.fromkeys(shapes))}. Weights and gradients are float32.\n"
     )
     yield heading(STEP_HEADER)
     for name, (options, per_value, _) in ELEMENTWISE.items():
