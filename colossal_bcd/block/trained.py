@@ -22,7 +22,8 @@ from colossal_bcd.optim.state.filed import FiledTensor
 
 NO_NEWCOMERS = (
     "add_param_group: got parameters after the blocks were made, expected none. Add them to the base optimizer before "
-    "it is wrapped."
+    "it is wrapped. Where accelerate's FSDP2 has put them there, call colossal_bcd.compat.enable_accelerate() before "
+    "the Accelerator is made, and prepare the optimizer without attaching it."
 )
 
 

@@ -1,10 +1,11 @@
 """Names and signatures of the packages that this one replaces: change the import line, keep the call.
 
-badam    the block optimizer of BAdam and BREAD, and how they divide a model
-ratio    the parameter-ratio form of both
-galore   param groups as of the GaLore repositories
-golore   GoLore's ReLoRA form
-trainer  callbacks for the Trainer of transformers
+badam        the block optimizer of BAdam and BREAD, and how they divide a model
+ratio        the parameter-ratio form of both
+galore       param groups as of the GaLore repositories
+golore       GoLore's ReLoRA form
+trainer      callbacks for the Trainer of transformers
+accelerated  blocks under accelerate's FSDP2
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from colossal_bcd.compat.golore import ReLoRaLinear, ReLoRaModel
 from colossal_bcd.compat.ratio import BlockOptimizerRatio, SparseGradOptimizer
 
 if TYPE_CHECKING:
+    from colossal_bcd.compat.accelerated import enable_accelerate
     from colossal_bcd.compat.trainer import BAdamCallback
 
 __all__ = [
@@ -30,14 +32,19 @@ __all__ = [
     "ReLoRaModel",
     "SparseGradOptimizer",
     "badam_partition",
+    "enable_accelerate",
     "get_galore_param_groups",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The callback derives from a class of transformers, which is imported when it is asked for."""
+    """What needs transformers or torch.distributed is imported when it is asked for."""
     if name == "BAdamCallback":
         from colossal_bcd.compat.trainer import BAdamCallback
 
         return BAdamCallback
+    if name == "enable_accelerate":
+        from colossal_bcd.compat.accelerated import enable_accelerate
+
+        return enable_accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

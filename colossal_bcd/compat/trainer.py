@@ -10,8 +10,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from colossal_bcd.block import BlockOptimizer, BlockOptimizerRatio
+from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.gradient_checkpointing import prefer_non_reentrant
+from colossal_bcd.compat.accelerated import REMEDY, blocks_of, enable_accelerate
 
 
 class BAdamCallback(TrainerCallback):
@@ -28,17 +29,22 @@ class BAdamCallback(TrainerCallback):
     def __init__(self, init_loss_scale: int = 12) -> None:
         self.init_loss_scale = init_loss_scale
         _let_numbered_cpus_load()
+        enable_accelerate()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises: ValueError: see the messages."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        while not isinstance(optimizer, (BlockOptimizer, BlockOptimizerRatio)):
-            outer, optimizer = optimizer, getattr(optimizer, "optimizer", None)
-            if optimizer is None:
-                raise ValueError(
-                    f"BAdamCallback: the trainer's optimizer is a {type(outer).__name__}, expected a BlockOptimizer. "
-                    "Pass Trainer(optimizers=(block_optimizer, None))."
-                )
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if (optimizer := blocks_of(optimizer)) is None:
+            raise ValueError(
+                f"BAdamCallback: the trainer's optimizer is a {type(inner).__name__}, expected a BlockOptimizer. "
+                "Pass Trainer(optimizers=(block_optimizer, None)), or with FSDP let its create_optimizer make one."
+            )
+        if args.fsdp and args.world_size > 1 and getattr(optimizer, "engine", None) is None:
+            raise ValueError(
+                "BAdamCallback: got fsdp, but the trainer's weights are not sharded by FSDP2, as by accelerate on CPUs "
+                f"and before torch 2.6; expected them to be. On CPUs {REMEDY}"
+            )
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "BAdamCallback: the trainer uses DeepSpeed's ZeRO-3, which is not supported, expected none. Use "

@@ -24,7 +24,7 @@ from colossal_bcd.optim.options import (
     require_real,
     signature_of,
 )
-from colossal_bcd.optim.replaced import require_in_model
+from colossal_bcd.optim.replaced import are_others, require_in_model
 from colossal_bcd.optim.state.spec import State, StateSpec
 from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
 from colossal_bcd.optim.state.storage import (
@@ -140,8 +140,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         """Add whole parameters, or DTensors, to the end of a param group, before a `bind` and the first step."""
         self._read_layouts(params)
         self.param_groups[index]["params"].extend(params)
-        everything = [param for group in self.param_groups for param in group["params"]]
-        self._keys = {param: key for key, param in enumerate(everything)}
+        self._keys = {param: key for key, param in enumerate(p for group in self.param_groups for p in group["params"])}
 
     def _read_layouts(self, params: Sequence[Tensor]) -> None:
         """Take note of which part of a parameter each tensor is: of DTensors what they say, all of others."""
@@ -229,7 +228,10 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         Subclasses extend this and not `step`: torch runs hooks in the `step` of every class that was constructed, so
         one that calls another's would run them twice.
         """
-        self._require_in_model()
+        self._follow_groups()
+        if not self._in_model and self._handed is None:
+            require_in_model(type(self).__name__, self.param_groups)
+            self._in_model = True
         active = self._active()
         for group in self.param_groups:
             count_step(group)
@@ -250,6 +252,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer; state of DTensors as DTensors of whole shapes, for which all ranks must call."""
+        self._follow_groups()
         found = super().state_dict()
         states = {
             key: (param, self._layouts[param], self._specs_of(param, group), found["state"][key])
@@ -265,6 +268,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, tensors in the dtype in which they were saved."""
+        self._follow_groups()
         seen: dict[str, Any] = {}
 
         def localise(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -406,16 +410,12 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
             stored.copy_(weight)
         return rest
 
-    def _require_in_model(self) -> None:
-        """At the first step, refuse parameters that `fully_shard` has taken out of their model."""
-        if self._in_model or self._handed is not None:
-            return
-        named, known = [], 0
-        for group in self.param_groups:
-            named += members_with_names(group, known)
-            known += len(group["params"])
-        require_in_model(type(self).__name__, [(name, param) for name, param in named if param.grad is None])
-        self._in_model = True
+    def _follow_groups(self) -> None:
+        """Until the first step, read anew what accelerate has put into the groups."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not self._in_model and are_others(type(self).__name__, params, self._layouts, self.state):
+            self._layouts, self._axes, self._keys = {}, MeshAxes(), {param: key for key, param in enumerate(params)}
+            self._read_layouts(params)
 
     def _grad(self, param: Tensor) -> Tensor | None:
         return param.grad if self._handed is None else self._handed.get(param)

@@ -1,4 +1,4 @@
-"""Parameters that `fully_shard` has replaced behind an optimizer's back.
+"""Parameters that `fully_shard`, or accelerate after it, has replaced behind an optimizer's back.
 
 It puts new parameters into the model, which are DTensors.  An optimizer that was made before goes on with the old ones:
 they never have a gradient, and nothing trains, silently.
@@ -7,23 +7,56 @@ they never have a gradient, and nothing trains, silently.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from colossal_bcd.optim.options import members_with_names
 from colossal_bcd.sharding.dtensor import is_dtensor
 
 
-def require_in_model(owner: str, named: Sequence[tuple[str, Tensor]]) -> None:
+def are_others(owner: str, params: Sequence[Tensor], known: Container[Tensor], state: Iterable[Tensor]) -> bool:
+    """Whether param groups hold other parameters than at first: accelerate puts sharded ones into those that it gets.
+
+    Args:
+        owner: what refuses, for errors.
+        params: in the groups now.
+        known: in the groups before.
+        state: parameters that have state.
+    Raises:
+        ValueError: a parameter is there twice, or state of others would be lost.
+    """
+    present = set(params)
+    if len(present) < len(params):
+        raise ValueError(
+            f"{owner}: {len(params) - len(present)} of its {len(params)} parameters are there twice, expected none: "
+            "accelerate finds sharded parameters by their memory, of which a rank without rows has none. Let it shard "
+            "the model and make the optimizer of whole parameters, or prepare neither."
+        )
+    if all(param in known for param in params):
+        return False
+    if lost := [param for param in state if param not in present]:
+        raise ValueError(
+            f"{owner}: it has state of {len(lost)} parameters that are in its groups no more, expected none. Load "
+            "state after accelerate has prepared the model and the optimizer."
+        )
+    return True
+
+
+def require_in_model(owner: str, groups: Iterable[dict[str, Any]]) -> None:
     """Refuse parameters that no module has any more, where a module has a DTensor of their shape instead.
 
     Args:
         owner: what refuses, for the error.
-        named: parameters without a gradient, with a name or a number.
+        groups: param groups, whose parameters without a gradient count.
     Raises:
         ValueError: there are such parameters.
     """
-    plain = [(name, param) for name, param in named if param.requires_grad and not is_dtensor(param)]
+    named: list[tuple[str, Tensor]] = []
+    for group in groups:
+        named += members_with_names(group, len(named))
+    plain = [(name, p) for name, p in named if p.grad is None and p.requires_grad and not is_dtensor(p)]
     if not plain:
         return
     modules = [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]
