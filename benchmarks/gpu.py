@@ -305,9 +305,10 @@ def steps(bench: Bench) -> Iterator[str]:
     shapes = bench.size.layer
     params = layer_params(bench, shapes)
     num_values = sum(param.numel() for param in params)
+    distinct = ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(shapes))
     yield (
-        f"{len(shapes)} tensors, {num_values / 1e6:.1f} million values: "
-        f"{', '.join('x'.join(map(str, shape)) for shape in dict.fromkeys(shapes))}. Weights and gradients are float32.\n"
+        f"{len(shapes)} tensors, {num_values / 1e6:.1f} million values: {distinct}. Weights and gradients are "
+        "float32.\n"
     )
     yield heading(STEP_HEADER)
     for name, (options, per_value, _) in ELEMENTWISE.items():

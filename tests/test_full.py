@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from full import FULL, waits
 
 
 def test_table_of_what_waits_fits_the_suite_and_leaves_a_case_of_each_test() -> None:
+    pytest.importorskip("colossalai")
     root = Path(__file__).parents[1]
     files = sorted({f"tests/{key.partition('::')[0]}" for key in FULL})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "full or not full", *files]

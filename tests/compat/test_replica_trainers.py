@@ -11,6 +11,7 @@ import replica_cases as cases
 import replica_trainer_cases as trainer_cases
 import torch
 import trainer_two_processes
+import transformers
 from test_replicas import SIGNS, compare
 from test_trainer import ACCUMULATION, STEPS, block_optimizer
 from torch import nn
@@ -56,8 +57,9 @@ def plain(batches: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         for micro in range(ACCUMULATION):
             for mine in batches:
                 batch = mine[step * ACCUMULATION + micro]
-                # The trainer divides by the number of labels, the first of which in each row has no loss.
-                share = (batch.shape[1] - 1) / batch.shape[1] / ACCUMULATION / len(batches)
+                # Trainers before transformers 5 count the first label of each row, too, which has no loss.
+                counted = batch.shape[1] - (int(transformers.__version__.partition(".")[0]) >= 5)
+                share = (batch.shape[1] - 1) / counted / ACCUMULATION / len(batches)
                 (model(input_ids=batch, labels=batch).loss * share).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
