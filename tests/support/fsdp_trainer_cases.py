@@ -215,13 +215,13 @@ TRAINED: dict[str, dict[str, Any]] = {
 def trained_and_resumed(folder: str) -> dict[str, Any]:
     """Runs as a whole, and from their fifth step on with other weights at first; one on whole replicas by DDP."""
     launched()
+    os.environ["FSDP_VERSION"] = "2"  # for transformers before 5
     message = refusal(lambda: trained(f"{folder}/refused", torch.float32))
     assert "FSDP" in message
     assert "enable_accelerate()" in message
     del os.environ["ACCELERATE_USE_FSDP"]
     found: dict[str, Any] = {"replicas": replica_trainer_cases.trained(f"{folder}/replicas", torch.float32)}
     enable_accelerate()
-    os.environ["FSDP_VERSION"] = "2"  # for transformers before 5
     for name, options in TRAINED.items():
         path = f"{folder}/{name}"
         found[name] = trained(path, **options), trained(path, seed=9, resume=True, **options)
