@@ -1,7 +1,6 @@
 """Block coordinate descent: which parameters are a block, which block trains when, and the optimizer that does it.
 
 optimizer               BlockOptimizer: a base optimizer and a plan; its docstring shows a step
-hosted                  what an engine and its host ask of it before the first step
 trained                 what engines and checkpoints know of any optimizer; a plain one has a plan of one block
 options                 the options as values, and the flat keywords for them
 plan                    what trains after how many steps, as a value: blocks, schedule, what always trains

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
 from colossal_bcd.block.parameters import NamedParameters
@@ -132,3 +133,27 @@ def refuse_torch_checkpoint(owner: str, remedy: str) -> None:
             f"{owner}: got torch.distributed.checkpoint.state_dict (get_, set_optimizer_state_dict), which would drop "
             f"masters and the progress of blocks and take a step of its own, expected another way to save. {remedy}"
         )
+
+
+def require_same_groups(old: Optimizer, new: Optimizer, has_stepped: bool) -> None:
+    """Refuse a base optimizer over other group dicts than the present one, or in the place of one that has stepped."""
+    same = len(old.param_groups) == len(new.param_groups) and all(
+        ours is theirs for ours, theirs in zip(old.param_groups, new.param_groups, strict=True)
+    )
+    if has_stepped or not same:
+        raise ValueError(
+            f"replace_base: got a {type(new).__name__} while the {type(old).__name__} has state of {len(old.state)} "
+            f"parameters and {'the same' if same else 'other'} param groups; expected no state and the same group "
+            "dicts. Replace it before the first step."
+        )
+
+
+def require_same_shapes(names: Mapping[Parameter, str], named: Mapping[str, Parameter]) -> None:
+    """Refuse parameters in the place of others that are missing or have another shape."""
+    for param, name in names.items():
+        got = tuple(named[name].shape) if name in named else None
+        if got != tuple(param.shape):
+            raise ValueError(
+                f"point_to: got {got} for parameter {name!r}, expected one of shape {tuple(param.shape)}. Make the "
+                "optimizer from the parameters of this model."
+            )

@@ -30,6 +30,13 @@ def announce(message: str) -> None:
         handler.handle(record)
 
 
+def blocks_line(num_blocks: int, untrained: int, frozen: int, correction: str | None) -> str:
+    """What becomes of parameters in no block, of which some were frozen before."""
+    fate = "stay frozen" if correction is None else f"are only corrected ({correction})"
+    before = f"; {frozen} were frozen before and are in none" if frozen else ""
+    return f"{num_blocks} blocks; {untrained} trainable parameters are in none and {fate}{before}"
+
+
 def active_line(num_steps: int, active: Sequence[int], names: Sequence[str], stages: Sequence[Sequence[int]]) -> str:
     """Which blocks train; `stages` are those of a pipeline that hold each block, or empty."""
     blocks = [f"{index} ({names[index]})" for index in active]

@@ -13,7 +13,6 @@ A step on one process, and who does what in it (under an engine, the engine does
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import math
@@ -30,27 +29,29 @@ from colossal_bcd.block.checks import (
     refuse_torch_checkpoint,
     require_base,
     require_counts_apart,
+    require_int,
     require_rates,
+    require_same_groups,
     require_same_parameters,
+    require_same_shapes,
 )
 from colossal_bcd.block.compiled import CompiledGraphs
 from colossal_bcd.block.correction.by_optimizer import OptimizerCorrection
 from colossal_bcd.block.correction.correction import GradientSource, LocalGradients
 from colossal_bcd.block.correction.rules import Correction
 from colossal_bcd.block.gradient_checkpointing import keep_checkpoints_whole
-from colossal_bcd.block.hosted import Hosted
 from colossal_bcd.block.importance import Importance, ImportanceOptions, Norm, squared_norms
-from colossal_bcd.block.log import active_line, announce
+from colossal_bcd.block.log import active_line, announce, blocks_line
 from colossal_bcd.block.masters import LocalMasters
 from colossal_bcd.block.options import CorrectionOptions, LoraOptions, Options
-from colossal_bcd.block.parameters import NamedParameters, is_frozen_here, read_parameters, set_active
+from colossal_bcd.block.parameters import read_parameters, set_active
 from colossal_bcd.block.partition import PrefixList
-from colossal_bcd.block.plan import make_plan
+from colossal_bcd.block.plan import Plan, make_plan
 from colossal_bcd.block.replicas import Averages, averages_for
 from colossal_bcd.block.residual import ResidualOptions
 from colossal_bcd.block.schedule import Mode, scaled_rates, warm_up
-from colossal_bcd.block.state_dict import NOT_ALONE, copy_base, load_state, require_copyable, take_state
-from colossal_bcd.block.trained import NO_NEWCOMERS, Trained
+from colossal_bcd.block.state_dict import NOT_ALONE, deep_copy, load_state, take_state
+from colossal_bcd.block.trained import NO_NEWCOMERS, Engine, Trained
 from colossal_bcd.block.untrained import Reach, warn_of_heads
 from colossal_bcd.optim.foreign.bitsandbytes_states import remember_weights
 from colossal_bcd.optim.foreign.contract import examine
@@ -58,11 +59,8 @@ from colossal_bcd.sharding.dtensor import is_dtensor
 
 logger = logging.getLogger(__name__)
 
-_LEFT_TO_TORCH = ("step", "_corrections")
-"""Schedulers wrap the step of the one object that they were made for; corrections are hooks on its parameters."""
 
-
-class BlockOptimizer(Hosted, Optimizer):
+class BlockOptimizer(Trained, Optimizer):
     """Trains one block of a model at a time with the base optimizer and freezes the rest.
 
     After exactly `switch_block_every` applied steps the next block becomes active: the base optimizer's state is
@@ -158,7 +156,7 @@ class BlockOptimizer(Hosted, Optimizer):
         self._begin(base_optimizer, names)
         if self.corrector is None and block_prefix_list is None:
             warn_of_heads(model.parameters, model.trainable - trained)
-        self._report_blocks(model, trained)
+        self._report_blocks(len(model.parameters), trained)
 
     def _begin(self, base_optimizer: Optimizer, names: dict[Parameter, str]) -> None:
         """Take over the base optimizer, and activate the first blocks."""
@@ -180,14 +178,11 @@ class BlockOptimizer(Hosted, Optimizer):
         self._activate(keep=frozenset())
         self._log_active()
 
-    def _report_blocks(self, model: NamedParameters, trained: Set[str]) -> None:
-        if not self.verbose:
-            return
-        untrained = sum(name not in trained for name in self.named_parameters)
-        fate = "stay frozen" if self.corrector is None else f"are only corrected ({self.corrector.mode})"
-        frozen = len(model.parameters) - len(self.named_parameters)
-        before = f"; {frozen} were frozen before and are in none" if frozen else ""
-        self._report(f"{len(self.blocks)} blocks; {untrained} trainable parameters are in none and {fate}{before}")
+    def _report_blocks(self, num_parameters: int, trained: Set[str]) -> None:
+        if self.verbose:
+            others = sum(name not in trained for name in self.named_parameters)
+            mode = None if self.corrector is None else self.corrector.mode
+            self._report(blocks_line(len(self.blocks), others, num_parameters - len(self.named_parameters), mode))
 
     @property
     def attached(self) -> bool:
@@ -313,6 +308,93 @@ class BlockOptimizer(Hosted, Optimizer):
         if any(id(tensor) not in held for group in self.param_groups for tensor in group["params"]):
             raise ValueError(NO_NEWCOMERS)
 
+    def attach(
+        self, engine: Engine, *, held: Iterable[Parameter] | None = None, corrections: GradientSource | None = None
+    ) -> None:
+        """See `Trained`.
+
+        Raises:
+            ValueError: steps were taken, whose state would be lost, or there is nobody for the corrections.
+        """
+        if self.num_steps or self.active_set.has_stepped(self.base_optimizer):
+            raise ValueError(
+                f"attach: the optimizer has taken {self.num_steps} steps, expected none. Boost before the first step."
+            )
+        if self._corrections is not None:
+            if corrections is None:
+                raise ValueError("attach: got an engine without corrections, expected some, as sgd_mode asks for them")
+            self._corrections.activate([])
+            self._corrections = corrections
+        if self._replicas is not None:
+            self._replicas.detach()
+            self._replicas = None
+        self._graphs = CompiledGraphs()  # sharding may have moved the parameters to other modules
+        here = None if held is None else set(held)
+        if here is not None:
+            for param in set(self.named_parameters.values()) - here:
+                set_active(param, False)
+            # Weights of other pipeline stages must not be kept alive.
+            self._names = {param: name for param, name in self._names.items() if param in here}
+            self._local = LocalMasters(self._names)
+        self._serve(engine, engine.masters, here)
+        self._activate(keep=frozenset())
+
+    def reschedule(self, block_ranges: Sequence[tuple[int, int]], stages: Sequence[Sequence[int]] = ()) -> None:
+        """See `Trained`.
+
+        Raises:
+            ValueError: steps were taken, or the ranges do not cover the blocks.
+        """
+        if self.num_steps:
+            raise ValueError(f"reschedule: got it after {self.num_steps} steps, expected it before the first")
+        self.stages = tuple(stages)
+        schedule = dataclasses.replace(self.schedule, ranges=tuple(block_ranges))
+        self.resume_at(0, dataclasses.replace(self.plan, schedule=schedule))
+
+    def resume_at(self, num_steps: int, plan: Plan | None = None) -> None:
+        """See `Trained`.
+
+        Raises:
+            ValueError: with "importance", the order of that epoch was not drawn here.
+        """
+        require_int("num_steps", num_steps, 0)
+        (plan or self.plan).schedule.active(num_steps)  # raises where that is not known
+        self.plan = plan or self.plan
+        self._count(num_steps)
+        self._activate(keep=frozenset())
+        self._log_active()
+
+    def replace_base(self, base_optimizer: Optimizer) -> None:
+        """Go on with another base optimizer over the same param-group dicts.
+
+        Raises:
+            ValueError: the present one has state, or the groups are others.
+        """
+        require_same_groups(self.base_optimizer, base_optimizer, self.active_set.has_stepped(self.base_optimizer))
+        self._adopt(base_optimizer)
+
+    def point_to(self, named: Mapping[str, Parameter]) -> None:
+        """Train other parameters of the same names and shapes: those that `fully_shard` has put in their places.
+
+        Args:
+            named: the model's parameters as they are now.
+        Raises:
+            ValueError: steps were taken, or one is missing or has another shape.
+        """
+        if self.num_steps or self.active_set.has_stepped(self.base_optimizer):
+            raise ValueError(f"point_to: got it after {self.num_steps} steps, expected it before the first")
+        require_same_shapes(self._names, named)
+        if self._corrections is not None:
+            self._corrections.activate([])
+        if self._replicas is not None:
+            self._replicas.detach()
+        new = {param: named[name] for param, name in self._names.items()}
+        self.named_parameters = {name: new[param] for name, param in self.named_parameters.items()}
+        self.kept = {new[param] for param in self.kept}
+        for group, members in zip(self.base_optimizer.param_groups, self.members, strict=True):
+            group["params"] = [new[param] for param in members]
+        self._begin(self.base_optimizer, {new[param]: name for param, name in self._names.items()})
+
     def _base_step(self) -> None:
         self.active_set.contract.require_exchangeable("base_optimizer")
         self._reach.look(self, by_stage=bool(self.stages))
@@ -405,24 +487,7 @@ class BlockOptimizer(Hosted, Optimizer):
         Raises:
             ValueError: the model is not copied in the same call, or other processes take part.
         """
-        alone = not self.attached and self._replicas is None
-        require_copyable(self.named_parameters.values(), memo, alone=alone)
-        new: Any = object.__new__(type(self))
-        memo[id(self)] = new
-        Optimizer.__init__(new, [{"params": []}], {})
-        copy_base(self.base_optimizer, memo)
-        for name, value in vars(self).items():
-            if name not in _LEFT_TO_TORCH and not name.startswith("_optimizer_"):
-                setattr(new, name, copy.deepcopy(value, memo))
-        for param in self.named_parameters.values():
-            if is_frozen_here(param):
-                set_active(memo[id(param)], False)
-        new._corrections = None
-        if new.corrector is not None:
-            names = set(new.corrected_names())
-            new._corrections = LocalGradients(new.corrector, {p: name for name, p in new.named_parameters.items()})
-            new._corrections.activate([param for name, param in new.named_parameters.items() if name in names])
-        return new
+        return deep_copy(self, memo, alone=not self.attached and self._replicas is None)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse `pickle` and `copy.copy`.

@@ -13,11 +13,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from colossal_bcd.block.correction.correction import LocalGradients
+from colossal_bcd.block.parameters import is_frozen_here, set_active
 from colossal_bcd.block.trained import Trained
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.twin import attributes, copied
 from colossal_bcd.optim.state.rounding import LOW_PRECISION
 
+_LEFT_TO_TORCH = ("step", "_corrections")
+"""Schedulers wrap the step of the one object that they were made for; corrections are hooks on its parameters."""
 NOT_ALONE = (
     "a BlockOptimizer cannot be pickled or copied by itself: it holds parameters of a model. Save state_dict() "
     "and load it into a new one, or write copy.deepcopy((model, optimizer))."
@@ -171,3 +175,30 @@ def copy_base(base: Optimizer, memo: dict[int, Any]) -> None:
     for name, value in attributes(base).items():
         if name not in vars(new):
             setattr(new, name, copy.deepcopy(value, memo))
+
+
+def deep_copy(optimizer: Any, memo: dict[int, Any], *, alone: bool) -> Any:
+    """A copy of a block optimizer over the parameters of its model's copy.
+
+    Args:
+        optimizer: the BlockOptimizer.
+        memo: of `copy.deepcopy`.
+        alone: whether no other process takes part.
+    """
+    require_copyable(optimizer.named_parameters.values(), memo, alone=alone)
+    new: Any = object.__new__(type(optimizer))
+    memo[id(optimizer)] = new
+    Optimizer.__init__(new, [{"params": []}], {})
+    copy_base(optimizer.base_optimizer, memo)
+    for name, value in vars(optimizer).items():
+        if name not in _LEFT_TO_TORCH and not name.startswith("_optimizer_"):
+            setattr(new, name, copy.deepcopy(value, memo))
+    for param in optimizer.named_parameters.values():
+        if is_frozen_here(param):
+            set_active(memo[id(param)], False)
+    new._corrections = None
+    if new.corrector is not None:
+        names = set(new.corrected_names())
+        new._corrections = LocalGradients(new.corrector, {p: name for name, p in new.named_parameters.items()})
+        new._corrections.activate([param for name, param in new.named_parameters.items() if name in names])
+    return new

@@ -7,9 +7,10 @@ import torch
 from block_net import Net, adamw, wrap
 
 import colossal_bcd
+from colossal_bcd import BlockOptimizer
 from colossal_bcd.block.active_set import ActiveSet
 from colossal_bcd.block.plan import Plan
-from colossal_bcd.block.trained import is_plain, trained_of
+from colossal_bcd.block.trained import Trained, is_plain, trained_of
 
 PACKAGE = Path(colossal_bcd.__file__).parent
 
@@ -83,6 +84,11 @@ def test_active_set_keeps_what_survives_and_makes_the_rest_anew() -> None:
     active.activate(base, [[kept]], frozenset())
     assert active.masters[kept] is not masters[kept]
     assert not base.state
+
+
+def test_block_optimizer_is_one_class() -> None:
+    """Its life before the first step was a class of its own, with stubs for what that took from the other one."""
+    assert BlockOptimizer.__bases__ == (Trained, torch.optim.Optimizer)
 
 
 def test_block_optimizer_is_asked_for_by_type_in_three_places_at_most() -> None:
