@@ -175,10 +175,6 @@ class GaLore(ReducedGradientOptimizer):
             spec["right"] = StateSpec(kind="replicated", shape=(columns, low_rank.rank))
         return spec
 
-    def is_fused(self, hyper: Any, dtype: torch.dtype) -> bool:
-        # torch's kernels know no low-rank gradients.
-        return False
-
     def stack_kind(self, member: Member) -> Hashable:
         if not is_projected(member.layout, member.hyper):
             return super().stack_kind(member)

@@ -77,7 +77,9 @@ class AdamW(ShardedOptimizer[AdamWHyper]):
         return adamw(view, state, hyper)
 
     def is_fused(self, hyper: AdamWHyper, dtype: torch.dtype) -> bool:
-        return hyper.order == "torch" and hyper.correct_bias and hyper.moment_bits == 32 and wide(dtype) == dtype
+        plain = hyper.order == "torch" and hyper.correct_bias and hyper.moment_bits == 32
+        # Neither a subclass with a rule of its own, nor that of low-rank gradients, is what torch's kernel computes.
+        return type(self).update is AdamW.update and plain and wide(dtype) == dtype
 
     def update_fused(self, values: Mapping[str, list[Tensor]], step: int, hyper: AdamWHyper) -> None:
         require_no_capture("the number of the step")

@@ -62,6 +62,19 @@ def test_adamw_of_other_dtypes_or_orders_is_not_fused():
         assert ("_fused_adamw_" in kernels.names) == same
 
 
+def test_rule_of_a_subclass_is_not_replaced_by_the_fused_kernel():
+    """A class that extended AdamW by a rule of its own was trained by torch's, without a word."""
+
+    class Backwards(AdamW):
+        def update(self, view, state, hyper):
+            yield from view.subtract(view.grad, lr=-hyper.lr)
+
+    params = make_params()
+    before = [param.detach().clone() for param in params]
+    train(Backwards(params, lr=0.5), params, num_steps=1)
+    assert max(errors(params, [old + 0.5 * param.grad for old, param in zip(before, params, strict=True)])) == 0
+
+
 def test_adamw_defaults_are_torchs():
     ours, theirs = AdamW(make_params()), torch.optim.AdamW(make_params())
     assert ours.defaults.items() <= theirs.defaults.items()
