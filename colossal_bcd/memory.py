@@ -21,6 +21,7 @@ from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.state.stack import STACK_BYTES
 from colossal_bcd.sharding import Layout, wide
+from colossal_bcd.sharding.dtensor import MeshAxes, layout_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class _Trained:
     key: int
     """Number of the parameter."""
     layout: Layout
-    """Without a slice."""
+    """A slice in it is a DTensor's."""
 
 
 def estimate(
@@ -97,13 +98,20 @@ def estimate(
         num_shards: ZeRO ranks, over which masters and state are divided.
         partition_grad: whether gradients are, too (stage 2).
         master_weights: whether low-precision weights have float32 masters under the plugin.
-        layouts: tensor-parallel layouts of the parameters on this rank; None: all are whole.
+        layouts: tensor-parallel layouts of the parameters on this rank; None: as DTensors say, and others are whole.
     Raises:
-        ValueError: the optimizer is of another package, and has state that is neither like the parameter nor one value.
+        ValueError: the optimizer is of another package, and has state that is neither like the parameter nor one value;
+            or DTensors are to be divided again.
     """
     trained = trained_of(optimizer)
     base, members = trained.base_optimizer, trained.members
-    of = {param: Layout.whole(tuple(param.shape)) for group in members for param in group}
+    axes = MeshAxes()
+    of = {param: layout_of(param, axes) for group in members for param in group}
+    if num_shards > 1 and any(layout.slice is not None for layout in of.values()):
+        raise ValueError(
+            f"estimate: got num_shards={num_shards} for DTensors, expected 1, as their rows are divided already. Leave "
+            "it out."
+        )
     if layouts is not None:
         of = {param: layouts[param] for param in of if param in layouts}
     keys = {param: key for key, param in enumerate(itertools.chain.from_iterable(members))}

@@ -82,6 +82,14 @@ def test_state_is_as_large_as_the_longest_slice():
         assert found == most
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_estimate_counts_this_ranks_part_of_state(name):
+    """It counted whole tensors on every rank."""
+    for report in reports():
+        guess, found = report["bytes"][name]
+        assert guess == found
+
+
 def test_moments_in_8_bits_over_sharded_weights_begin_as_on_one_process():
     # Both compute the first step in float32 before anything is rounded to 8 bits; after that a moment is off by up to
     # 1/2 of the map's widest step, 0.014 of the largest in its chunk, so that no update of lr 1e-2 or 3e-2 is off by

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from colossal_bcd import SGD, AdamW, Lamb
+from colossal_bcd import SGD, AdamW, Lamb, estimate
 from colossal_bcd.fsdp.cpu import enable_cpu
 from colossal_bcd.optim.register import registered
 from colossal_bcd.sharding.dtensor import MeshAxes, layout_of, local_values
@@ -71,6 +71,17 @@ def all_optimizers():
     for name in ("AdamW", "Lamb", "Lion"):
         found[f"{name} stochastic"] = errors_to_one_process(name, torch.bfloat16, 3, rounding="stochastic", seed=3)
     return found
+
+
+def bytes_of_state(name):
+    """By the estimate, before anything is allocated, and of the tensors after a step."""
+    model = shard(tied(torch.float32), device_mesh())
+    optimizer = make(name, model)
+    guess = estimate(optimizer)
+    for key, param in model.named_parameters():
+        param.grad = sharded_like(gradients(0, torch.float32)[key], param)
+    optimizer.step()
+    return guess.state, sum(storages(dict(optimizer.state)).values())
 
 
 def eight_bits():
@@ -203,4 +214,5 @@ def on_three_ranks():
         "early": made_too_early(),
         "gradients": kinds_of_gradients(),
         "parameters": kinds_of_parameters(),
+        "bytes": {name: bytes_of_state(name) for name in OPTIMIZERS},
     }
