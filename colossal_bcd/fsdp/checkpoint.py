@@ -122,6 +122,7 @@ class Checkpointable(Stateful):
                     "dcp.load gets."
                 )
         Loading(self._boosted(), "state dict", _Rows("state dict", manifest, tensors)).apply()
+        self._resume_from = None  # what it is asked for next is saved
 
     def _boosted(self) -> EngineState:
         return EngineState(self._engine, self._engine.parameter_names)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from colossal_bcd import BlockOptimizer, fsdp
 from colossal_bcd.checkpoint.save import agreed_state
 from colossal_bcd.checkpoint.trained import EngineState
-from colossal_bcd.fsdp.checkpoint import Checkpointable, load_optimizer, save_optimizer
+from colossal_bcd.fsdp.checkpoint import MANIFEST, Checkpointable, load_optimizer, save_optimizer
 
 SAVED, STEPS = 5, 5
 """Steps before and after a checkpoint: the third block has had one of its two steps."""
@@ -53,7 +53,10 @@ def read(engine: Any, path: Path, way: str) -> None:
     if way == "files":
         load_optimizer(engine, path)
     else:
-        dcp.load({"optim": Checkpointable(engine, resume_from=path)}, checkpoint_id=path)
+        state = Checkpointable(engine, resume_from=path)
+        dcp.load({"optim": state}, checkpoint_id=path)
+        # One that is kept for the next save has what trains, not the empty tensors into which it has loaded.
+        assert state.state_dict()[MANIFEST]
 
 
 def save(folder: Path, named: dict[str, Case], way: str = "files") -> dict[str, Any]:
