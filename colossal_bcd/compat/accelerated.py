@@ -64,10 +64,22 @@ def enable_checkpoints(module: ModuleType) -> None:
     Args:
         module: `accelerate.accelerator` or `transformers.trainer`; nothing is done twice.
     """
-    for name, ours in (("save_fsdp_optimizer", _save), ("load_fsdp_optimizer", _load)):
+    for name, ours in (("save_fsdp_optimizer", save_optimizer), ("load_fsdp_optimizer", load_optimizer)):
         original = getattr(module, name, None)
         if original is not None and not hasattr(original, "__wrapped__"):
-            setattr(module, name, functools.update_wrapper(functools.partial(ours, original), original))
+            setattr(module, name, _instead_of(original, ours))
+
+
+def _instead_of(original: Any, ours: Any) -> Any:
+    @functools.wraps(original)
+    def function(plugin: Any, acc: Any, optimizer: Any, model: Any, folder: str, index: int = 0, **rest: Any) -> None:
+        engine = getattr(blocks_of(optimizer), "engine", None)
+        if engine is None:
+            original(plugin, acc, optimizer, model, folder, index, **rest)
+        else:
+            ours(engine, Path(folder) / f"optimizer_{index}")
+
+    return function
 
 
 def _sharding_on_cpus(original: Any, state: ModuleType) -> Any:
@@ -180,23 +192,3 @@ def _replace(holder: Any, old: Any, new: Any) -> Any:
             break
         holder = inner
     return holder
-
-
-def _save(
-    original: Any, plugin: Any, accelerator: Any, optimizer: Any, model: Any, folder: str, index: int = 0, **rest: Any
-) -> None:
-    engine = getattr(blocks_of(optimizer), "engine", None)
-    if engine is None:
-        original(plugin, accelerator, optimizer, model, folder, index, **rest)
-    else:
-        save_optimizer(engine, Path(folder) / f"optimizer_{index}")
-
-
-def _load(
-    original: Any, plugin: Any, accelerator: Any, optimizer: Any, model: Any, folder: str, index: int = 0, **rest: Any
-) -> None:
-    engine = getattr(blocks_of(optimizer), "engine", None)
-    if engine is None:
-        original(plugin, accelerator, optimizer, model, folder, index, **rest)
-    else:
-        load_optimizer(engine, Path(folder) / f"optimizer_{index}")
