@@ -301,10 +301,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("_mesh", Mesh()), ("_axes", MeshAxes()), ("_in_model", False)):
-            self.__dict__.setdefault(name, value)
-        self.__dict__.setdefault("_warned", False)
-        self.__dict__.setdefault("_handed", None)
+        made = {"_mesh": Mesh(), "_axes": MeshAxes(), "_in_model": False, "_warned": False, "_handed": None}
+        self.__dict__.update({**made, **self.__dict__})
 
     def task_bytes(self, layout: Layout, hyper: HyperT, dtype: torch.dtype, num_members: int = 1) -> int:
         """Temporaries that one rule keeps alive between rounds, in bytes.
@@ -412,8 +410,10 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def _follow_groups(self) -> None:
         """Until the first step, read anew what accelerate has put into the groups."""
+        if self._in_model:
+            return
         params = [param for group in self.param_groups for param in group["params"]]
-        if not self._in_model and are_others(type(self).__name__, params, self._layouts, self.state):
+        if are_others(type(self).__name__, params, self._layouts, self.state):
             self._layouts, self._axes, self._keys = {}, MeshAxes(), {param: key for key, param in enumerate(params)}
             self._read_layouts(params)
 

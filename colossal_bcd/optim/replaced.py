@@ -27,6 +27,9 @@ def are_others(owner: str, params: Sequence[Tensor], known: Container[Tensor], s
     Raises:
         ValueError: a parameter is there twice, or state of others would be lost.
     """
+    new = [param for param in params if param not in known]
+    if not new or not all(map(is_dtensor, new)):
+        return False  # flat shards of other libraries do not say which part they are, and are refused
     present = set(params)
     if len(present) < len(params):
         raise ValueError(
@@ -34,9 +37,6 @@ def are_others(owner: str, params: Sequence[Tensor], known: Container[Tensor], s
             "accelerate finds sharded parameters by their memory, of which a rank without rows has none. Let it shard "
             "the model and make the optimizer of whole parameters, or prepare neither."
         )
-    new = [param for param in params if param not in known]
-    if not new or not all(map(is_dtensor, new)):
-        return False  # flat shards of other libraries do not say which part they are, and are refused
     if lost := [param for param in state if param not in present]:
         raise ValueError(
             f"{owner}: it has state of {len(lost)} parameters that are in its groups no more, expected none. Load "

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from types import FrameType
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -275,13 +276,9 @@ def refuse_broadcast(tensors: Iterable[tuple[str, DTensor]]) -> None:
     broadcasts its memory as if there were none.  What asks for a state dict says which options it was given.
 
     Args:
-        tensors: that a state dict will have, by name; called by the function that the optimizer's `state_dict` calls.
+        tensors: that a state dict will have, by name.
     """
-    caller = sys._getframe(3)
-    broadcasts = caller.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict" and getattr(
-        caller.f_locals.get("info"), "broadcast_from_rank0", False
-    )
-    for name, tensor in tensors if broadcasts else ():
+    for name, tensor in tensors if _is_for_broadcast() else ():
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
             dim: int = getattr(placement, "dim", 0)
             if dim > 0 and tensor.shape[dim] % size:
@@ -290,6 +287,18 @@ def refuse_broadcast(tensors: Iterable[tuple[str, DTensor]]) -> None:
                     f"whose dim {dim} is divided unevenly by {size} ranks, so that torch's broadcast would scramble "
                     "it. Give every rank the full state with full_state_dict=True alone, or use dcp.save and dcp.load."
                 )
+
+
+def _is_for_broadcast() -> bool:
+    """Whether a caller, however far, is torch's function that was asked to broadcast."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict" and getattr(
+            frame.f_locals.get("info"), "broadcast_from_rank0", False
+        ):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _divided(tensor: DTensor) -> list[int]:

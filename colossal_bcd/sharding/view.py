@@ -40,7 +40,7 @@ def square_sum(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu":
         # These kernels of accelerators widen values as they read them: one for all tensors, and no copy.
-        norms = torch._foreach_norm(list(x.view(math.prod(x.shape[:-1]), x.shape[-1])), 2, dtype=torch.float64)
+        norms = torch._foreach_norm(list(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])), 2, dtype=torch.float64)
         return torch.stack(norms).square_().view(*x.shape[:-1], 1)
     # A sixteenth at a time, so that the copy is an eighth of float32 values.
     size = max(LEAST_CHUNK, min(x.numel() // 16, MOST_CHUNK)) // max(math.prod(x.shape[:-1]), 1)
