@@ -31,6 +31,7 @@ from colossal_bcd.engine.fitness import require_fit
 from colossal_bcd.engine.norm import scale_gradients, totals_of
 from colossal_bcd.fsdp.masters import RowMasters
 from colossal_bcd.fsdp.torch_private import shard_groups
+from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.names import plain_name
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import (
@@ -48,6 +49,10 @@ logger = logging.getLogger(__name__)
 NO_LATE = (
     "step: got a weight that was {} after the optimizer was attached, expected none: it has no master and no state. "
     "Attach with it trainable and in the param groups, and freeze it afterwards."
+)
+WHOLE_GRADIENTS = (
+    "%s: FSDP2 reduces whole gradients, of which low-rank ones are made afterwards; state is small, traffic is not. "
+    "LowLevelZeroPlugin and HybridParallelPlugin of colossal_bcd.booster reduce low-rank gradients."
 )
 IN_WHOLE = (
     "Use an optimizer of colossal_bcd, such as Adafactor, CAME, Lamb or GaLoreAdamW, which computes with whole "
@@ -83,9 +88,11 @@ class FsdpEngine:
         self._device = self.groups[0].device
         base, divided = trained.base_optimizer, any(layout.axes for layout in self.layouts.values())
         require_whole_chunks(base, self.parameter_names, divided)
-        changed = misaligned(base, self.layouts)
-        if changed and all(self.mesh.rank(axis) == 0 for axis in self.axes):
+        changed, is_first = misaligned(base, self.layouts), all(self.mesh.rank(axis) == 0 for axis in self.axes)
+        if changed and is_first:
             logger.warning(describe_misaligned(base, changed, self.parameter_names))
+        if isinstance(base, ReducedGradientOptimizer) and divided and is_first:
+            logger.info(WHOLE_GRADIENTS, type(base).__name__)
         self._keys = trained.keys()
         self.masters = RowMasters(trained.active_set, self.layouts)
         self.late_check = LateCheck()

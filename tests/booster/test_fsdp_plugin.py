@@ -71,6 +71,16 @@ def test_training_on_two_ranks_is_one_process_in_float64(on_two: dict[str, Any],
     assert on_two[name]["weights"] <= 1e-12
 
 
+def test_boosting_says_once_how_the_model_is_sharded_and_that_whole_gradients_travel(found: Any) -> None:
+    assert [line for line in found["said"] if "136896 values in 6 groups of FSDP2, over 2 of 2 ranks" in line]
+    assert [line.partition(":")[0] for line in found["said"] if "reduces whole gradients" in line] == ["GaLoreAdamW"]
+
+
+def test_gradients_travel_in_the_dtype_that_is_asked_for(found: Any) -> None:
+    # Each of two addends, and their sum, is rounded to 8 binary digits; 1e-5 is far above float32's rounding.
+    assert 1e-5 < found["reduction"] <= 3 * 2**-8
+
+
 TP: Any = {"data_ranks": 2}
 ON_FOUR = {
     "hsdp": Case(**F64, base="sgd", options={"replicate_size": 2, "max_norm": 0.5}),

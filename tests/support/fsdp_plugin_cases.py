@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -185,6 +186,8 @@ def everything(cases: dict[str, Case]) -> dict[str, Any]:
     return {
         "errors": errors(cases),
         "refused": refused(),
+        "said": said(),
+        "reduction": error_of_reduction(),
         "late": late(),
         "bytes": {dtype: bytes_by_moment(dtype) for dtype in (torch.bfloat16, torch.float32)},
         "table": explain(Run(Case(dtype=torch.bfloat16)).optimizer),
@@ -193,6 +196,34 @@ def everything(cases: dict[str, Case]) -> dict[str, Any]:
         "ratio": ratio(),
         "files": files(),
     }
+
+
+def said() -> list[str]:
+    """Lines at level INFO while a GaLore optimizer is boosted."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("colossal_bcd")
+    handler.emit = records.append  # type: ignore[method-assign]
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        Run(Case(base="galore", blocks=False, options={"verbose": True}))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+    return [record.getMessage() for record in records]
+
+
+def error_of_reduction() -> float:
+    """Largest difference that bfloat16 makes in a reduction of float32 gradients, as a share of the largest update."""
+    updates = []
+    for options in ({}, {"reduce_dtype": torch.bfloat16}):
+        run = Run(Case(base="sgd", blocks=False, options=options))
+        before = run.weights()
+        run.step(0)
+        updates.append([new - old for new, old in zip(run.weights(), before, strict=True)])
+    largest = [update.abs().max() for update in updates[0]]
+    return largest_error(*([each / most for each, most in zip(update, largest, strict=True)] for update in updates))
 
 
 def refused() -> dict[str, str]:
