@@ -30,8 +30,8 @@ from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
 from colossal_bcd.optim.state.storage import (
     StoredState,
     StoredWeights,
-    begin_update,
     count_step,
+    fused_row,
     not_rounded,
     require_storable,
     stored_temporaries,
@@ -394,11 +394,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
                 copies.append((stored, weight))
             if (layout, member.group) not in specs:
                 specs[layout, member.group] = self.state_spec(layout, member.hyper)
-            spec, state = specs[layout, member.group], self.state[member.param]
-            begin_update(member, state, spec)
-            tensors = [weight, *self._gradients([member]), *(state[name] for name in spec)]
-            if weight.numel() != layout.num_local or any(tensor.shape != weight.shape for tensor in tensors):
-                tensors = [tensor.view(-1)[: layout.num_local] for tensor in tensors]
+            spec = specs[layout, member.group]
+            tensors = fused_row(member, [weight, *self._gradients([member])], self.state[member.param], spec)
             kind = member.group, member.step, weight.dtype, weight.device
             batches.setdefault(kind, (member, ["weight", "grad", *spec], []))[2].append(tensors)
         for first, names, rows in batches.values():

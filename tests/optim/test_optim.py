@@ -62,6 +62,20 @@ def test_adamw_of_other_dtypes_or_orders_is_not_fused():
         assert ("_fused_adamw_" in kernels.names) == same
 
 
+def test_state_of_other_strides_goes_with_its_values():
+    """torch's state lies as its channels_last weight does; the fused kernel took it by the order of memory."""
+    make = lambda x: x.to(memory_format=torch.channels_last)  # noqa: E731
+    params = [nn.Parameter(make(param.detach())) for param in make_params(shapes=[(8, 4, 3, 3)])]
+    theirs = torch.optim.AdamW(params, lr=0.05, foreach=False)
+    train(theirs, params, num_steps=3)
+    others = [nn.Parameter(param.detach().clone()) for param in params]
+    ours = AdamW(others, lr=0.05)
+    saved = {name: int(value) if name == "step" else value for name, value in theirs.state[params[0]].items()}
+    ours.load_state_dict({**ours.state_dict(), "state": {0: saved}})
+    assert not ours.state[others[0]]["exp_avg"].is_contiguous()
+    assert max(errors(train(ours, others, first=3), train(theirs, params, first=3))) <= 2**-51
+
+
 def test_rule_of_a_subclass_is_not_replaced_by_the_fused_kernel():
     """A class that extended AdamW by a rule of its own was trained by torch's, without a word."""
 

@@ -101,6 +101,26 @@ def begin_update(member: Member, state: dict[str, Any], specs: Mapping[str, Stat
     state["step"] = member.step
 
 
+def fused_row(
+    member: Member, tensors: list[Tensor], state: dict[str, Any], specs: Mapping[str, StateSpec]
+) -> list[Tensor]:
+    """Tensors of one parameter for a fused kernel of torch: of one shape, and of its order in memory.
+
+    Args:
+        member: the parameter.
+        tensors: its weight and gradient, contiguous.
+        state: as the optimizer keeps it; filled at the first update.
+        specs: of the state, which follows the values of the weight.
+    """
+    begin_update(member, state, specs)
+    # Kernels go through memory, and state of another optimizer may lie as a weight of other strides did.
+    state.update({name: state[name].contiguous() for name in specs})
+    row, size = [*tensors, *(state[name] for name in specs)], member.layout.num_local
+    if any(tensor.numel() != size or tensor.shape != row[0].shape for tensor in row):
+        row = [tensor.view(-1)[:size] for tensor in row]
+    return row
+
+
 def as_seen(spec: StateSpec, view: ShardView, stored: Tensor) -> Tensor:
     """A state tensor as rules see it, a view: moments are flat like the gradient of which they are averages."""
     if spec.kind == "elementwise":
