@@ -14,9 +14,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from replica_trainer_cases import launched
 from support.errors import largest_error
 from test_replicas import compare
-from torch import nn
 
-from colossal_bcd import CAME
 from colossal_bcd.compat import accelerated
 from colossal_bcd.fsdp.torch_private import VERSION
 from colossal_bcd.testing import run_ranks
@@ -89,18 +87,7 @@ def test_accelerator_that_shards_by_other_means_is_refused(monkeypatch: pytest.M
 
 
 def test_optimizer_whose_groups_are_changed_before_its_first_step_follows_or_refuses() -> None:
-    old, new = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
-    optimizer = CAME([old], lr=1e-2)
-    optimizer.param_groups[0]["params"] = [new, new]
-    with pytest.raises(ValueError, match="1 of its 2 parameters are there twice"):
-        optimizer.state_dict()
-    optimizer.param_groups[0]["params"] = [new]
-    new.grad = torch.ones(4, 3)
-    optimizer.step()
-    assert new.ne(1).all()
-    assert old.eq(1).all()
-    loaded = CAME([old], lr=1e-2)
-    loaded.load_state_dict(optimizer.state_dict())
-    loaded.param_groups[0]["params"] = [new]
-    with pytest.raises(ValueError, match="state of 1 parameters that are in its groups no more"):
-        loaded.step()
+    for found in run_ranks(2, cases.groups_changed):
+        assert found["followed"] <= 1e-12
+        assert "1 of its 2 parameters are there twice" in found["twice"]
+        assert "state of 1 parameters that are in its groups no more" in found["state of others"]

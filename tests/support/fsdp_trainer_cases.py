@@ -15,10 +15,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from replica_trainer_cases import launched
 from test_trainer import ACCUMULATION, STEPS, UNSAFE, block_optimizer, dataset
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 from colossal_bcd import CAME, AdamW, BlockOptimizer, BlockOptimizerRatio, fsdp
 from colossal_bcd.compat import BAdamCallback, enable_accelerate
+from support.errors import largest_error
 
 PERIOD, LAYERS, MAX_NORM = 2, 3, 0.05
 ACCUMULATE = 2
@@ -226,3 +229,30 @@ def trained_and_resumed(folder: str) -> dict[str, Any]:
         path = f"{folder}/{name}"
         found[name] = trained(path, **options), trained(path, seed=9, resume=True, **options)
     return found
+
+
+def groups_changed() -> dict[str, Any]:
+    """What an optimizer does whose parameters were replaced by DTensors, as accelerate does, before its first step."""
+
+    def pointed(*params: Tensor, state: dict[str, Any] | None = None) -> CAME:
+        old = nn.Parameter(torch.ones(5, 3, dtype=torch.float64))
+        optimizer = CAME([old], lr=1e-2)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["params"] = list(params or [old])
+        return optimizer
+
+    gradient = torch.arange(15, dtype=torch.float64).reshape(5, 3) - 7
+    mesh = init_device_mesh("cpu", (2,))
+    new, twice = (nn.Parameter(distribute_tensor(torch.ones_like(gradient), mesh, [Shard(0)])) for _ in range(2))
+    whole, follows = pointed(), pointed(new)
+    old = whole.param_groups[0]["params"][0]
+    for step in range(1, 6):
+        old.grad, new.grad = gradient * step, distribute_tensor(gradient * step, mesh, [Shard(0)])
+        whole.step()
+        follows.step()
+    return {
+        "followed": largest_error([new.full_tensor()], [old]),
+        "twice": refusal(pointed(twice, twice).state_dict),
+        "state of others": refusal(pointed(twice, state=whole.state_dict()).step),
+    }
