@@ -20,7 +20,7 @@ BOUND ?= 1e-12
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-check test test-full test-latest gpu clean
+.PHONY: help demo demo-check test test-full test-latest bench gpu clean
 
 help:
 	@echo "make demo         train a small Llama on $(RANKS) processes; results in $(OUTPUT)/"
@@ -28,6 +28,7 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make test-full    make test, and every case on every mesh"
 	@echo "make test-latest  the tests that need no ColossalAI, on torch 2.13 and transformers 5"
+	@echo "make bench        about ten minutes of benchmarks; rewrites docs/benchmarks.md and its pictures"
 	@echo "make gpu          what only a GPU shows: tests/gpu and docs/benchmarks_gpu.md, with the packages of PYTHON"
 	@echo "make clean        remove environments, caches and results"
 
@@ -72,6 +73,9 @@ $(LATEST)/.installed: setup.py
 
 test-latest: $(LATEST)/.installed
 	$(LATEST)/bin/python -m pytest $(WORKERS)
+
+bench: $(VENV)/.installed
+	PYTHONPATH=. $(VENV)/bin/python benchmarks/page.py
 
 gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu

@@ -24,8 +24,8 @@ from colossal_bcd.testing import PeakBytes, live_bytes, run_ranks
 
 HEADER = (
     "optimizer", "mesh", "measured / estimate, between steps", "measured / estimate, in a step",
-    "between steps / AdamW's", "in a step / AdamW's", "between steps, kB", "estimate, kB", "in a step, kB",
-    "estimate, kB ",
+    "between steps / AdamW's", "in a step / AdamW's", "between steps, kB",
+    "estimate between steps, kB", "in a step, kB", "estimate in a step, kB",
 )  # fmt: skip
 
 

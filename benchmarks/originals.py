@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -69,19 +70,23 @@ def _our_galore(parameters: Parameters, rank: int, **options: Any) -> Optimizer:
 
 def _their_galore(parameters: Parameters, rank: int) -> Optimizer:
     """As in galore_torch, but for bases that are drawn, as ours are: steps between refreshes are timed."""
-    import galore_torch
-
-    projector = importlib.import_module("galore_torch.galore_projector").GaLoreProjector
-    projector.get_orthogonal_matrix = _drawn
-    made: Optimizer = galore_torch.GaLoreAdamW(_galore_groups(parameters, rank), lr=1e-3, no_deprecation_warning=True)
+    module = importlib.import_module("galore_torch.adamw")
+    module.GaLoreProjector = _drawn_projector()  # type: ignore[attr-defined]
+    made: Optimizer = module.AdamW(_galore_groups(parameters, rank), lr=1e-3, no_deprecation_warning=True)
     return made
 
 
-def _drawn(projector: Any, weights: Tensor, rank: int, type: str) -> Tensor:
-    """A basis of orthonormal columns ("left") or rows ("right"), in the place of a decomposition."""
-    length = weights.shape[0] if type == "left" else weights.shape[1]
-    basis = torch.linalg.qr(torch.randn(length, min(rank, *weights.shape)))[0]
-    return basis if type == "left" else basis.T.contiguous()
+@functools.cache
+def _drawn_projector() -> Any:
+    """galore_torch's projector on a basis of orthonormal columns ("left") or rows that is drawn, not decomposed."""
+    original: Any = importlib.import_module("galore_torch.galore_projector").GaLoreProjector
+
+    def drawn(projector: Any, weights: Tensor, rank: int, type: str) -> Tensor:
+        length = weights.shape[0] if type == "left" else weights.shape[1]
+        basis = torch.linalg.qr(torch.randn(length, min(rank, *weights.shape)))[0]
+        return basis if type == "left" else basis.T.contiguous()
+
+    return type("DrawnProjector", (original,), {"get_orthogonal_matrix": drawn})
 
 
 def _our_blocks(parameters: Parameters, rank: int, **options: Any) -> Optimizer:

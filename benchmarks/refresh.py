@@ -1,24 +1,26 @@
-"""Time the refreshes of GaLore's bases: by method, on two ranks against one, and staggered.
+"""Time refreshes of GaLore's projectors: by method and against galore_torch, on two ranks against one, and staggered.
 
-    python benchmarks/refreshes.py                                  # all of it: three markdown tables
-    python benchmarks/refreshes.py --part methods --shape 1024x1024 --train-steps 0
-    python benchmarks/refreshes.py --part ranks --method subspace
+    python benchmarks/refresh.py
+    python benchmarks/refresh.py --part methods --shape 1024x1024 --train-steps 0
+    python benchmarks/refresh.py --part ranks --method subspace
 
-It starts its own ranks; no GPU is needed.
+"real" gradients are those of a one-layer Llama on the text that ships with CPython; the others are noise, alone or on
+a steady matrix of the given rank.  The energy is what a projector keeps of a gradient, by the most that is possible.
+Both sides take turns.  It starts its own ranks; no GPU is needed.
 """
 
 from __future__ import annotations
 
-import time
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from pathlib import Path
 from typing import Any, cast
 
 import click
 import torch
 import torch.distributed as dist
-from common import environment, heading, llama, row, slowest
+from common import Measured, Table, environment, in_turn, llama, ratio, to_file
 from data import load_corpus
 from torch import Tensor, nn
 
@@ -27,29 +29,12 @@ from colossal_bcd.low_rank.projector import Bases, Method, captured_energy, rand
 from colossal_bcd.sharding import Layout, Mesh
 from colossal_bcd.testing import run_ranks
 
-METHODS_HEADER = (
-    "shape", "gradient", "exact, s", "exact / subspace", "exact / random", "energy, exact",
-    "subspace / exact", "warm subspace / exact", "random / exact",
+HEADER = (
+    "refresh", "of", "against", "its time / time, processor", "its time / time", "processor ms", "its processor ms",
+    "ms", "its ms", "energy / exact energy", "collectives",
 )  # fmt: skip
-RANKS_HEADER = (
-    "method", "2 ranks / 1, wall", "fastest / fastest, wall", "2 ranks / 1, processor", "1 rank, ms", "2 ranks, ms",
-    "1 rank, processor ms", "2 ranks, processor ms",
-)  # fmt: skip
-STAGGER_HEADER = (
-    "method", "gap", "largest step / unstaggered, wall", "processor", "largest, ms", "unstaggered, ms", "mean, ms",
-    "mean unstaggered, ms",
-)  # fmt: skip
-
-
+PARTS = ("methods", "ranks", "stagger")
 VOCABULARY = 2048
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Of one step: by the clock on the rank that took longest, and of processor time on the busiest rank."""
-
-    wall: float
-    cpu: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +64,7 @@ def real_gradients(shape: tuple[int, int], train_steps: int, tokens: int) -> tup
     rows, hidden = shape
     length = 256
     corpus = load_corpus(None, None, "bpe", VOCABULARY, length, 1)
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), max(hidden // 64, 1))
     model: Any = llama(hidden, 1, VOCABULARY, intermediate_size=max(rows, 2 * hidden), **heads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     layer = model.model.layers[0]
@@ -103,57 +88,48 @@ def noisy_gradients(shape: tuple[int, int], rank: int, seed: int) -> tuple[Tenso
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Way:
     """One way to compute bases, on one matrix."""
 
-    seconds: tuple[float, ...]
+    taken: Measured
     energy: float
 
 
-def methods_on(before: Tensor, matrix: Tensor, rank: int, repeats: int) -> dict[str, Contestant]:
-    """Exact singular vectors, subspace iteration from nothing and from the last bases, and random bases, in turn."""
+def methods_on(before: Tensor, matrix: Tensor, rank: int, repeats: int) -> dict[str, Way]:
+    """Exact singular vectors, ours and galore_torch's; subspace iteration, from the last bases too; random bases."""
     side = "right"
     last = singular_bases(before, rank, side)
+    original = importlib.import_module("galore_torch.galore_projector").GaLoreProjector(rank)
     ways: dict[str, Callable[[], Bases]] = {
         "exact": lambda: singular_bases(matrix, rank, side),
+        "galore_torch": lambda: (None, original.get_orthogonal_matrix(matrix, rank, type="right").T),
         "subspace": lambda: subspace_bases(matrix, rank, side, (None, None), seed=1),
-        "subspace, warm": lambda: subspace_bases(matrix, rank, side, last, seed=1),
+        "subspace, from the last": lambda: subspace_bases(matrix, rank, side, last, seed=1),
         "random": lambda: random_bases((matrix.shape[0], matrix.shape[1]), rank, side, 1, matrix),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    energies: dict[str, float] = {}
-    for repeat in range(repeats + 1):
-        for name, compute in ways.items():
-            begin = time.process_time()
-            bases = compute()
-            if repeat:  # the first one is warm-up
-                seconds[name].append(time.process_time() - begin)
-            energies[name] = captured_energy(matrix, bases).item()
-    return {name: Contestant(tuple(seconds[name]), energies[name]) for name in ways}
+    bases: dict[str, Bases] = {}
+
+    def work(name: str) -> Callable[[], None]:
+        return lambda: bases.update({name: ways[name]()})
+
+    found = in_turn({name: work(name) for name in ways}, repeats, 1)
+    return {name: Way(found[name], captured_energy(matrix, bases[name]).item()) for name in ways}
 
 
-def refresh_steps(sizes: Sizes, method: Method, rank: int, repeats: int) -> dict[str, list[Seconds]]:
-    """Steps that refresh all bases, in turn on all ranks and on rank 0 alone, while the others sleep."""
-    together, alone = _Side(sizes, method, rank, gap=1), None
+def refresh_steps(sizes: Sizes, method: Method, rank: int, repeats: int) -> dict[str, Measured]:
+    """Steps that refresh all bases, in turn on all ranks and on rank 0 alone, while the others wait."""
+    together = _Side(sizes, method, rank, gap=1)
+    alone: Callable[[], None] = lambda: None  # noqa: E731
     if dist.get_rank() == 0:
-        alone = _Side(sizes, method, rank, gap=1, sharded=False)
-    found: dict[str, list[Seconds]] = {"together": [], "alone": []}
-    for _ in range(repeats + 1):
-        found["together"].append(_slowest(together.step))
-        found["alone"].append(_slowest(alone.step if alone is not None else None))
-    return {name: seconds[1:] for name, seconds in found.items()}
+        alone = _Side(sizes, method, rank, gap=1, sharded=False).step
+    return in_turn({"together": together.step, "alone": alone}, repeats, 1)
 
 
-def staggered_steps(sizes: Sizes, method: Method, rank: int, gap: int, repeats: int) -> dict[str, list[Seconds]]:
+def staggered_steps(sizes: Sizes, method: Method, rank: int, gap: int, repeats: int) -> dict[str, Measured]:
     """All steps of some gaps, with every layer refreshed in the same step and with the refreshes spread, in turn."""
     sides = {"together": _Side(sizes, method, rank, gap), "staggered": _Side(sizes, method, rank, gap, stagger=gap)}
-    found: dict[str, list[Seconds]] = {name: [] for name in sides}
-    for step in range(gap * (repeats + 1)):
-        for name, side in sides.items():
-            seconds = _slowest(side.step)
-            if step >= gap:  # the first gap, which begins with a refresh of everything, is warm-up
-                found[name].append(seconds)
-    return found
+    # The first gap, which begins with a refresh of everything, is warm-up.
+    return in_turn({name: side.step for name, side in sides.items()}, gap * repeats, gap)
 
 
 class _Side:
@@ -179,74 +155,16 @@ class _Side:
         self._optimizer.step()
 
 
-def _slowest(step: Callable[[], None] | None) -> Seconds:
-    """Time of one step on the rank that takes longest."""
-    dist.barrier()
-    wall, cpu = time.perf_counter(), time.process_time()
-    if step is not None:
-        step()
-    return Seconds(*slowest([time.perf_counter() - wall, time.process_time() - cpu]))
+def cells(
+    start: Sequence[str], this: Measured, other: Measured, energy: str = "-", collectives: object = "-"
+) -> list[Any]:
+    """A row; `start` are its first three cells."""
+    times = [f"{value:.1f}" for value in (this.cpu_ms, other.cpu_ms, this.ms, other.ms)]
+    return [*start, ratio(other.cpu_ms / this.cpu_ms), f"{other.ms / this.ms:.2f}", *times, energy, collectives]
 
 
-def chosen(sizes: Sequence[str]) -> list[tuple[int, int]]:
-    """Shapes from their names, such as "2048x2048"."""
-    return [(int(rows), int(columns)) for rows, _, columns in (size.partition("x") for size in sizes)]
-
-
-@click.command(context_settings={"show_default": True})
-@click.option(
-    "--part", "parts", type=click.Choice(["methods", "ranks", "stagger"]), multiple=True, help="[default: all]"
-)
-@click.option(
-    "--shape", "shapes", multiple=True, default=("1024x1024", "4096x1024", "2048x2048"), help="Rows x columns."
-)
-@click.option("--method", "methods", type=click.Choice(["exact", "subspace"]), multiple=True, help="[default: both]")
-@click.option("--rank", type=click.IntRange(1), default=128)
-@click.option("--repeats", type=click.IntRange(1), default=5, help="Measured repeats of each, after one of warm-up.")
-@click.option("--train-steps", type=click.IntRange(0), default=4, help="Of the model whose gradients are taken.")
-@click.option("--tokens", type=click.IntRange(256), default=2048, help="In a batch of these steps.")
-@click.option("--hidden", type=click.IntRange(16), default=512, help="Of the Llama whose matrices ranks refresh.")
-@click.option("--layers", type=click.IntRange(1), default=4)
-@click.option("--gap", type=click.IntRange(2), default=8, help="Steps of a gap over which refreshes are staggered.")
-def main(
-    parts: Sequence[str],
-    shapes: Sequence[str],
-    methods: Sequence[str],
-    rank: int,
-    repeats: int,
-    train_steps: int,
-    tokens: int,
-    hidden: int,
-    layers: int,
-    gap: int,
-) -> None:
-    """Print one markdown table for each part."""
-    torch.set_num_threads(1)
-    sizes = Sizes(hidden=hidden, layers=layers)
-    click.echo(
-        f"{environment('transformers')} Rank {rank}. Ranks refresh {len(sizes.shapes)} matrices: those of a Llama of "
-        f"{hidden} hidden, {layers} layers. Medians of {repeats} after one of warm-up."
-    )
-    asked = [cast(Method, method) for method in methods or ("exact", "subspace")]
-    if "methods" in parts or not parts:
-        click.echo("\n" + heading(METHODS_HEADER))
-        for shape in chosen(shapes):
-            for line in method_rows(shape, rank, repeats, train_steps, tokens):
-                click.echo(line)
-    if "ranks" in parts or not parts:
-        click.echo("\n" + heading(RANKS_HEADER))
-        for method in asked:
-            results = run_ranks(2, refresh_steps, sizes, method, min(rank, hidden), repeats, timeout=1200.0)[0]
-            click.echo(rank_row(method, results["together"], results["alone"]))
-    if "stagger" in parts or not parts:
-        click.echo("\n" + heading(STAGGER_HEADER))
-        for method in asked:
-            results = run_ranks(2, staggered_steps, sizes, method, min(rank, hidden), gap, repeats, timeout=1200.0)[0]
-            click.echo(stagger_row(method, gap, results["staggered"], results["together"]))
-
-
-def method_rows(shape: tuple[int, int], rank: int, repeats: int, train_steps: int, tokens: int) -> list[str]:
-    """Lines of the first table for one shape."""
+def method_rows(shape: tuple[int, int], rank: int, repeats: int, train_steps: int, tokens: int) -> list[list[Any]]:
+    """Rows of one shape."""
     gradients = {
         "real": real_gradients(shape, train_steps, tokens),
         "low rank + noise": noisy_gradients(shape, rank, seed=0),
@@ -255,45 +173,75 @@ def method_rows(shape: tuple[int, int], rank: int, repeats: int, train_steps: in
     lines = []
     for name, (before, matrix) in gradients.items():
         found = methods_on(before, matrix, rank, repeats)
-        exact = median(found["exact"].seconds)
-        ratios = [exact / median(found[way].seconds) for way in ("subspace", "random")]
-        parts = [found[way].energy / found["exact"].energy for way in ("subspace", "subspace, warm", "random")]
-        times = [f"{exact:.3f}", *(f"**{ratio:.1f}**" for ratio in ratios)]
-        energies = [f"{found['exact'].energy:.3f}", *(f"{part:.4f}" for part in parts)]
-        lines.append(row([f"{shape[0]}x{shape[1]}", name, *times, *energies]))
+        exact = found["exact"]
+        for way, against in (
+            ("exact", "galore_torch"), ("subspace", "exact"), ("subspace, from the last", "exact"), ("random", "exact"),
+        ):  # fmt: skip
+            start = [way, f"{shape[0]}x{shape[1]}, {name}", against]
+            share = f"{found[way].energy / exact.energy:.4f}"
+            lines.append(cells(start, found[way].taken, found[against].taken, share))
     return lines
 
 
-def rank_row(method: str, together: Sequence[Seconds], alone: Sequence[Seconds]) -> str:
-    """One line of the second table."""
-    wall, cpu = (
-        [median(getattr(each, kind) for each in side) for side in (together, alone)] for kind in ("wall", "cpu")
+def largest(taken: Measured, gap: int) -> Measured:
+    """The largest step of every gap."""
+
+    def of(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(max(values[begin : begin + gap]) for begin in range(0, len(values), gap))
+
+    return Measured(wall=of(taken.wall), cpu=of(taken.cpu))
+
+
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="Of the rows.")
+@click.option("--shape", "shapes", multiple=True, default=("1024x1024", "4096x1024"), help="Rows x columns.")
+@click.option(
+    "--method", "methods", type=click.Choice(["exact", "subspace"]), multiple=True, default=("exact", "subspace")
+)
+@click.option("--rank", type=click.IntRange(1), default=128, help="Of the projections.")
+@click.option("--repeats", type=click.IntRange(1), default=3, help="Measured repeats of each, after one of warm-up.")
+@click.option("--train-steps", type=click.IntRange(0), default=4, help="Of the model whose gradients are taken.")
+@click.option("--tokens", type=click.IntRange(256), default=2048, help="In a batch of these steps.")
+@click.option("--hidden", type=click.IntRange(16), default=512, help="Of the Llama whose matrices ranks refresh.")
+@click.option("--layers", type=click.IntRange(1), default=4, help="Of that Llama.")
+@click.option("--gap", type=click.IntRange(2), default=8, help="Steps of a gap over which refreshes are staggered.")
+@to_file
+def main(
+    parts: Sequence[str],
+    shapes: Sequence[str],
+    methods: Sequence[str],
+    rank: int,
+    repeats: int,
+    train_steps: int,
+    tokens: int,
+    gap: int,
+    output: Path | None,
+    **sizes: int,
+) -> None:
+    """Print one markdown table."""
+    torch.set_num_threads(1)
+    llamas = Sizes(**sizes)
+    count = f"{len(llamas.shapes)} matrices"
+    about = (
+        f"{environment('transformers', 'galore_torch')} Rank {rank}; {count} are those of a Llama of {llamas.hidden} "
+        f"hidden, {llamas.layers} layers. Medians of {repeats} after one of warm-up."
     )
-    # Where other programs take the processors, the fastest step is the one that they disturbed least.
-    fastest = [min(each.wall for each in side) for side in (together, alone)]
-    ratios = [f"**{two / one:.2f}**" for two, one in (wall, fastest, cpu)]
-    return row([method, *ratios, *(f"{1000 * value:.0f}" for value in (wall[1], wall[0], cpu[1], cpu[0]))])
-
-
-def stagger_row(method: str, gap: int, staggered: Sequence[Seconds], together: Sequence[Seconds]) -> str:
-    """One line of the third table: the largest step of a gap, in the median over gaps."""
-
-    def largest(side: Sequence[Seconds], kind: str) -> float:
-        values = [getattr(each, kind) for each in side]
-        return median(max(values[begin : begin + gap]) for begin in range(0, len(values), gap))
-
-    walls = largest(staggered, "wall"), largest(together, "wall")
-    processor = largest(staggered, "cpu") / largest(together, "cpu")
-    means = [sum(each.wall for each in side) / len(side) for side in (staggered, together)]
-    return row(
-        [
-            method,
-            gap,
-            f"**{walls[0] / walls[1]:.2f}**",
-            f"**{processor:.2f}**",
-            *(f"{1000 * value:.0f}" for value in (*walls, *means)),
-        ]
-    )
+    table = Table(about, HEADER, output)
+    if "methods" in parts:
+        for rows, _, columns in (shape.partition("x") for shape in shapes):
+            for line in method_rows((int(rows), int(columns)), rank, repeats, train_steps, tokens):
+                table.add(line)
+    narrow = min(rank, llamas.hidden)
+    for method in [cast(Method, name) for name in methods]:
+        if "ranks" in parts:
+            found = run_ranks(2, refresh_steps, llamas, method, narrow, repeats, timeout=1200.0)[0]
+            together, alone = found["together"], found["alone"]
+            table.add(cells([f"{method}, 2 ranks", count, "1 rank"], together, alone, "-", together.collectives))
+        if "stagger" in parts:
+            found = run_ranks(2, staggered_steps, llamas, method, narrow, gap, repeats, timeout=1200.0)[0]
+            sides = largest(found["staggered"], gap), largest(found["together"], gap)
+            start = [f"{method}, 2 ranks, largest step of {gap}", count, "all in one step"]
+            table.add(cells(start, *sides))
 
 
 if __name__ == "__main__":

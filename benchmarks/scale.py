@@ -6,7 +6,8 @@
 The whole model exists as shapes, and of the weights only what the rank has of its pipeline stage, with random
 gradients.  torch's fake process groups take the place of the other ranks: collectives are called and counted, and
 nothing travels.  Bookkeeping is all memory of Python objects that optimizer and layouts need, and every tensor beside
-weights, gradients and state; not torch's own table of ranks.  The rank is one that decomposes no matrix; who does is in the last column.
+weights, gradients and state; not torch's own table of ranks.  The rank is one that decomposes no matrix; the last
+column is about those that do.
 """
 
 from __future__ import annotations

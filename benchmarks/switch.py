@@ -46,7 +46,7 @@ def measure(mesh: str, hidden: int, layers: int, switches: int) -> dict[str, Mea
 
     def backward() -> None:
         engine.zero_grad()
-        tokens = torch.randint(0, 1024, (1, 32), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(0, 1024, (1, 4), generator=torch.Generator().manual_seed(0))
         booster.backward(model(tokens, labels=tokens).loss, engine)
 
     return in_turn({"passes": backward, "steps": engine.step}, PERIOD * switches, PERIOD)
@@ -71,7 +71,7 @@ def cells(mesh: str, passes: Measured, steps: Measured) -> list[Any]:
 @click.option("--mesh", "meshes", type=click.Choice(list(MESHES)), multiple=True, help="Ranks.  [default: all]")
 @click.option("--hidden", type=click.IntRange(16), default=512, help="Width of the Llama.")
 @click.option("--layers", type=click.IntRange(2), default=8, help="Layers of the Llama, each a block.")
-@click.option("--switches", type=click.IntRange(1), default=12, help="Measured ones, after one of warm-up.")
+@click.option("--switches", type=click.IntRange(1), default=8, help="Measured ones, after one of warm-up.")
 @to_file
 def main(meshes: Sequence[str], hidden: int, layers: int, switches: int, output: Path | None) -> None:
     """Print one markdown table."""

@@ -77,7 +77,7 @@ def measure(hidden: int, layers: int, steps: int, warm_up: int) -> dict[str, tup
         model = _model(hidden, layers)
         boosted[side] = boosters[side].boost(model, _optimizer(side, model, hidden))[:2]
     counters = {side: CollectiveCounter() for side in boosted}
-    tokens = torch.randint(0, VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, VOCAB, (1, 4), generator=torch.Generator().manual_seed(0))
 
     def backward(side: str, step: int) -> None:
         model, engine = boosted[side]
@@ -130,7 +130,7 @@ def cells(side: str, against: str, found: Mapping[str, tuple[Measured, int, int]
 @click.option("--ranks", type=click.IntRange(2), default=2, help="ZeRO ranks.")
 @click.option("--hidden", type=click.IntRange(16), default=512, help="Width of the Llama; projections have a 16th.")
 @click.option("--layers", type=click.IntRange(2), default=8, help="Layers of the Llama, each a block.")
-@click.option("--steps", type=click.IntRange(1), default=10, help="Measured steps of each side.")
+@click.option("--steps", type=click.IntRange(1), default=7, help="Measured steps of each side.")
 @click.option("--warm-up", type=click.IntRange(2), default=3, help="Steps before these.")
 @to_file
 def main(ranks: int, hidden: int, layers: int, steps: int, warm_up: int, output: Path | None) -> None:

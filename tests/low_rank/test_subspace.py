@@ -1,26 +1,14 @@
-"""Subspace iteration: orthonormal bases that capture what singular vectors do, and the program that measures it."""
+"""Subspace iteration: orthonormal bases that capture what singular vectors do."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from refreshes import (
-    METHODS_HEADER,
-    RANKS_HEADER,
-    STAGGER_HEADER,
-    Seconds,
-    main,
-    noisy_gradients,
-    rank_row,
-    real_gradients,
-    stagger_row,
-)
+from refresh import noisy_gradients, real_gradients
 
 from colossal_bcd.low_rank.projector import captured_energy, random_energy, signed, singular_bases, subspace_bases
 
@@ -91,38 +79,6 @@ def test_random_energy_is_the_mean(side: str) -> None:
     draws = [captured_energy(matrix, random_bases((9, 7), 3, side, 5 * seed, matrix)) for seed in range(2000)]
     values = torch.stack(draws)
     assert abs(values.mean().item() - random_energy((9, 7), 3, side)) <= 4 * values.std().item() / len(values) ** 0.5
-
-
-def test_benchmark_of_refreshes_prints_three_tables() -> None:
-    small = ["--shape", "128x64", "--rank", "8", "--repeats", "1", "--train-steps", "0", "--tokens", "256"]
-    outcome = CliRunner().invoke(
-        main, [*small, "--hidden", "32", "--layers", "1", "--gap", "3", "--method", "subspace"], catch_exceptions=False
-    )
-    assert outcome.exit_code == 0, outcome.output
-    environment, *tables = outcome.stdout.strip().split("\n\n")
-    assert "Ranks refresh 7 matrices" in environment
-    assert len(tables) == 3
-    for table, header, count in zip(tables, (METHODS_HEADER, RANKS_HEADER, STAGGER_HEADER), (3, 1, 1), strict=True):
-        lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
-        assert lines[0] == list(header)
-        assert len(lines) == 2 + count
-        for line in lines[2:]:
-            numbers = [re.sub(r"\*", "", cell) for cell in line if re.fullmatch(r"\**[\d.]+\**", cell)]
-            assert len(numbers) >= len(header) - 2
-            assert all(float(number) >= 0 for number in numbers)
-
-
-def test_benchmark_rows_hold_ratios() -> None:
-    """Medians, the fastest steps, and the largest step of each gap."""
-    one = [Seconds(1.0, 0.5), Seconds(2.0, 0.6), Seconds(9.0, 0.4)]
-    two = [Seconds(1.0, 0.25), Seconds(0.6, 0.2), Seconds(8.0, 0.3)]
-    ratios = "| exact | **0.50** | **0.60** | **0.50** |"
-    assert rank_row("exact", two, one) == f"{ratios} 2000 | 1000 | 500 | 250 |"
-    unstaggered = [Seconds(8.0, 4.0), Seconds(0.0, 0.0)] * 2
-    staggered = [Seconds(3.0, 1.0), Seconds(4.0, 2.0)] * 2
-    assert stagger_row("exact", 2, staggered, unstaggered) == (
-        "| exact | 2 | **0.50** | **0.50** | 4000 | 8000 | 3500 | 4000 |"
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
