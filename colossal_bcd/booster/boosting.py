@@ -12,7 +12,7 @@ import enum
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,24 @@ UNDIVIDED = (
     "Use an optimizer of colossal_bcd, or a plugin that divides none: TorchDDPPlugin, or HybridParallelPlugin with "
     "tp_size=1, pp_size=1, zero_stage=0."
 )
+
+
+class Uncopied:
+    """Mixin of boosted optimizers: refuses `copy` and `pickle`, which would break the original's class, too.
+
+    A copy of torch's Optimizer wraps `step` of its class once more, and does so before it fails here.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a boosted {type(self).__name__} cannot be copied or pickled: it has masters, hooks and process groups; "
+            "expected to stay with its model. Save it by booster.save_optimizer(optimizer, path)."
+        )
 
 
 def ready_to_boost(model: nn.Module, optimizer: Any, given: Given) -> Optimizer:

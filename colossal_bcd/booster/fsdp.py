@@ -30,7 +30,7 @@ from colossal_bcd.block.checks import refuse_torch_checkpoint
 from colossal_bcd.block.trained import Trained, is_plain
 from colossal_bcd.booster.adapters import has_adapters
 from colossal_bcd.booster.arguments import check_fsdp
-from colossal_bcd.booster.boosting import ready_to_boost, same_start
+from colossal_bcd.booster.boosting import Uncopied, ready_to_boost, same_start
 from colossal_bcd.booster.casts.registry import names_of
 from colossal_bcd.booster.checkpoint_io import ShardedModelIO, checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
@@ -307,7 +307,7 @@ class FSDP2Model(ModelWrapper, AMPModelMixin):
         return value.to(self._dtype) if floating else value
 
 
-class FSDP2Optimizer(OptimizerWrapper, Optimizer):
+class FSDP2Optimizer(Uncopied, OptimizerWrapper, Optimizer):
     """What `FSDP2Plugin` makes of an optimizer; by type also torch's, so that schedulers can be made on it.
 
     Args:

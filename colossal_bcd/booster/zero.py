@@ -29,6 +29,7 @@ from colossal_bcd.block.checks import refuse_torch_checkpoint
 from colossal_bcd.block.correction.correction import CorrectionState
 from colossal_bcd.block.trained import trained_of
 from colossal_bcd.booster.adapters import EngineAdapters
+from colossal_bcd.booster.boosting import Uncopied
 from colossal_bcd.booster.gradients import LossScaler, SequenceSums
 from colossal_bcd.booster.stock_surface import StockSurface
 from colossal_bcd.checkpoint.load import Loading
@@ -52,7 +53,7 @@ from colossal_bcd.sharding import Layout, Sum, resolve
 logger = logging.getLogger(__name__)
 
 
-class ZeroOptimizer(StockSurface, HybridParallelZeroOptimizer, Optimizer):
+class ZeroOptimizer(Uncopied, StockSurface, HybridParallelZeroOptimizer, Optimizer):
     """Optimizer wrapper for what the optimizer trains now: all parameters, or the active block of a `BlockOptimizer`.
 
     A step from top to bottom; what is on the left belongs to the engine, and all of it exists for what trains now only:

@@ -59,3 +59,10 @@ def test_engine_failed_boost_freezes_again() -> None:
 @pytest.mark.parametrize("base", ["adamw", "lamb"])
 def test_engine_active_modules_survive_switches(base: str) -> None:
     assert run_ranks(2, cases.active_modules, base) == [[True, True, True]] * 2
+
+
+@pytest.mark.parametrize("plugin", ["zero", "hybrid", "ddp", "fsdp"])
+def test_engine_is_not_copied(plugin: str) -> None:
+    """A copy failed after torch had wrapped `step` of the class, so that the original could not step any more."""
+    for errors in run_ranks(1, cases.copies, plugin):
+        assert all("cannot be copied or pickled" in error for error in errors)

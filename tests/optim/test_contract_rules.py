@@ -13,7 +13,7 @@ import pytest
 import pytorch_optimizer
 import torch
 from block_net import Net, tokens, train, weights, wrap
-from foreign_optimizers import UNAVAILABLE, make, param_groups
+from foreign_optimizers import CLASSES, UNAVAILABLE, make, param_groups
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -219,6 +219,35 @@ def test_one_number_from_a_whole_tensor_is_not_elementwise() -> None:
     assert examine(optimizer).misfit is None
     assert update_apart(optimizer) > CLOSE
     assert update_apart(Counting(Net(width=5).parameters())) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("torch.optim.")])
+def test_trial_is_the_same_at_a_rate_of_zero(name: str) -> None:
+    """Schedulers with a warm-up set the rate to zero: twins did not move, so that torch's optimizers were refused."""
+    usual, waiting = make(name, Net(width=5)), make(name, Net(width=5))
+    for group in waiting.param_groups:
+        group["lr"] = 0.0
+    verdicts = [(examine(each).misfit, examine(each).counts) for each in (usual, waiting)]
+    assert verdicts[0] == verdicts[1]
+    if verdicts[0][0] is None:
+        assert (update_apart(usual) <= CLOSE) == (update_apart(waiting) <= CLOSE)
+    assert all(group["lr"] == 0 for group in waiting.param_groups)
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD, pytorch_optimizer.AdaBelief])
+def test_scheduler_with_a_warm_up_may_be_made_before_the_blocks(base: Any) -> None:
+    runs = []
+    for early in (True, False):
+        model = Net()
+        inner = base(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: step / 4) if early else None
+        optimizer = wrap(model, inner, verbose=0, switch_block_every=2)
+        scheduler = scheduler or torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
+        for step in range(6):
+            train(model, optimizer, 1, start=step)
+            scheduler.step()
+        runs.append(weights(model))
+    assert all(map(torch.equal, *runs))
 
 
 @pytest.mark.parametrize("name", ["torch.optim.Adam", "torch.optim.Adagrad", "pytorch_optimizer.SOAP"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from block_cases import PERIOD
 from colossalai.booster import Booster
 from engine_cases import advance
 
-from colossal_bcd import Lamb
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
+from colossal_bcd import BlockOptimizer, Lamb
+from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.testing import live_bytes
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -157,3 +159,16 @@ def active_modules(base: str) -> list[bool]:
         int(state["step"]) == PERIOD,
         engine.optim.active_blocks()[0].name[-1] == "1",
     ]
+
+
+def copies(name: str) -> list[str]:
+    """Errors of copies of a boosted optimizer, which trains on."""
+    plugins = {"ddp": TorchDDPPlugin, "fsdp": FSDP2Plugin, "hybrid": HybridParallelPlugin, "zero": LowLevelZeroPlugin}
+    booster = Booster(plugin=plugins[name](**OPTIONS.get(name, {})))
+    model = models.llama()
+    optimizer = BlockOptimizer(Lamb(model.parameters(), lr=1e-3), list(model.named_parameters()), verbose=0)
+    model, engine, *_ = booster.boost(model, optimizer)
+    found = [message(lambda make=make: make(engine)) for make in (copy.copy, copy.deepcopy, pickle.dumps)]
+    advance(model, engine, booster, 0)
+    assert optimizer.num_steps == 1
+    return found

@@ -25,6 +25,9 @@ Tensors = list[list[Parameter]]
 SIZES: dict[int, tuple[int, ...]] = {0: (), 1: (10,), 2: (12, 10), 3: (4, 6, 5), 4: (4, 3, 3, 2)}
 """Shape of a twin's tensor by its number of dims."""
 
+LOWEST_RATE = 1e-6
+"""Learning rates below it move few float32 values of a twin, or none."""
+
 _MEASURED: dict[Any, Any] = {}
 """What `remembered` has measured."""
 
@@ -274,8 +277,15 @@ def step_by_gradients(twin: Optimizer) -> None:
 
 
 def _values(group: Group) -> dict[str, Any]:
-    """Copy a group without its parameters and what is said about each of them."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    """Copy a group without its parameters and what is said about each of them.
+
+    Where a scheduler has set the rate to zero for now, as before a warm-up, a twin gets one that moves it.
+    """
+    values = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    rate = values.get("lr")
+    if isinstance(rate, (int, float, Tensor)) and rate < LOWEST_RATE:
+        values["lr"] = rate + 1e-2
+    return values
 
 
 def _arguments(optimizer: Optimizer) -> dict[str, Any]:
