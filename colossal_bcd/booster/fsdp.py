@@ -34,6 +34,7 @@ from colossal_bcd.booster.boosting import Uncopied, ready_to_boost, same_start
 from colossal_bcd.booster.casts.registry import names_of
 from colossal_bcd.booster.checkpoint_io import ShardedModelIO, checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
+from colossal_bcd.booster.stock_surface import mend_state
 from colossal_bcd.checkpoint.load import Loading
 from colossal_bcd.checkpoint.opened import opened_state
 from colossal_bcd.checkpoint.save import whole_state
@@ -411,6 +412,7 @@ class FSDP2Optimizer(Uncopied, OptimizerWrapper, Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this or another mesh, or a state dict of torch's kind."""
+        mend_state(self.trained.base_optimizer)
         boosted = EngineState(self.engine, self.parameter_names)
         Loading(boosted, "state dict", opened_state(state_dict)).apply()
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from colossalai.amp.naive_amp.mixed_precision_mixin import BF16MixedPrecisionMixin
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from colossal_bcd.block.trained import Trained, trained_of
@@ -223,18 +224,6 @@ class StockSurface(Clipping):
             pinned=pinned_state_dicts,
         )
 
-    def _require_state(self) -> None:
-        """State that was emptied by `optim.state = []` is an empty table, which loading fills."""
-        optimizer = self._base
-        if isinstance(optimizer.state, Mapping):
-            return
-        if optimizer.state:
-            raise TypeError(
-                f"load_state_dict: got {type(optimizer.state).__name__} as the optimizer's state, expected a dict by "
-                "tensor. Leave optimizer.state alone; load_state_dict replaces what is in it."
-            )
-        optimizer.state = defaultdict(dict)
-
     # What the plugin has decided
 
     @property
@@ -364,3 +353,19 @@ def param_info_of(optimizer: Any) -> dict[str, Any]:
         "id2param": {number: key for key, number in numbers.items()},
         "param2shape": {id(param): param.shape for param in trained.parameters()},
     }
+
+
+def mend_state(optimizer: Optimizer) -> None:
+    """Make state that was emptied by `optim.state = []` an empty table, which loading fills.
+
+    Raises:
+        TypeError: it is something else with values.
+    """
+    if isinstance(optimizer.state, Mapping):
+        return
+    if optimizer.state:
+        raise TypeError(
+            f"load_state_dict: got {type(optimizer.state).__name__} as the optimizer's state, expected a dict by "
+            "tensor. Leave optimizer.state alone; load_state_dict replaces what is in it."
+        )
+    optimizer.state = defaultdict(dict)

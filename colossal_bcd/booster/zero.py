@@ -31,7 +31,7 @@ from colossal_bcd.block.trained import trained_of
 from colossal_bcd.booster.adapters import EngineAdapters
 from colossal_bcd.booster.boosting import Uncopied
 from colossal_bcd.booster.gradients import LossScaler, SequenceSums
-from colossal_bcd.booster.stock_surface import StockSurface
+from colossal_bcd.booster.stock_surface import StockSurface, mend_state
 from colossal_bcd.checkpoint.load import Loading
 from colossal_bcd.checkpoint.opened import opened_state
 from colossal_bcd.checkpoint.save import Pinned, whole_state
@@ -307,7 +307,7 @@ class ZeroOptimizer(Uncopied, StockSurface, HybridParallelZeroOptimizer, Optimiz
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on this or another mesh, or a state dict of torch's kind."""
-        self._require_state()
+        mend_state(self._base)
         self.admit_newcomers()
         boosted = EngineState(self, self.parameter_names)
         Loading(boosted, "state dict", opened_state(state_dict)).apply()

@@ -116,7 +116,11 @@ def _preparing(original: Any) -> Any:
         # accelerate points the groups of what it is given to other tensors.
         stand_in = torch.optim.SGD(models[0].parameters(), lr=0.0)
         given = [arg if blocks_of(arg) is None else _replace(arg, optimizer, stand_in) for arg in args]
-        results = original(self, *given, **kwargs)
+        try:
+            results = original(self, *given, **kwargs)
+        finally:
+            for arg in args:  # wrappers that were prepared before are never left with the stand-in
+                _replace(arg, stand_in, optimizer)
         for result in results:
             if isinstance(result, torch.optim.Optimizer):
                 _replace(result, stand_in, optimizer)

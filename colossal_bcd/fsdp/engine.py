@@ -50,6 +50,10 @@ NO_LATE = (
     "step: got a weight that was {} after the optimizer was attached, expected none: it has no master and no state. "
     "Attach with it trainable and in the param groups, and freeze it afterwards."
 )
+USED_UP = (
+    "a step follows another one without zero_grad() between them: a step uses gradients up, they do not accumulate "
+    "over steps under FSDP2"
+)
 WHOLE_GRADIENTS = (
     "%s: FSDP2 reduces whole gradients, of which low-rank ones are made afterwards; state is small, traffic is not. "
     "LowLevelZeroPlugin and HybridParallelPlugin of colossal_bcd.booster reduce low-rank gradients."
@@ -89,6 +93,7 @@ class FsdpEngine:
         base, divided = trained.base_optimizer, any(layout.axes for layout in self.layouts.values())
         require_whole_chunks(base, self.parameter_names, divided)
         changed, is_first = misaligned(base, self.layouts), all(self.mesh.rank(axis) == 0 for axis in self.axes)
+        self._is_first, self._used_up, self._said_used_up = is_first, False, False
         if changed and is_first:
             logger.warning(describe_misaligned(base, changed, self.parameter_names))
         if isinstance(base, ReducedGradientOptimizer) and divided and is_first:
@@ -129,6 +134,7 @@ class FsdpEngine:
         self.late_check.raise_if_bad()
         self.require_reduced()
         self._check()
+        self._say_used_up()
         for group in self.groups:
             group.forget_prefetched()
         self.follow_weights()
@@ -140,6 +146,7 @@ class FsdpEngine:
         with says_where("optimizer rule"):
             update()
         self.masters.write_back()
+        self._used_up = True
         for group in self.groups:
             group.begin()
             group.reshard()
@@ -158,6 +165,7 @@ class FsdpEngine:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients of what is active; zeros in their place would count as gradients, so none are left."""
+        self._used_up = False
         for param, master in self.masters.of.items():
             param.grad = master.grad = None
         for group in self.groups:
@@ -226,6 +234,13 @@ class FsdpEngine:
         if not trained or not others or order[trained[0]] <= order[others[0]]:
             return lambda: None
         return self._home[trained[0]].end_prefetch()
+
+    def _say_used_up(self) -> None:
+        """Say once that gradients of the last step are not added to."""
+        if self._used_up and not self._said_used_up:
+            self._said_used_up = True
+            if self._is_first:
+                logger.info(USED_UP)
 
     def require_reduced(self) -> None:
         """Refuse to read gradients that FSDP2 has kept back."""

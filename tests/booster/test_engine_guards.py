@@ -66,3 +66,9 @@ def test_engine_is_not_copied(plugin: str) -> None:
     """A copy failed after torch had wrapped `step` of the class, so that the original could not step any more."""
     for errors in run_ranks(1, cases.copies, plugin):
         assert all("cannot be copied or pickled" in error for error in errors)
+
+
+@pytest.mark.parametrize("plugin", ["zero", "fsdp"])
+def test_engine_loads_into_a_state_that_was_emptied(plugin: str) -> None:
+    """torch's tests assign a list to `state` before they load, which ended in an obscure TypeError under FSDP2."""
+    assert run_ranks(2, cases.emptied_state, plugin) == [True, True]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fsdp_block_cases import LAYERS, PERIOD
 
+from colossal_bcd.fsdp.torch_private import VERSION
 from colossal_bcd.testing import run_ranks
 
 NAMES = (
@@ -29,6 +30,7 @@ NAMES = (
     "guards",
     "not_finite",
     "bread_bytes",
+    "used_up",
 )
 
 
@@ -165,6 +167,17 @@ def test_a_step_after_gradients_that_are_not_finite_raises_on_all_ranks(found: A
         first, second, _ = each["not_finite"]
         assert first == "nothing"
         assert "the gradients of step 1 were not finite" in second
+
+
+def test_gradients_that_a_step_has_used_up_are_said_once(found: Any) -> None:
+    """Gradients left without `zero_grad` between steps were gone without a word; ranks but the first say nothing."""
+    assert [each["used_up"] for each in found] == [[0, 1], [0, 0]]
+
+
+@pytest.mark.skipif(VERSION < (2, 13), reason="torch.compile does not go with FSDP2 of torch 2.5")
+def test_compiled_models_train_all_blocks() -> None:
+    for errors in run_ranks(2, cases.compiled, timeout=600):
+        assert max(errors) <= 1e-12
 
 
 def test_gradients_of_corrected_weights_do_not_live_on(found: Any) -> None:

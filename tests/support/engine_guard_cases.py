@@ -172,3 +172,22 @@ def copies(name: str) -> list[str]:
     advance(model, engine, booster, 0)
     assert optimizer.num_steps == 1
     return found
+
+
+def emptied_state(name: str) -> bool:
+    """Whether a run goes on as before after its state was emptied from outside and loaded again."""
+    ends = []
+    for empties in (False, True):
+        plugin = FSDP2Plugin(precision="fp32") if name == "fsdp" else LowLevelZeroPlugin(stage=1, precision="fp32")
+        booster, model = Booster(plugin=plugin), models.llama()
+        model, engine, *_ = booster.boost(model, Lamb(model.parameters(), lr=1e-2))
+        for step in range(4):
+            if empties and step == 2:
+                state = engine.state_dict()
+                engine.optim.state = []
+                engine.load_state_dict(state)
+            booster.backward(models.loss(model, models.tokens(step)), engine)
+            engine.step()
+            engine.zero_grad()
+        ends.append([master.detach().clone() for master in engine.working_to_master_param.values()])
+    return all(map(torch.equal, *ends))

@@ -160,8 +160,19 @@ def refused() -> dict[str, str]:
     model, prepared = accelerator.prepare(model, prepared)
     advance(accelerator, model, prepared, range(3))
     assert optimizer.num_steps == 3
+    wrong_call = refusal(lambda: accelerator.prepare(model, prepared, device_placement=[True]))
+    assert "device_placement" in wrong_call
+    assert prepared.optimizer is optimizer
     optimizer.param_groups[0]["params"] = list(optimizer.active_set.masters)
     found = {"pointed elsewhere": refusal(lambda: advance(accelerator, model, prepared, range(1)))}
+    accelerator, model = fresh(), models.llama(vocab=250, layers=LAYERS).to(torch.float64)
+    warming: Any = MADE["torch's"](model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(warming, lambda step: step / 4)  # at zero when it is prepared
+    model, warmed, scheduler = accelerator.prepare(model, warming, scheduler)
+    for step in range(3):
+        advance(accelerator, model, warmed, range(step, step + 1))
+        scheduler.step()
+    assert warming.num_steps == 3
     accelerator, model = fresh(), models.llama(vocab=250)
     other = MADE["blocks"](model)
     ratio = BlockOptimizerRatio(list(model.parameters()), list(model.named_parameters()), 0.3, verbose=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -381,6 +382,50 @@ def not_finite() -> list[str]:
         (models.loss(model, cases.batch(step, dist.get_rank())) * factor).backward()
         found.append(message(optimizer.step))
     return found
+
+
+def used_up() -> list[int]:
+    """How often it is said that a step uses gradients up, with and without `zero_grad` between steps."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("colossal_bcd")
+    handler.emit = records.append  # type: ignore[method-assign]
+    before, found = logger.level, []
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        for forgets in (True, False):
+            model, optimizer, _ = Case(mode="fixed").attached()
+            records.clear()
+            for step in range(3):
+                models.loss(model, cases.batch(step, dist.get_rank())).backward()
+                optimizer.step()
+                if forgets:
+                    optimizer.zero_grad()
+            found.append(sum("uses gradients up" in record.getMessage() for record in records))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+    return found
+
+
+def compiled() -> list[float]:
+    """Largest differences that compiling layers before they are sharded, and the sharded model, make."""
+    results = []
+    for how in ("", "layers", "model"):
+        case = Case(dtype=torch.float64, base="sgd", mode="ascending")
+        torch._dynamo.reset()
+        model: Any = case.build()
+        if how == "layers":
+            for layer in model.model.layers:
+                layer.compile(backend="aot_eager")
+        case.sharded(model)
+        optimizer = case.wrap(model)
+        fsdp.attach(model, optimizer)
+        run: Any = torch.compile(model, backend="aot_eager") if how == "model" else model
+        for step in range(PERIOD * (LAYERS + 1)):
+            cases.advance(case, run, optimizer, step)
+        results.append([whole(param) for param in model.parameters()])
+    return [largest_error(got, results[0]) for got in results[1:]]
 
 
 def bytes_by_phase(dtype: torch.dtype) -> dict[str, float]:
