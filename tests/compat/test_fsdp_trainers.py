@@ -87,7 +87,7 @@ def test_accelerator_that_shards_by_other_means_is_refused(monkeypatch: pytest.M
 
 
 def test_optimizer_whose_groups_are_changed_before_its_first_step_follows_or_refuses() -> None:
-    for found in run_ranks(2, cases.groups_changed):
+    for found in run_ranks(2, cases.groups_changed, timeout=600):
         assert found["followed"] <= 1e-12
         assert "1 of its 2 parameters are there twice" in found["twice"]
         assert "state of 1 parameters that are in its groups no more" in found["state of others"]
