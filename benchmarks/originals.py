@@ -120,6 +120,7 @@ CONTESTS: Mapping[str, Contest] = {
     "adamw": Contest(
         ours=_ours("AdamW", lr=1e-3),
         originals={
+            "torch AdamW": _original(torch.optim.AdamW, lr=1e-3),
             "torch AdamW, foreach": _original(torch.optim.AdamW, lr=1e-3, foreach=True),
             FUSED: _original(torch.optim.AdamW, lr=1e-3, fused=True),
         },
@@ -127,6 +128,7 @@ CONTESTS: Mapping[str, Contest] = {
     "sgd": Contest(
         ours=_ours("SGD", lr=1e-3, momentum=0.9),
         originals={
+            "torch SGD": _original(torch.optim.SGD, lr=1e-3, momentum=0.9),
             "torch SGD, foreach": _original(torch.optim.SGD, lr=1e-3, momentum=0.9, foreach=True),
             "torch SGD, fused": _original(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True),
         },

@@ -39,7 +39,8 @@ class Section:
 def plot_steps(written: Written, axes: Axes) -> None:
     """Bars of theirs / ours on one process, by optimizer and size."""
     rows = [each for each in written.rows if each["where"] in SIZES]
-    labels = list(dict.fromkeys(f"{each['optimizer']}\n{each['against'].replace('torch ', '')}" for each in rows))
+    pairs = dict.fromkeys((each["optimizer"], each["against"]) for each in rows)
+    labels = [f"{name}\n{against.replace(', ', chr(10)).replace(' ', chr(10))}" for name, against in pairs]
     for index, size in enumerate(SIZES):
         values = [float(each["theirs / ours, processor time"]) for each in rows if each["where"] == size]
         if values:
@@ -47,6 +48,7 @@ def plot_steps(written: Written, axes: Axes) -> None:
     axes.axhline(1, color="black", linewidth=1, zorder=3)
     axes.set_yscale("log")
     axes.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
+    axes.minorticks_off()
     axes.set_xticks(range(len(labels)), labels, fontsize=7)
     axes.set(ylabel="theirs / ours, processor time", title="Inner steps on one process; above 1 ours is faster")
     axes.legend()
@@ -61,6 +63,9 @@ def plot_tensors(written: Written, axes: Axes) -> None:
         style = "k--" if name.startswith("torch") else "o-"
         axes.plot(*zip(*points, strict=True), style, label=name)
     axes.set(xscale="log", yscale="log", xlabel="tensors, the same values in all", ylabel="processor ms of a step")
+    numbers = sorted({int(each["tensors"]) for each in written.rows})
+    axes.minorticks_off()
+    axes.set_xticks(numbers, [str(number) for number in numbers])
     axes.set_title("A step against the number of tensors")
     axes.legend(fontsize=8)
 
@@ -81,8 +86,9 @@ SECTIONS: Mapping[str, Section] = {
     "step": Section(
         "Optimizer steps",
         ("step.py",),
-        "On one process ours, the originals and torch's fused AdamW update the same tensors; `torch AdamW, foreach` "
-        "and fused are torch's own. On ranks ours runs under our plugin and theirs under ColossalAI's of the same "
+        "On one process ours, the originals and torch's fused AdamW update the same tensors; torch's own AdamW and "
+        "SGD are there as they are by default, on lists of tensors (foreach) and fused. On ranks ours runs under our "
+        "plugin and theirs under ColossalAI's of the same "
         "name: an inner step is the base optimizer's on gradients that are there, a whole step that of the boosted "
         "optimizer after backward, with averages, masters and the gather of weights. GaLore's steps are those between "
         "refreshes, BAdam's those within a block. On ranks that share cores processor time has less noise than time by "

@@ -194,7 +194,7 @@ def largest(taken: Measured, gap: int) -> Measured:
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="Of the rows.")
-@click.option("--shape", "shapes", multiple=True, default=("1024x1024", "4096x1024"), help="Rows x columns.")
+@click.option("--shape", "shapes", multiple=True, default=("1024x1024", "2048x1024"), help="Rows x columns.")
 @click.option(
     "--method", "methods", type=click.Choice(["exact", "subspace"]), multiple=True, default=("exact", "subspace")
 )

@@ -64,8 +64,8 @@ class Scale:
 
     hidden: int = 256
     layers: int = 8
-    steps: int = 15
-    warm_up: int = 3
+    steps: int = 10
+    warm_up: int = 2
 
     def steps_of(self, size: str) -> int:
         """Large tensors, whose times spread less, take a third of the steps."""

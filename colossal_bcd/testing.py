@@ -314,7 +314,9 @@ class PeakBytes(TorchDispatchMode):
         gc.collect()
         for item in gc.get_objects():
             if issubclass(type(item), Tensor) and item.layout == torch.strided and not is_dtensor(item):
-                self._watch(item.untyped_storage(), 0)
+                # As in `_live_bytes`: another thread may have freed it since it was listed.
+                with contextlib.suppress(NotImplementedError):
+                    self._watch(item.untyped_storage(), 0)
         super().__enter__()
         return self
 
