@@ -9,6 +9,7 @@ Every program writes its table to a folder.  What the page says of targets is co
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def plot_steps(written: Written, axes: Axes) -> None:
     """Bars of theirs / ours on one process, by optimizer and size."""
     rows = [each for each in written.rows if each["where"] in SIZES]
     pairs = dict.fromkeys((each["optimizer"], each["against"]) for each in rows)
-    labels = [f"{name}\n{against.replace(', ', chr(10)).replace(' ', chr(10))}" for name, against in pairs]
+    labels = ["\n".join([name, *re.split(r",? |(?<=_)", against)]) for name, against in pairs]
     for index, size in enumerate(SIZES):
         values = [float(each["theirs / ours, processor time"]) for each in rows if each["where"] == size]
         if values:

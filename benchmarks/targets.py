@@ -85,7 +85,7 @@ def _on_one_process(written: Written) -> list[Figure]:
         written,
         "theirs / ours, processor time",
         lambda row: 1.0 if row["where"] in SIZES and "fused" not in row["against"] else None,
-        lambda row: f"{row['optimizer']} {row['where']}",
+        lambda row: f"{row['against']} {row['where']}",
     )
 
 

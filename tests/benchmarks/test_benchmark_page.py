@@ -68,7 +68,7 @@ def test_targets_are_judged_by_the_figures() -> None:
     written = {name: Written.read(text) for name, text in TABLES.items()}
     found = {cells[0]: cells[1:] for cells in targets.judged(written)}
     verdicts = {target.table + target.figures.__name__: found.get(target.text) for target in targets.TARGETS}
-    assert verdicts["step_on_one_process"] == ["**not met**", "1 of 2 miss it: came small 0.8"]
+    assert verdicts["step_on_one_process"] == ["**not met**", "1 of 2 miss it: came_pytorch small 0.8"]
     assert verdicts["step_near_fused"] == ["met", "all 1: small 1.053"]
     # What crashes on their side is no figure.
     assert verdicts["step_on_ranks"] == ["**not met**", "1 of 2 miss it: lamb tp2+zero2 x4 11.9"]
