@@ -9,7 +9,8 @@ checkpoint/  files that do not depend on the mesh
 booster/     all of it under ColossalAI's booster
 fsdp/        all of it over torch's own sharded weights
 compat/      names and calls of the packages that this one replaces
-memory       `estimate`: bytes per rank before anything is allocated
+cli/         the command `colossal-bcd`
+memory/      `estimate`: bytes per rank before anything is allocated; activations, and what a step sends
 names        what a parameter's name says
 testing      ranks as processes, counted collectives, live and peak bytes
 """
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from colossal_bcd.optim import Lamb as Lamb
     from colossal_bcd.optim import Lion as Lion
     from colossal_bcd.optim import Storage as Storage
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "BlockOptimizer": "colossal_bcd.block",

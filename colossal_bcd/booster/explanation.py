@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -16,9 +15,9 @@ from colossal_bcd.booster.fsdp import FSDP2Optimizer
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.fsdp.sharded_estimate import estimate as sharded_estimate
 from colossal_bcd.memory import Estimate
-from colossal_bcd.optim import ShardedOptimizer, State
-from colossal_bcd.optim.state.storage import as_seen
-from colossal_bcd.sharding import Collect, Layout, Mesh, ShardView, resolve
+from colossal_bcd.memory.traffic import rounds_of
+from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.sharding import Layout
 from colossal_bcd.sharding.dtensor import local_values
 
 
@@ -105,37 +104,11 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
         layout, hyper = base.layout_of(param), base.hyper_of(group, base.key_of(param))
         specs = base.state_spec(layout, hyper).values()
         num_bytes = sum(spec.num_bytes(param.dtype) for spec in specs)
-        return layout, _rounds(base, layout, hyper), num_bytes
+        return layout, len(rounds_of(base, layout, hyper, base.mesh.communicates)), num_bytes
     of = optimizer if isinstance(optimizer, (ZeroOptimizer, FSDP2Optimizer)) else None
     layout = of.masters.layout(of.master_to_working_param[id(param)]) if of else Layout.whole(tuple(param.shape))
     state = [value.nbytes for value in base.state.get(param, {}).values() if isinstance(value, Tensor)]
     return layout, 0, sum(state) if param in base.state else None
-
-
-@torch.no_grad()
-def _rounds(base: ShardedOptimizer[Any], layout: Layout, hyper: Any) -> int:
-    """Run the rule itself on tensors without data and count the rounds that need another rank, between refreshes."""
-    param = torch.empty(layout.local_shape, device="meta")
-    view = ShardView(layout, param, torch.empty_like(param), keys=(-1,))
-    specs = base.state_spec(layout, hyper)
-    state = State(2, {name: 0 for name, spec in specs.items() if spec.kind == "scalar"})
-    for name, spec in specs.items():
-        stored = spec.allocate(param)
-        if isinstance(stored, Tensor):
-            state[name] = as_seen(spec, view, stored)
-    rule, mesh, rounds, sent = base.update(view, state, hyper), Mesh(), 0, [""]
-    mesh.communicates = base.mesh.communicates  # type: ignore[method-assign]
-    mesh.all_reduce = lambda _, axis: sent.append(axis)  # type: ignore[method-assign, assignment]
-    with suppress(StopIteration):
-        requests = next(rule)
-        while True:
-            # The bases that are sought at a refresh would be decomposed by the owner of the whole: here nobody is.
-            sums = [request for request in requests if not isinstance(request, Collect)]
-            before, totals = len(sent), iter(resolve(sums, mesh))
-            answers = tuple(None if isinstance(request, Collect) else next(totals) for request in requests)
-            rounds += len(sent) > before or (len(sums) < len(requests) and mesh.communicates(layout.axes))
-            requests = rule.send(answers)
-    return rounds
 
 
 def _text(layout: Layout) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch.nn import Parameter
 
 from colossal_bcd import memory
+from colossal_bcd.block.trained import Trained
 from colossal_bcd.fsdp.engine import FsdpEngine
 from colossal_bcd.memory import Estimate
 from colossal_bcd.sharding import Layout
@@ -45,6 +49,20 @@ class ShardedEstimate(Estimate):
         return f"{super().__str__()}\n{self.formula}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that FSDP2 gathers together, as far as bytes depend on it."""
+
+    params: Sequence[Parameter]
+    is_outermost: bool = False
+    num_shards: int = 1
+    """Ranks that share its weights."""
+    kept_over: int = 1
+    """Ranks over which its weights stay divided from forward to backward; 1: they stay whole."""
+    reduce_dtype: torch.dtype | None = None
+    """In which gradients travel; None: their own."""
+
+
 def estimate(engine: FsdpEngine) -> ShardedEstimate:
     """Bytes that a model and its optimizer need on one rank, where FSDP2 shards the weights.
 
@@ -55,14 +73,39 @@ def estimate(engine: FsdpEngine) -> ShardedEstimate:
     of = engine.layouts
     if trained.plan.is_whole:
         of = {param: layout for param, layout in of.items() if param in engine.masters.of}
+    groups = [
+        Group(
+            params=group.params,
+            is_outermost=group.module is engine.model,
+            num_shards=group.num_shards,
+            kept_over=group.kept_over,
+            reduce_dtype=group.reduce_dtype,
+        )
+        for group in engine.groups
+    ]
+    layouts = {param: layout_of(param, axes) for group in groups for param in group.params}
+    return estimate_groups(trained, groups, layouts, of)
+
+
+def estimate_groups(
+    trained: Trained, groups: Sequence[Group], layouts: Mapping[Any, Layout], of: Mapping[Any, Layout] | None = None
+) -> ShardedEstimate:
+    """The same from layouts, without ranks and without memory.
+
+    Args:
+        trained: over the parameters of the groups.
+        groups: all of the model.
+        layouts: of every parameter, with its slice.
+        of: the layouts of those that may train; None: all of them.
+    """
+    of = layouts if of is None else of
     inner = memory.estimate(trained, layouts=of)
-    layouts = {param: layout_of(param, axes) for group in engine.groups for param in group.params}
     ever = {trained.named_parameters[name] for name in trained.plan.trained() if name in trained.named_parameters}
     stay = others = largest = backward = 0
-    for group in engine.groups:
-        outermost, of_group = group.module is engine.model, {param: layouts[param] for param in group.params}
+    for group in groups:
+        of_group = {param: layouts[param] for param in group.params}
         whole = sum(_whole_bytes(param, layout) for param, layout in of_group.items())
-        kept_over = 1 if outermost else group.kept_over
+        kept_over = 1 if group.is_outermost else group.kept_over
         if kept_over == 1:
             stay += whole
         else:
@@ -77,7 +120,7 @@ def estimate(engine: FsdpEngine) -> ShardedEstimate:
         )
         backward = max(backward, grads + max(whole if kept_over > 1 else 0, sent))
     # A block in one group is the lowest that backward comes to, where nothing is gathered ahead.
-    ahead = others if trained.corrector is not None or _spans_groups(engine) else 0
+    ahead = others if trained.corrector is not None or _spans_groups(trained, groups) else 0
     weights = sum(layout.max_local * param.itemsize for param, layout in layouts.items())
     fields = {field.name: getattr(inner, field.name) for field in dataclasses.fields(inner)}
     return ShardedEstimate(
@@ -85,14 +128,13 @@ def estimate(engine: FsdpEngine) -> ShardedEstimate:
         weights=weights,
         gathered_in_forward=stay + others + largest,
         gathered_in_backward=stay + max(2 * others, backward + ahead),
-        formula=_formula(engine, inner, weights, layouts),
+        formula=_formula(trained, inner, weights, layouts),
     )
 
 
-def _spans_groups(engine: FsdpEngine) -> bool:
+def _spans_groups(trained: Trained, groups: Sequence[Group]) -> bool:
     """Whether some block has parameters of several groups."""
-    trained = engine.trained
-    home = {param: number for number, group in enumerate(engine.groups) for param in group.params}
+    home = {param: number for number, group in enumerate(groups) for param in group.params}
     numbers = [{home[param] for param in trained.members_of(index)} for index in range(len(trained.blocks))]
     return any(len(found) > 1 for found in numbers)
 
@@ -103,11 +145,11 @@ def _whole_bytes(param: Parameter, layout: Layout) -> int:
     return size * param.itemsize
 
 
-def _formula(engine: FsdpEngine, inner: Estimate, weights: int, layouts: dict[Parameter, Layout]) -> str:
-    trained = engine.trained
-    ranks = math.prod(engine.mesh.size(axis) for axis in {axis for each in layouts.values() for axis in each.axes})
+def _formula(trained: Trained, inner: Estimate, weights: int, layouts: Mapping[Any, Layout]) -> str:
+    axes = {each.axis: each.size for layout in layouts.values() for each in (layout.split, layout.slice) if each}
+    ranks = math.prod(axes.values())
     values = sum(layout.numel for layout in layouts.values())
-    names = {name: engine.layouts[param].numel for name, param in trained.named_parameters.items()}
+    names = {name: layouts[param].numel for name, param in trained.named_parameters.items() if param in layouts}
     sizes = [sum(names.get(name, 0) for name in block.parameters) for block in trained.blocks]
     largest = max(sizes, default=0) + sum(names.get(name, 0) for name in trained.always_active)
     per_weight = max((param.itemsize for param in layouts), default=0)

@@ -58,7 +58,7 @@ def shard(
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options["mesh"] = mesh
     frozen = {name for name, param in model.named_parameters() if is_frozen_here(param)}
-    for module in _separate_groups(model):
+    for module in separate_groups(model):
         fully_shard(module, **options)
     fully_shard(model, **options)
     for name, param in model.named_parameters():
@@ -67,8 +67,8 @@ def shard(
     return model
 
 
-def _separate_groups(model: nn.Module) -> Iterator[nn.Module]:
-    """Layers, embeddings and heads that share no weight with the rest."""
+def separate_groups(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers, embeddings and heads that share no weight with the rest: each becomes a group, the rest another."""
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)

@@ -1,4 +1,4 @@
-"""What training needs on one rank beyond the weights, from layouts and declared state; nothing is allocated.
+"""Bytes that an optimizer needs on one rank beyond the weights, from layouts and declared state.
 
 Tensors may be on the meta device, and no process group is needed.
 """
