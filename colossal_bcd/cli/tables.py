@@ -45,7 +45,8 @@ def show_budget(console: Console, found: Budget) -> None:
     if not sent:
         console.print("a step sends nothing")
     for name, each in sent.items():
-        console.print(f"a step sends {name}: {each.collectives} collectives, {gigabytes(each.bytes)} GB")
+        size = f"{gigabytes(each.bytes)} GB" if each.bytes >= GB // 100 else f"{each.bytes / 1000:,.1f} kB"
+        console.print(f"a step sends {name}: {each.collectives} collective{'s' * (each.collectives > 1)}, {size}")
 
 
 def show_comparison(console: Console, found: Sequence[Budget]) -> None:
