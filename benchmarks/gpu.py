@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import colossal_bcd
 from colossal_bcd import BlockOptimizer, estimate, fsdp
-from colossal_bcd.optim.math import adam_direction, update_moments_
+from colossal_bcd.optim.math import adam_direction, adam_numbers
 
 GB = 1e9
 """Bytes are decimal, as in the paper of BAdam."""
@@ -256,13 +256,12 @@ def compiled_formula(params: Sequence[Any]) -> Callable[[], Any]:
     """AdamW's formula in one compiled function of all tensors: what a compiler makes of it."""
     weights = [param.detach().clone() for param in params]
     moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in weights]
-    grads = [param.grad for param in params]
+    grads, numbers = [param.grad for param in params], adam_numbers((0.9, 0.999), 1e-8, 10)
 
     def update(weights: Any, grads: Any, moments: Any) -> None:
         for weight, grad, (first, second) in zip(weights, grads, moments, strict=True):
-            update_moments_(first, second, grad, (0.9, 0.999))
-            weight.mul_(1 - 1e-5)
-            weight.sub_(adam_direction(first, second, 10, (0.9, 0.999), 1e-8), alpha=1e-3)
+            direction = adam_direction(first, second, grad, **numbers)
+            weight.mul_(1 - 1e-5).sub_(direction, alpha=1e-3)
 
     compiled: Any = torch.compile(update)
     return lambda: compiled(weights, grads, moments)

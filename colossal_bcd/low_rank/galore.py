@@ -71,6 +71,7 @@ class GaLore(ReducedGradientOptimizer):
         projection: how gradients are projected, in place of the flat keys of `Projection`.
         storage: as of `ShardedOptimizer`.
         wave_bytes: as of `ShardedOptimizer`.
+        compile: as of `ShardedOptimizer`.
         flat: hyper-parameters of every group by their keys in a param group.
     Raises:
         TypeError: an argument is no hyper-parameter of this optimizer, or is given twice.
@@ -94,6 +95,7 @@ class GaLore(ReducedGradientOptimizer):
         projection: Projection | None = None,
         storage: Storage | None = None,
         wave_bytes: int = WAVE_BYTES,
+        compile: bool | None = None,
         **flat: Any,
     ) -> None:
         # All projected parameters of which this optimizer was ever told, by key: inactive blocks and other pipeline
@@ -104,7 +106,7 @@ class GaLore(ReducedGradientOptimizer):
         self._energies: dict[Tensor, Tensor] = {}
         name = type(self).__name__
         flat.update(flat_options(name, "projection", projection, flat))
-        super().__init__(params, *values, storage=storage, wave_bytes=wave_bytes, **flat)
+        super().__init__(params, *values, storage=storage, wave_bytes=wave_bytes, compile=compile, **flat)
         # Not what the groups have: slices of matrices, which `bind` will say what they are, are flat.
         if all(group["rank"] is None for group in self.param_groups):
             count = sum(len(group["params"]) for group in self.param_groups)
@@ -335,6 +337,7 @@ class GoLore(GaLore):
         projection: as of `GaLore`; its `random_from_step` counts as the argument.
         storage: as of `ShardedOptimizer`.
         wave_bytes: as of `ShardedOptimizer`.
+        compile: as of `ShardedOptimizer`.
         flat: as of `GaLore`, without `reproject_momentum`, which is on.
     Raises:
         ValueError: as of `GaLore`, or the begin of random bases is given twice or not at all.
@@ -352,6 +355,7 @@ class GoLore(GaLore):
         projection: Projection | None = None,
         storage: Storage | None = None,
         wave_bytes: int = WAVE_BYTES,
+        compile: bool | None = None,
         **flat: Any,
     ) -> None:
         name = type(self).__name__
@@ -362,7 +366,7 @@ class GoLore(GaLore):
             raise TypeError(f"{name} got reproject_momentum, expected none: it is on. Use {name.replace('Go', 'Ga')}.")
         first = first_random_step(name, rand_ratio, total_steps, flat.get("random_from_step"))
         flat.update(random_from_step=first, reproject_momentum=True)
-        super().__init__(params, *values, storage=storage, wave_bytes=wave_bytes, **flat)
+        super().__init__(params, *values, storage=storage, wave_bytes=wave_bytes, compile=compile, **flat)
 
 
 def first_random_step(name: str, rand_ratio: float, total_steps: int | None, random_from_step: int | None) -> int:

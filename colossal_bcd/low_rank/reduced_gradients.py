@@ -16,7 +16,6 @@ from torch import Tensor
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.state.rounding import is_stochastic, stream
 from colossal_bcd.sharding import Layout, LowRankGradient
-from colossal_bcd.sharding.view import decayed
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class ReplicatedUpdate:
             step: the whole low-rank step of the shard, of `gradient.shape`.
         """
         bases = self.gradient.left, self.gradient.right
-        subtract = self.gradient.of_shard.subtract_
-        decayed(weight, self.decay, self.decay_first, lambda: subtract(weight, step, *bases, self.scale))
+        self.gradient.of_shard.subtract_(weight, step, *bases, self.scale, self.decay, self.decay_first)
 
 
 class ReducedGradientOptimizer(ShardedOptimizer[Any]):

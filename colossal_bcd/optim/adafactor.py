@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
+from colossal_bcd.optim.factored import (
+    FactoredAverage,
+    Root,
+    factored_spec,
+    is_factored,
+    preconditioned,
+    times,
+    update_and_precondition_,
+    update_average_,
+)
 from colossal_bcd.optim.options import Storage, plain_number, require
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.sharding import Rounds, View
+from colossal_bcd.sharding import Lazy, Rounds, View, wide
 
 
 @dataclass(frozen=True)
@@ -74,24 +83,26 @@ def step_size(hyper: AdafactorHyper, step: int, rms: Tensor) -> Tensor:
 
 def adafactor(view: View, state: State, hyper: AdafactorHyper) -> Rounds:
     """One Adafactor update.  The weight's root mean square travels with the first round that exists anyway."""
-    weight, share = view.weight, state.step**hyper.decay_rate
+    weight, share, eps = view.weight, state.step**hyper.decay_rate, hyper.eps[0]
+    root: Root
     if "exp_avg_sq_row" in state:
-        means, size = yield view.statistics.means(view.squared_grad(hyper.eps[0])), weight.square_sum(weight.param)
-        average = FactoredAverage(view.statistics, state, "exp_avg_sq")
-        average.update_(means, share)
-        update = average.precondition_(view.new_grad())
-        (length,) = yield (view.square_sum(update),)
+        square = Lazy(torch.square, view.grad)
+        means, size = yield view.statistics.means(square), weight.square_sum(weight.param)
+        root = FactoredAverage(view.statistics, state, "exp_avg_sq").update_(means, eps, share).inverse_root()
+        (length,) = yield (view.square_sum(Lazy(preconditioned, view.grad, *root)),)
     else:
-        squared = capped_(view.squared_grad(hyper.eps[0]))
-        update = state["exp_avg_sq"].lerp_(squared, share).rsqrt().mul_(view.grad)
+        root = (state["exp_avg_sq"],)
+        update = Lazy(update_and_precondition_, *root, view.grad, eps=eps, share=share)
         length, size = yield view.square_sum(update), weight.square_sum(weight.param)
     state["RMS"].copy_((size / max(weight.numel, 1)).sqrt())
     lr = step_size(hyper, state.step, state["RMS"])
     excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
-    update.mul_((lr / excess).to(update.dtype))
-    if hyper.beta1 is not None:
-        update = state["exp_avg"].lerp_(update, 1 - hyper.beta1)
-    yield from view.subtract(update, decay=lr * hyper.weight_decay if hyper.weight_decay else 0.0)
+    root, factor = times(root, (lr / excess).to(wide(weight.param.dtype)))
+    if hyper.beta1 is None:
+        step = Lazy(preconditioned, view.grad, *root, **factor)
+    else:
+        step = Lazy(update_average_, state["exp_avg"], view.grad, *root, share=1 - hyper.beta1, **factor)
+    yield from view.subtract(step, decay=lr * hyper.weight_decay if hyper.weight_decay else 0.0)
 
 
 @register("Adafactor")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
+from colossal_bcd.optim.math import adam_direction, adam_numbers, debiased_rate
 from colossal_bcd.optim.options import OPTIONAL, RoundingOptions, Storage, require, require_adam
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec, require_no_capture
-from colossal_bcd.sharding import Rounds, View, wide
+from colossal_bcd.sharding import Lazy, Rounds, View, wide
 
 Order = Literal["torch", "bitsandbytes", "galore"]
 
@@ -52,11 +52,11 @@ class AdamWHyper(AdamWRule, Storage):
 
 def adamw(view: View, state: State, hyper: AdamWRule) -> Rounds:
     """One AdamW update; asks for nothing."""
-    update_moments_(state["exp_avg"], state["exp_avg_sq"], view.grad, hyper.betas)
     lr, debias = hyper.lr, state.step if hyper.correct_bias else None
     if debias is not None and hyper.order == "galore":
         lr, debias = debiased_rate(lr, debias, hyper.betas), None
-    direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], debias, hyper.betas, hyper.eps)
+    numbers = adam_numbers(hyper.betas, hyper.eps, debias)
+    direction = Lazy(adam_direction, state["exp_avg"], state["exp_avg_sq"], view.grad, **numbers)
     decay = hyper.lr * hyper.weight_decay
     yield from view.subtract(direction, lr=lr, decay=decay, decay_first=hyper.order == "torch")
 

@@ -39,6 +39,7 @@ from colossal_bcd.optim.state.storage import (
 from colossal_bcd.optim.state.whole import local_state, whole_states
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
 from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of, local_values, placed_like
+from colossal_bcd.sharding.lazy import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         values: hyper-parameters of every group in the order of `hyper_type`.
         storage: how weights and the first moment are stored, in place of the keys `rounding`, `seed`, `moment_bits`.
         wave_bytes: budget for temporaries of rules that communicate, in bytes; the same on every rank.
+        compile: whether torch.compile makes one kernel of what the rule computes between two rounds, in the first steps;
+            None: on accelerators only.
         flat: hyper-parameters of every group by their keys in a param group.
     Raises:
         TypeError: an argument is no hyper-parameter of this optimizer, or is given twice.
@@ -91,6 +94,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         *values: Any,
         storage: Storage | None = None,
         wave_bytes: int = WAVE_BYTES,
+        compile: bool | None = None,
         **flat: Any,
     ) -> None:
         name = type(self).__name__
@@ -101,6 +105,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         self._axes = MeshAxes()
         self._in_model = False
         self.wave_bytes = wave_bytes
+        self.compile = compile
         self._warned = False
         self._handed: Mapping[Tensor, Tensor] | None = None
         # Not copies: a learning rate that is a tensor stays the user's own, as under torch's optimizers.
@@ -236,7 +241,9 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         for group in self.param_groups:
             count_step(group)
         self._warn_of_rounding(active)
-        run_rounds(map(self._task, self._stacked(self._unfused(active))), self._mesh, self.wave_bytes)
+        on_accelerator = any(member.param.device.type != "cpu" for member in active[:1])
+        with compiled(on_accelerator if self.compile is None else self.compile):
+            run_rounds(map(self._task, self._stacked(self._unfused(active))), self._mesh, self.wave_bytes)
 
     def step_on(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """One step of some parameters on gradients that are handed over; `param.grad` is neither read nor written.
@@ -297,11 +304,13 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups can't be copied: a copy of a sharded optimizer raises until it is bound.
-        return {**super().__getstate__(), "_layouts": self._layouts, "_keys": self._keys, "wave_bytes": self.wave_bytes}
+        own = {"_layouts": self._layouts, "_keys": self._keys, "wave_bytes": self.wave_bytes, "compile": self.compile}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         made = {"_mesh": Mesh(), "_axes": MeshAxes(), "_in_model": False, "_warned": False, "_handed": None}
+        made["compile"] = None  # of optimizers that were saved by an older version
         self.__dict__.update({**made, **self.__dict__})
 
     def task_bytes(self, layout: Layout, hyper: HyperT, dtype: torch.dtype, num_members: int = 1) -> int:
@@ -480,10 +489,11 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         """The update of a stack, from what is stored to what is stored."""
         first = members[0]
         states = [self.state[member.param] for member in members]
-        weights = StoredWeights(members, self.stacks)
-        stored = StoredState(members, states, self.state_spec(first.layout, first.hyper), self.stacks)
+        stacked = len(members) > 1
+        weights = StoredWeights(members, stacked)
+        stored = StoredState(members, states, self.state_spec(first.layout, first.hyper), stacked)
         keys = tuple(member.key for member in members)
-        lead = (len(members),) if self.stacks else ()
+        lead = (len(members),) if stacked else ()
         view = ShardView(first.layout, weights.values, self._gradients(members), keys, lead)
         seen = stored.seen(view)
         yield from self.update(view, seen, first.hyper)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
 
+import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.factored import FactoredAverage, capped_, factored_spec, is_factored
+from colossal_bcd.optim.factored import (
+    FactoredAverage,
+    Root,
+    factored_spec,
+    is_factored,
+    preconditioned,
+    times,
+    update_and_precondition_,
+    update_average_,
+)
 from colossal_bcd.optim.options import Storage, require
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.sharding import Rounds, View
+from colossal_bcd.sharding import Lazy, Number, Rounds, View
 
 
 @dataclass(frozen=True)
@@ -49,29 +59,34 @@ class CAMEHyper(Storage):
 
 def came(view: View, state: State, hyper: CAMEHyper) -> Rounds:
     """One CAME update; equation and line numbers are those of the paper's algorithm 2."""
-    beta1, beta2, beta3 = hyper.betas
-    statistics = view.statistics if "exp_avg_sq_row" in state else None
+    (eps1, eps2), (beta1, beta2, beta3) = hyper.eps, hyper.betas
+    root: Root
+    exp_avg, statistics = state["exp_avg"], view.statistics if "exp_avg_sq_row" in state else None
     if statistics is not None:
-        (means,) = yield (statistics.means(view.squared_grad(hyper.eps[0])),)  # lines 5 and 6
-        average = FactoredAverage(statistics, state, "exp_avg_sq")
-        average.update_(means, 1 - beta2)
-        update = average.precondition_(view.new_grad())  # lines 7 and 8
+        (means,) = yield (statistics.means(Lazy(torch.square, view.grad)),)  # lines 5 and 6
+        root = FactoredAverage(statistics, state, "exp_avg_sq").update_(means, eps1, 1 - beta2).inverse_root()
+        update = Lazy(preconditioned, view.grad, *root)  # line 7
     else:
-        squared = capped_(view.squared_grad(hyper.eps[0]))
-        update = state["exp_avg_sq"].lerp_(squared, 1 - beta2).rsqrt().mul_(view.grad)
+        root = (state["exp_avg_sq"],)
+        update = Lazy(update_and_precondition_, *root, view.grad, eps=eps1, share=1 - beta2)
     (length,) = yield (view.square_sum(update),)
-    excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)
-    update.div_(excess.to(update.dtype))
-    exp_avg: Tensor = state["exp_avg"].lerp_(update, 1 - beta1)  # line 9
+    excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)  # line 8
+    root, factor = times(root, excess.reciprocal_().to(exp_avg.dtype))
     if statistics is not None:
-        instability = update.sub_(exp_avg).square_().add_(hyper.eps[1])  # line 10
-        residual = FactoredAverage(statistics, state, "exp_avg_res")
+        instability = Lazy(instability_, exp_avg, view.grad, *root, share=1 - beta1)  # lines 9 and 10
         (means,) = yield (statistics.means(instability),)  # lines 11 and 12
-        residual.update_(means, 1 - beta3)
-        update = residual.precondition_(update.copy_(exp_avg))  # lines 13 and 14
+        residual = FactoredAverage(statistics, state, "exp_avg_res").update_(means, eps2, 1 - beta3)
+        step = Lazy(preconditioned, exp_avg, *residual.inverse_root())  # lines 13 and 14
     else:
-        update = exp_avg
-    yield from view.subtract(update, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
+        step = Lazy(update_average_, exp_avg, view.grad, *root, share=1 - beta1, **factor)
+    yield from view.subtract(step, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
+
+
+def instability_(exp_avg: Tensor, grad: Tensor, row: Tensor, col: Tensor, *, share: Number) -> Tensor:
+    """Squared distance of an update from the average, which it enters first."""
+    update = preconditioned(grad, row, col)
+    exp_avg.lerp_(update, share)
+    return update.sub_(exp_avg).square_()
 
 
 @register("CAME")

@@ -5,11 +5,13 @@ k, m, c: as in `sharding.matrix`; n: values of data on this rank.
 
 from __future__ import annotations
 
-import torch
+from typing import TypeAlias
+
 from torch import Tensor
 
+from colossal_bcd.optim.math import capped_
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.sharding import LowRank, Means, matrices_of
+from colossal_bcd.sharding import Columns, LowRank, Means, Number, Rows, matrices_of
 from colossal_bcd.sharding.view import Statistics
 
 
@@ -36,15 +38,6 @@ def factored_spec(layout: Shaped, name: str) -> dict[str, StateSpec]:
     return spec
 
 
-def capped_(x: Tensor) -> Tensor:
-    """Second moments, at most half of the largest number of their dtype, in place; what is not a number stays so.
-
-    Squares of float32 gradients above 1.8e19 are infinite, and what divides by a mean of them is no number.  Capped,
-    they have the sign and the order of size of what float64 gives, and clipping bounds the update as there.
-    """
-    return x.clamp_(max=torch.finfo(x.dtype).max / 2)
-
-
 class FactoredAverage:
     """The exponential average of a non-negative quantity, as rows, columns and their normaliser.
 
@@ -59,19 +52,56 @@ class FactoredAverage:
         self._row, self._col = state[f"{name}_row"], state[f"{name}_col"]
         self._total = state.get(f"{name}_total")
 
-    def update_(self, means: Means, weight: float) -> None:
-        """Give new means the weight `weight`, and the average so far the rest."""
-        self._row.lerp_(capped_(means.row), weight)
-        self._col.lerp_(capped_(means.col), weight)
+    def update_(self, means: Means, eps: float, weight: float) -> FactoredAverage:
+        """Give new means plus `eps` the weight `weight`, and the average so far the rest; returns itself."""
+        self._row.lerp_(capped_(means.row + eps), weight)
+        self._col.lerp_(capped_(means.col + eps), weight)
         if self._total is not None and means.total is not None:
-            self._total.lerp_(capped_(means.total), weight)
+            self._total.lerp_(capped_(means.total + eps), weight)
+        return self
 
-    def precondition_(self, x: Tensor) -> Tensor:
-        """Divide by the root of the rank-one estimate row x col / mean, in place.
-
-        Args:
-            x: [n] or [b, n] values.
-        """
+    def inverse_root(self) -> tuple[Rows, Columns]:
+        """What divides by the root of the rank-one estimate row x col / mean, as operands of `preconditioned`."""
         norm = self._statistics.normaliser(self._row, self._col, self._total)
         # Not (row / norm).rsqrt(): beside large gradients the quotient of a row of zeros is zero itself.
-        return self._statistics.scale_(x, self._row.rsqrt().mul_(norm.sqrt()), self._col.rsqrt())
+        return self._statistics.operands(self._row.rsqrt().mul_(norm.sqrt()), self._col.rsqrt())
+
+
+Root: TypeAlias = tuple[Rows, Columns] | tuple[Tensor]
+"""The root of a second moment, as operands of `preconditioned`: of a factored one, or a whole one itself."""
+
+
+def times(root: Root, factor: Tensor) -> tuple[Root, dict[str, Tensor]]:
+    """Operands and numbers of `preconditioned` that also multiply by a factor of each parameter, [1] or [b, 1]."""
+    if len(root) == 1:
+        return root, {"factor": factor}
+    rows, columns = root
+    return (Rows(rows.values * factor), columns), {}
+
+
+def preconditioned(x: Tensor, *root: Tensor, factor: Number | None = None) -> Tensor:
+    """Values divided by the root of a second moment, in a new tensor.
+
+    Args:
+        x: [n].
+        root: inverse roots of rows and of columns, or the second moment itself.
+        factor: of the result.
+    """
+    if len(root) == 1:
+        update = root[0].rsqrt().mul_(x)
+    else:
+        row, col = root
+        update = x.mul(row).mul_(col)
+    return update if factor is None else update.mul_(factor)
+
+
+def update_and_precondition_(exp_avg_sq: Tensor, grad: Tensor, *, eps: Number, share: Number) -> Tensor:
+    """`preconditioned` by a whole second moment, which the squared gradient enters first with its share."""
+    return preconditioned(grad, exp_avg_sq.lerp_(capped_(grad.square().add_(eps)), share))
+
+
+def update_average_(
+    exp_avg: Tensor, grad: Tensor, *root: Tensor, share: Number, factor: Number | None = None
+) -> Tensor:
+    """The average of updates, in place: `preconditioned` gradients enter with their share."""
+    return exp_avg.lerp_(preconditioned(grad, *root, factor=factor), share)

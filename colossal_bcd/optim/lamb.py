@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
+from colossal_bcd.optim.math import adam_direction, adam_numbers, debiased_rate
 from colossal_bcd.optim.options import Storage, require, require_adam
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.sharding import Rounds, ShardView
+from colossal_bcd.sharding import Lazy, Number, Rounds, ShardView
+from colossal_bcd.sharding.lazy import add_
 
 BiasCorrection = Literal[True, False, "step_size"]
 
@@ -48,22 +50,38 @@ class LambHyper(Storage):
 
 def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     """One LAMB update.  The norms are of the whole parameter, the weight's from the values that are updated."""
-    update_moments_(state["exp_avg"], state["exp_avg_sq"], view.grad, hyper.betas)
-    debias = state.step if hyper.bias_correction is True else None
-    # Algorithm 2, line 9: r = m / (sqrt(v) + eps), and line 10's r + lambda * x.
-    direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], debias, hyper.betas, hyper.eps)
-    direction.add_(view.param, alpha=hyper.weight_decay)
-    lr = hyper.lr
+    debias, lr = state.step if hyper.bias_correction is True else None, hyper.lr
     if hyper.bias_correction == "step_size":
         lr = debiased_rate(lr, state.step, hyper.betas)
+    numbers = adam_numbers(hyper.betas, hyper.eps, debias)
+    made = torch.empty_like(state["exp_avg"])
+    operands = [state["exp_avg"], state["exp_avg_sq"], view.grad, made]
+    if hyper.weight_decay:
+        direction = Lazy(decayed_direction, *operands, view.param, weight_decay=hyper.weight_decay, **numbers)
+    else:
+        direction = Lazy(adam_direction, *operands, **numbers)
     if hyper.adam:
-        view.param.add_(direction, alpha=-lr)
+        yield from view.subtract(direction, lr=lr)
         return
     weight, length = yield view.square_sum(view.param), view.square_sum(direction)
     ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
     # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.
-    root = ratio.sqrt().to(direction.dtype)
-    view.param.addcmul_(direction.mul_(root), root, value=-lr)
+    root = ratio.sqrt_().to(made.dtype)
+    yield from view.subtract(Lazy(torch.mul, made, other=root), lr=lr * root)
+
+
+def decayed_direction(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    weight: Tensor,
+    *,
+    weight_decay: Number,
+    **numbers: Number,
+) -> Tensor:
+    """Algorithm 2, line 9, r = m / (sqrt(v) + eps), and line 10's r + lambda * x, in `out`."""
+    return add_(weight, adam_direction(exp_avg, exp_avg_sq, grad, out, **numbers), scale=weight_decay)
 
 
 @register("Lamb")

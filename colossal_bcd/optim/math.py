@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from colossal_bcd.sharding.lazy import Number, add_
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Where torch has fused kernels."""
@@ -15,31 +20,59 @@ def is_fusable(*tensors: Tensor) -> bool:
     return alike and first.device.type in FUSED_DEVICES
 
 
-def update_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, betas: tuple[float, float]) -> None:
-    """Exponential averages of the gradient and of its square, in place; all [n]."""
+def adam_numbers(betas: tuple[float, float], eps: float, step: int | None) -> dict[str, Any]:
+    """The numbers that `adam_direction` takes.
+
+    Debiased (arXiv 1412.6980, algorithm 1), the direction is (m / d1) / (sqrt(v / d2) + eps) with d = 1 - beta^step,
+    which is m / (sqrt(v) * d1 / sqrt(d2) + eps * d1).
+
+    Args:
+        betas: decay of the moments.
+        eps: added to the denominator.
+        step: number of this update from 1, to debias both moments; None does not.
+    """
     beta1, beta2 = betas
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    numbers = {"share1": 1 - beta1, "keep2": beta2, "share2": 1 - beta2, "eps": eps}
+    if step is not None:
+        debias1, debias2 = 1 - beta1**step, 1 - beta2**step
+        numbers |= {"root_scale": debias1 / debias2**0.5, "eps": eps * debias1}
+    return numbers
 
 
 def adam_direction(
-    exp_avg: Tensor, exp_avg_sq: Tensor, step: int | None, betas: tuple[float, float], eps: float
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    out: Tensor | None = None,
+    *,
+    share1: Number,
+    keep2: Number,
+    share2: Number,
+    eps: Number,
+    root_scale: Number | None = None,
 ) -> Tensor:
-    """m / (sqrt(v) + eps), in a new tensor.
+    """m / (sqrt(v) * root_scale + eps), in a new tensor or `out`; both moments are updated in place.
 
     Args:
         exp_avg: [n] first moment m.
         exp_avg_sq: [n] second moment v.
-        step: number of this update from 1, to debias both moments (arXiv 1412.6980, algorithm 1); None does not.
-        betas: decay of m and of v.
+        grad: [n].
+        out: [n] written, if given.
+        share1: part of the gradient in m, 1 - beta1.
+        keep2: part of v that stays, beta2.
+        share2: part of the squared gradient in v.
         eps: added to the denominator.
+        root_scale: factor of the root.
     """
-    beta1, beta2 = betas
+    exp_avg.lerp_(grad, share1)
+    if isinstance(share2, Tensor):
+        exp_avg_sq.mul_(keep2).addcmul_(grad * share2, grad)
+    else:
+        exp_avg_sq.mul_(keep2).addcmul_(grad, grad, value=share2)
     root = exp_avg_sq.sqrt()
-    if step is None:
-        return root.add_(eps).reciprocal_().mul_(exp_avg)
-    root.div_((1 - beta2**step) ** 0.5)
-    return root.add_(eps).reciprocal_().mul_(exp_avg).mul_(1 / (1 - beta1**step))
+    if root_scale is not None:
+        root.mul_(root_scale)
+    return torch.div(exp_avg, root.add_(eps), out=root if out is None else out)
 
 
 def debiased_rate(lr: float, step: int, betas: tuple[float, float]) -> float:
@@ -48,27 +81,46 @@ def debiased_rate(lr: float, step: int, betas: tuple[float, float]) -> float:
     return float(lr * ((1 - beta2**step) ** 0.5 / (1 - beta1**step)))
 
 
-def heavy_ball_(buffer: Tensor, grad: Tensor, momentum: float, dampening: float = 0.0, first: bool = False) -> Tensor:
-    """The momentum buffer, momentum * buffer + (1 - dampening) * gradient, in place; as torch's SGD computes it.
+def heavy_ball_(buffer: Tensor, grad: Tensor, *, momentum: Number, share: Number = 1.0) -> Tensor:
+    """The momentum buffer, momentum * buffer + share * gradient, in place; as torch's SGD computes it.
 
     Args:
         buffer: [n].
         grad: [n].
         momentum: decay of the buffer.
-        dampening: part of the gradient that does not enter.
-        first: whether this is the first update, whose buffer is the gradient itself.
+        share: part of the gradient that enters.
     """
-    return buffer.copy_(grad) if first else buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+    return add_(grad, buffer.mul_(momentum), scale=share)
 
 
-def lion_direction(exp_avg: Tensor, grad: Tensor, betas: tuple[float, float]) -> Tensor:
+def nesterov(buffer: Tensor, grad: Tensor, *, momentum: Number) -> Tensor:
+    """Gradient + momentum * buffer, in a new tensor."""
+    return add_(buffer, grad.clone(), scale=momentum)
+
+
+def nesterov_(buffer: Tensor, grad: Tensor, *, momentum: Number) -> Tensor:
+    """`nesterov`, after the buffer was updated as by `heavy_ball_`."""
+    return nesterov(heavy_ball_(buffer, grad, momentum=momentum), grad, momentum=momentum)
+
+
+def lion_direction(exp_avg: Tensor, grad: Tensor, *, share: Number, decay_share: Number) -> Tensor:
     """Lion's sign (arXiv 2302.06675, algorithm 2), in a new tensor; the average is updated in place.
 
     Args:
         exp_avg: [n] average.
         grad: [n].
-        betas: share of the average in the sign, and its decay.
+        share: part of the gradient in the sign, 1 - beta1.
+        decay_share: part of the gradient in the average, 1 - beta2.
     """
-    sign = exp_avg.lerp(grad, 1 - betas[0]).sign_()
-    exp_avg.lerp_(grad, 1 - betas[1])
+    sign = exp_avg.lerp(grad, share).sign_()
+    exp_avg.lerp_(grad, decay_share)
     return sign
+
+
+def capped_(x: Tensor) -> Tensor:
+    """Second moments, at most half of the largest number of their dtype, in place; what is not a number stays so.
+
+    Squares of float32 gradients above 1.8e19 are infinite, and what divides by a mean of them is no number.  Capped,
+    they have the sign and the order of size of what float64 gives, and clipping bounds the update as there.
+    """
+    return x.clamp_(max=torch.finfo(x.dtype).max / 2)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, field, replace
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.math import heavy_ball_
+from colossal_bcd.optim.math import heavy_ball_, nesterov, nesterov_
 from colossal_bcd.optim.options import OPTIONAL, Storage, require
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.sharding import Rounds, View
+from colossal_bcd.sharding import Lazy, Rounds, View, wide
+from colossal_bcd.sharding.lazy import unchanged
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,20 @@ class SGDHyper(Storage):
 
 def sgd(view: View, state: State, hyper: SGDHyper) -> Rounds:
     """One step of SGD; asks for nothing."""
-    decoupled, direction = hyper.decoupled_weight_decay, view.grad
+    decoupled, grad = hyper.decoupled_weight_decay, view.grad
     if hyper.weight_decay and not decoupled:
-        direction = direction.add(view.weight.param, alpha=hyper.weight_decay)
+        grad = grad.to(wide(grad.dtype)).add(view.weight.param, alpha=hyper.weight_decay)
+    direction = Lazy(unchanged, grad)
     if hyper.momentum:
-        grad, buffer = direction, state["momentum_buffer"]
-        direction = heavy_ball_(buffer, grad, hyper.momentum, hyper.dampening, state.is_first)
-        if hyper.nesterov:
-            direction = grad.add(direction, alpha=hyper.momentum)
+        buffer, momentum = state["momentum_buffer"], hyper.momentum
+        if state.is_first:
+            # Torch's first buffer is the gradient itself, whatever the dampening.
+            buffer.copy_(grad)
+            direction = Lazy(nesterov, buffer, grad, momentum=momentum) if hyper.nesterov else Lazy(unchanged, buffer)
+        elif hyper.nesterov:
+            direction = Lazy(nesterov_, buffer, grad, momentum=momentum)
+        else:
+            direction = Lazy(heavy_ball_, buffer, grad, momentum=momentum, share=1 - hyper.dampening)
     decay = hyper.lr * hyper.weight_decay if decoupled else 0.0
     yield from view.subtract(direction, lr=hyper.lr, decay=decay, decay_first=False)
 

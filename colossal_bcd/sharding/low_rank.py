@@ -24,9 +24,20 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
+from colossal_bcd.sharding.lazy import (
+    Columns,
+    Lazy,
+    Number,
+    Rows,
+    Run,
+    as_lazy,
+    divided,
+    row_and_column_sums,
+    subtract_,
+)
 from colossal_bcd.sharding.matrix import Means, matrices_of, mean_of
 from colossal_bcd.sharding.rounds import Combined, Rounds, Sum
-from colossal_bcd.sharding.view import ShardView, decayed, sum_of_squares
+from colossal_bcd.sharding.view import ShardView, sum_of_squares
 
 Side = Literal["left", "right", "full"]
 CAST_VALUES = 2**22
@@ -64,6 +75,7 @@ class LowRank:
             self.columns.stop - self.columns.start if side == "left" else rank,
         )
         """a, b."""
+        self._divided: dict[int, list[Run]] = {}
         # Sums over rows need the ranks that have other rows, sums over columns those that have other columns.
         zero = self._matrices.zero_axes
         self._over_rows = zero + self._matrices.col_axes if side == "right" else ()
@@ -125,11 +137,11 @@ class LowRank:
         over_rows = self._matrices.col_axes if self.side != "right" else ()
         return Sum(part, over_columns + over_rows)
 
-    def square_sum(self, x: Tensor) -> Sum:
+    def square_sum(self, x: Tensor | Lazy) -> Sum:
         """Request the squared Euclidean norm of the whole of [..., a * b] complete values, as [..., 1]."""
-        return sum_of_squares(x, self._over_rows + self._over_columns)
+        return sum_of_squares(x, self._over_rows + self._over_columns, self.runs)
 
-    def means(self, x: Tensor) -> Combined:
+    def means(self, x: Tensor | Lazy) -> Combined:
         """Request the row and column means of the whole low-rank gradient.
 
         Args:
@@ -137,8 +149,9 @@ class LowRank:
         Returns:
             Request that resolves to `Means` with row [..., a], col [..., b] and no total.
         """
-        values = self.matrix(x)
-        sums = Sum(values.sum(-1), self._over_columns), Sum(values.sum(-2), self._over_rows)
+        a, b = self.local_shape
+        row, col = row_and_column_sums(x, self.runs, (a, 1, b))
+        sums = Sum(row, self._over_columns), Sum(col.squeeze(-2), self._over_rows)
         return Combined(sums, lambda row, col: Means(row / self.shape[1], col / self.shape[0], None))
 
     def normaliser(self, row: Tensor, col: Tensor, total: Tensor | None) -> Tensor:
@@ -146,10 +159,17 @@ class LowRank:
         assert total is None
         return mean_of(row if self._over_columns else col).unsqueeze(-1)
 
-    def scale_(self, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
-        """Multiply [..., a * b] values by the factors of their rows, [..., a], and columns, [..., b], in place."""
-        self.matrix(x).mul_(row.unsqueeze(-1)).mul_(col.unsqueeze(-2))
-        return x
+    def operands(self, row: Tensor, col: Tensor) -> tuple[Rows, Columns]:
+        """What each row, [..., a], and each column, [..., b], has, as operands of a `Lazy`."""
+        return Rows(row), Columns(col.unsqueeze(-2))
+
+    def runs(self, size: int) -> list[Run]:
+        """The low-rank gradient as one matrix, in chunks of about `size` values."""
+        if size not in self._divided:
+            a, b = self.local_shape
+            whole = Run(slice(0, a * b), (1, a, b), slice(0, a), slice(0, 1), slice(0, b))
+            self._divided[size] = divided([whole], size)
+        return self._divided[size]
 
     def whole(self, part: Tensor) -> Combined:
         """Request what this rank needs to project back, from what each rank has: [..., a, b].
@@ -167,7 +187,14 @@ class LowRank:
         return Combined((Sum(spread, zero),), lambda total: total)
 
     def subtract_(
-        self, x: Tensor, step: Tensor, left: Tensor | None, right: Tensor | None, scale: float | Tensor
+        self,
+        x: Tensor,
+        step: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        scale: float | Tensor,
+        decay: float | Tensor = 0.0,
+        decay_first: bool = True,
     ) -> None:
         """Subtract a low-rank step, projected back and scaled, from the values of this rank, in place.
 
@@ -177,20 +204,27 @@ class LowRank:
             left: as of `partial`.
             right: as of `partial`.
             scale: factor.
+            decay: as of `View.subtract`.
+            decay_first: as of `View.subtract`.
         """
         first = self._matrices.rows.first
         u = self._local(left, dim=0) if self.side != "right" else None
         v = self._local(right, dim=1) if self.side != "left" else None
+        keep = 1 - decay
+        if isinstance(keep, Tensor) and decay_first:
+            x.mul_(keep)
+        beta = keep if decay_first and not isinstance(keep, Tensor) else 1.0
         for values, rows, columns in self._runs(x):
             if u is None:
                 assert v is not None
-                _subtract_product_(
-                    values, step[..., rows.start - first : rows.stop - first, :], v[..., columns, :].mT, scale
-                )
+                factors = step[..., rows.start - first : rows.stop - first, :], v[..., columns, :].mT
             elif v is None:
-                _subtract_product_(values, u[..., rows, :], step[..., columns], scale)
+                factors = u[..., rows, :], step[..., columns]
             else:
-                _subtract_product_(values, u[..., rows, :] @ step, v[..., columns, :].mT, scale)
+                factors = u[..., rows, :] @ step, v[..., columns, :].mT
+            _subtract_product_(values, *factors, scale, beta)
+        if not decay_first and (isinstance(keep, Tensor) or keep != 1):
+            x.mul_(keep)
 
     def _chunks(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice, slice]]:
         """`_runs`, divided further where they have to be cast, so that no whole copy in `dtype` exists."""
@@ -212,18 +246,20 @@ class LowRank:
     def _runs(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
         """Runs of full structure as views [..., rows, columns], with their rows and columns in this rank's shard."""
         first = self._matrices.rows.first
-        for values, rows, _, columns in self._matrices.runs(x):
-            yield values.flatten(-3, -2), slice(rows.start + first, rows.stop + first), columns
+        for values, run in self._matrices.views(x):
+            yield values.flatten(-3, -2), slice(run.rows.start + first, run.rows.stop + first), run.columns
 
 
-def _subtract_product_(x: Tensor, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
-    """Subtract `scale * left @ right` in place; where all have one dtype, no product as large as `x` is made."""
+def _subtract_product_(x: Tensor, left: Tensor, right: Tensor, scale: float | Tensor, keep: float) -> None:
+    """keep * x - scale * left @ right, in place; where all have one dtype, no product as large as `x` is made."""
     if x.dtype != left.dtype or isinstance(scale, Tensor) or x.dim() > 3:
+        if keep != 1:
+            x.mul_(keep)
         x.sub_((left @ right).mul_(scale))
     elif x.dim() == 2:
-        x.addmm_(left, right, alpha=-scale)
+        x.addmm_(left, right, alpha=-scale, beta=keep)
     else:
-        x.baddbmm_(left, right, alpha=-scale)
+        x.baddbmm_(left, right, alpha=-scale, beta=keep)
 
 
 # Layers have equal layouts, and every step asks again.
@@ -274,31 +310,22 @@ class LowRankView:
         """Values of the whole low-rank gradient."""
         return self.statistics.numel
 
-    def new_grad(self) -> Tensor:
-        """See `View`."""
-        return self.grad.clone()
-
-    def squared_grad(self, eps: float) -> Tensor:
-        """See `View`."""
-        return self.grad.square().add_(eps)
-
-    def square_sum(self, x: Tensor) -> Sum:
+    def square_sum(self, x: Tensor | Lazy) -> Sum:
         """See `View`."""
         return self.statistics.square_sum(x)
 
     def subtract(
-        self, step: Tensor, *, lr: float = 1.0, decay: float | Tensor = 0.0, decay_first: bool = True
+        self, step: Tensor | Lazy, *, lr: Number = 1.0, decay: Number = 0.0, decay_first: bool = True
     ) -> Rounds:
         """See `View`; one round spreads the step to the ranks that need it."""
-        part = self.statistics.matrix(step * lr)
+        scaled = torch.zeros_like(self.grad)
+        subtract_(scaled, as_lazy(step), self.statistics.runs, lr=-lr)
+        part = self.statistics.matrix(scaled)
         if self._record is not None:
             self._record(part, decay, decay_first)
             return
         (spread,) = yield (self.statistics.whole(part),)
-        weight = self.weight.param
-        decayed(
-            weight, decay, decay_first, lambda: self.statistics.subtract_(weight, spread, *self._bases, self._scale)
-        )
+        self.statistics.subtract_(self.weight.param, spread, *self._bases, self._scale, decay, decay_first)
 
 
 @dataclass(frozen=True, eq=False)

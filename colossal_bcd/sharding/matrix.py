@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
+from colossal_bcd.sharding.lazy import WHOLE, Columns, Lazy, Rows, Run, divided, row_and_column_sums
 from colossal_bcd.sharding.rounds import Combined, Sum
 
 
@@ -155,6 +156,7 @@ class Matrices:
         last = len(layout.shape) - 1
         self.row_axes = (split.axis,) if split is not None and split.dim == last else ()
         self.col_axes = (split.axis,) if split is not None and split.dim == last - 1 else ()
+        self._runs: dict[int, list[Run]] = {}
         self.zero_axes = (layout.slice.axis,) if layout.slice is not None and layout.slice.size > 1 else ()
 
     @property
@@ -162,7 +164,7 @@ class Matrices:
         """Whether neither all rows nor all columns of a matrix are on this rank."""
         return bool(self.row_axes) and bool(self.zero_axes)
 
-    def means(self, x: Tensor) -> Combined:
+    def means(self, x: Tensor | Lazy) -> Combined:
         """Request the row and column means of the whole matrices.
 
         Args:
@@ -171,7 +173,7 @@ class Matrices:
             Request that resolves to `Means`.
         """
         num_rows, num_cols = self.layout.shape[-2:]
-        row, col = self._row_sums(x), self._col_sums(x)
+        row, col = row_and_column_sums(x, self.runs, (self.rows.count, self.matrices.count, self.c))
         parts = [
             self.rows.complete(row, self.row_axes, self.zero_axes, dim=-1),
             self.matrices.complete(col, self.col_axes, self.zero_axes, dim=-2),
@@ -203,46 +205,29 @@ class Matrices:
         index = torch.arange(self.rows.first, self.rows.first + self.rows.count, device=row.device) // self.r
         return mean[..., index - self.matrices.first]
 
-    def scale_(self, x: Tensor, row: Tensor, col: Tensor) -> Tensor:
-        """Multiply every value by the factor of its row and that of its column, in place.
+    def operands(self, row: Tensor, col: Tensor) -> tuple[Rows, Columns]:
+        """What each row, [k], and each column, [m, c], has, as operands of a `Lazy`."""
+        return Rows(row), Columns(col)
 
-        Args:
-            x: [n] values on this rank.
-            row: [k] factors.
-            col: [m, c] factors.
+    def runs(self, size: int = WHOLE) -> list[Run]:
+        """Divide a slice into runs of full structure: at most five, further divided into chunks of about `size` values.
+
+        Part of a row, rows up to the end of a matrix, whole matrices, rows of the last matrix, part of a row; each with
+        its matrices, rows and columns.
         """
-        for values, rows, matrices, columns in self.runs(x):
-            values.mul_(row[..., rows].unflatten(-1, values.shape[-3:-1]).unsqueeze(-1))
-            values.mul_(col[..., matrices, columns].unsqueeze(-2))
-        return x
+        if size not in self._runs:
+            self._runs[size] = divided(self._whole_runs, size)
+        return self._runs[size]
 
-    def _row_sums(self, x: Tensor) -> Tensor:
-        """[k] sums over this rank's columns."""
-        sums = [values.sum(-1).flatten(-2) for values, *_ in self.runs(x)]
-        return sums[0] if len(sums) == 1 else torch.cat([x[..., :0], *sums], -1)
-
-    def _col_sums(self, x: Tensor) -> Tensor:
-        """[m, c] sums over this rank's rows."""
-        out = x.new_zeros(*x.shape[:-1], self.matrices.count, self.c)
-        for values, _, matrices, columns in self.runs(x):
-            out[..., matrices, columns] += values.sum(-2)
-        return out
-
-    def runs(self, x: Tensor) -> Iterator[tuple[Tensor, slice, slice, slice]]:
-        """Divide a slice into at most five runs of full structure, without copies.
-
-        Part of a row, rows up to the end of a matrix, whole matrices, rows of the last matrix, part of a row: each as a
-        view [matrices, rows, columns] with the rows, matrices and columns (counted on this rank) that it covers.
-        """
-        for start, stop, shape, *where in self._bounds:
-            rows, matrices, columns = where
-            yield x[..., start:stop].view(*x.shape[:-1], *shape), rows, matrices, columns
+    def views(self, x: Tensor) -> Iterator[tuple[Tensor, Run]]:
+        """The undivided runs as views, [matrices, rows, columns]."""
+        for run in self._whole_runs:
+            yield x[..., run.values].unflatten(-1, run.shape), run
 
     @functools.cached_property
-    def _bounds(self) -> list[tuple[int, int, tuple[int, int, int], slice, slice, slice]]:
-        """The range of values, the shape, and the rows, matrices and columns of every run."""
+    def _whole_runs(self) -> list[Run]:
         start, stop = self.layout.span
-        at, bounds = start, []
+        at, runs = start, []
         while at < stop:
             row, column = divmod(at, self.c)
             matrix, inside = divmod(row, self.r)
@@ -256,9 +241,9 @@ class Matrices:
             rows = slice(row - self.rows.first, row - self.rows.first + shape[0] * shape[1])
             matrices = slice(matrix - self.matrices.first, matrix - self.matrices.first + shape[0])
             columns = slice(column, column + shape[2])
-            bounds.append((at - start, at - start + size, shape, rows, matrices, columns))
+            runs.append(Run(slice(at - start, at - start + size), shape, rows, matrices, columns))
             at += size
-        return bounds
+        return runs
 
 
 def mean_of(x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class MomentumCorrection:
         return {"momentum_buffer": torch.bfloat16}
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        return heavy_ball_(state["momentum_buffer"], grad, self.momentum)
+        return heavy_ball_(state["momentum_buffer"], grad, momentum=self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,4 +92,5 @@ class LionCorrection:
         return {"exp_avg": torch.bfloat16}
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        return lion_direction(state["exp_avg"], grad, self.betas)
+        share, decay_share = (1 - beta for beta in self.betas)
+        return lion_direction(state["exp_avg"], grad, share=share, decay_share=decay_share)

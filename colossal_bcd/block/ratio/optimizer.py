@@ -22,7 +22,7 @@ from colossal_bcd.block.untrained import Reach, warn_of_heads
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.names import Pattern, role_of
 from colossal_bcd.optim import State
-from colossal_bcd.optim.math import adam_direction, debiased_rate, update_moments_
+from colossal_bcd.optim.math import adam_direction, adam_numbers, debiased_rate
 from colossal_bcd.optim.options import require, require_adam
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.optim.state.stack import Member
@@ -276,8 +276,9 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         """Adam on the values that train; asks nothing of other ranks."""
         selected, grad = self._selected(view.layout, hyper), self.take_low_rank(view.keys[0])
         grad = selected.take(view.grad) if grad is None else grad
-        update_moments_(state["exp_avg"], state["exp_avg_sq"], grad.neg() if hyper.maximize else grad, hyper.betas)
-        direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], None, hyper.betas, hyper.eps)
+        numbers = adam_numbers(hyper.betas, hyper.eps, None)
+        grad = grad.neg() if hyper.maximize else grad
+        direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], grad, **numbers)
         lr = debiased_rate(hyper.lr, state.step, hyper.betas)
         values = selected.take(view.param).mul_(1 - hyper.lr * hyper.weight_decay)
         selected.put(view.param, values.add_(direction, alpha=-lr))

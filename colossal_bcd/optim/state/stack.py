@@ -16,7 +16,7 @@ from torch import Tensor
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
 
-STACK_BYTES = 8 * 2**20
+STACK_BYTES = 2**20
 """Bytes that a rule touches at once for a stack: they stay in a core's cache, and tensors that are larger gain nothing
 from company."""
 COPIES = 4

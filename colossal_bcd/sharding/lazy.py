@@ -1,0 +1,395 @@
+"""Elementwise arithmetic between two rounds, as functions that run one chunk at a time or as one compiled kernel.
+
+A rule says what it computes, `Lazy(square, grad, eps=1e-30)`, and what asks for it, a sum or the update of the weight,
+evaluates it: nothing as large as a parameter is made in between.
+
+    grad   |----|----|----|        a chunk stays in the core's cache while
+    state  |----|----|----|   ->   all operations of the function, and what
+    weight |----|----|----|        consumes its values, go over it
+
+On accelerators there is one chunk.  With `compiled(True)` function and consumer are one kernel of `torch.compile`, for
+each of them, dtype and number of dims, not for each shape.  n: values of data on this rank; b: members of a stack.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from types import FunctionType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+import os
+
+EAGER_CHUNK, COMPILED_CHUNK = int(os.environ.get("EC", 2**16)), 2**18
+"""Values of a chunk on a CPU: with its temporaries it stays in a core's cache, and is long beside a call's overhead."""
+WHOLE = 2**62
+"""On accelerators nothing is divided."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are computed and reduced: float64 stays, everything else is float32.
+
+    Raises:
+        TypeError: it is complex, and would lose its imaginary part.
+    """
+    if dtype.is_complex:
+        raise TypeError(f"got a tensor of {dtype}, expected real numbers. Hold it as torch.view_as_real gives it.")
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An operand with one value for each row."""
+
+    values: Tensor
+    """[k] or [b, k]."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """An operand with one value for each column of each matrix."""
+
+    values: Tensor
+    """[m, c] or [b, m, c]."""
+
+
+class Run(NamedTuple):
+    """A range of a rank's flat values that has full structure."""
+
+    values: slice
+    shape: tuple[int, int, int]
+    """Matrices, rows, columns."""
+    rows: slice
+    matrices: slice
+    columns: slice
+    """What it covers, counted on this rank."""
+
+
+Operand: TypeAlias = Tensor | Rows | Columns
+Runs: TypeAlias = Callable[[int], Sequence[Run]]
+"""The runs of a tensor, in chunks of about so many values."""
+Number: TypeAlias = float | Tensor
+
+
+class Lazy:
+    """What an elementwise function makes of tensors, without making it.
+
+    Args:
+        function: takes chunks of the operands, in float32 or wider, and the numbers; it may write those in place that
+            are no wider, and returns new values.  What is written once must be consumed once.
+        operands: [n] or [b, n], at least one; `Rows` and `Columns` where a consumer knows the matrices.
+        numbers: Python numbers, or tensors of one value for each parameter, [1] or [b, 1].
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *operands: Operand, **numbers: Number) -> None:
+        self.function, self.operands, self.numbers = function, operands, numbers
+
+        self.first: Tensor = next(operand for operand in operands if isinstance(operand, Tensor))
+        """The first operand that has all values."""
+        self.has_structure = not all(isinstance(operand, Tensor) for operand in operands)
+        """Whether it has rows or columns."""
+
+    def each(
+        self, consume: Callable[..., Any], runs: Runs, targets: Sequence[Tensor] = (), **numbers: Number
+    ) -> Iterator[tuple[Run, Any]]:
+        """Evaluate it chunk by chunk.
+
+        Args:
+            consume: takes the values of a chunk, those of the targets, which it may write, and its numbers.
+            runs: of a tensor like the operands.
+            targets: [n] or [b, n], of any dtype.
+            numbers: as of the function; no name is among its own.
+        Yields:
+            each chunk and what `consume` returned.
+        """
+        kernel, size = self._kernel(consume, targets, numbers, 3)
+        for run in runs(size):
+            yield run, kernel([_chunk(operand, run) for operand in self.operands], [_chunk(x, run) for x in targets])
+
+    def each_flat(
+        self, consume: Callable[..., Any], targets: Sequence[Tensor] = (), **numbers: Number
+    ) -> Iterable[Any]:
+        """What `consume` returns for each chunk, where no operand has rows or columns; see `each`."""
+        kernel, size = self._kernel(consume, targets, numbers, 1)
+        tensors: list[Any] = [*self.operands, *targets]
+        count, length = len(self.operands), self.first.shape[-1]
+        if length <= size:
+            return [kernel(tensors[:count], tensors[count:])] if length else []
+        return (kernel(xs[:count], xs[count:]) for xs in zip(*(x.split(size, -1) for x in tensors), strict=True))
+
+    def _kernel(
+        self, consume: Callable[..., Any], targets: Sequence[Tensor], numbers: dict[str, Number], dims: int
+    ) -> tuple[Kernel, int]:
+        """What evaluates a chunk of operands and targets, and the number of values of one, by parameter of a stack."""
+        first = self.first
+        on_cpu, members = first.device.type == "cpu", math.prod(first.shape[:-1])
+        given, own = ({name: _expanded(x, dims) for name, x in of.items()} for of in (self.numbers, numbers))
+        if not _is_compiled:
+            size = EAGER_CHUNK if on_cpu else WHOLE
+            return _eager(self.function, consume, given, own), max(size // max(members, 1), 1)
+        tensors = [operand if isinstance(operand, Tensor) else operand.values for operand in self.operands]
+        kind = tuple((tensor.dtype, tensor.dim()) for tensor in (*tensors, *targets))
+        kernel = _compiled(self.function, consume, tuple(given), tuple(own), kind, dims)
+        size = COMPILED_CHUNK if on_cpu else WHOLE
+        dtype, device = wide(first.dtype), first.device
+        tensors_of = [[_as_tensor(x, dtype, device) for x in of.values()] for of in (given, own)]
+        return lambda operands, targets: kernel(list(operands), list(targets), *tensors_of), max(
+            size // max(members, 1), 1
+        )
+
+
+def as_lazy(values: Tensor | Lazy) -> Lazy:
+    """Values that are there already, as a function of themselves."""
+    return values if isinstance(values, Lazy) else Lazy(unchanged, values)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """The values themselves."""
+    return x
+
+
+def _chunk(operand: Operand, run: Run) -> Tensor:
+    """An operand's part that belongs to a run, in the run's shape or of one that is expanded to it."""
+    if isinstance(operand, Tensor):
+        return operand[..., run.values].view(*operand.shape[:-1], *run.shape)
+    if isinstance(operand, Rows):
+        return operand.values[..., run.rows].view(*operand.values.shape[:-1], *run.shape[:2], 1)
+    return operand.values[..., run.matrices, run.columns].unsqueeze(-2)
+
+
+_is_compiled = False
+
+
+@contextmanager
+def compiled(on: bool) -> Iterator[None]:
+    """Whether kernels are compiled meanwhile."""
+    global _is_compiled
+    before, _is_compiled = _is_compiled, on and not _failed
+    try:
+        yield
+    finally:
+        _is_compiled = before
+
+
+Kernel: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
+
+
+def _eager(
+    function: Callable[..., Tensor], consume: Callable[..., Any], given: dict[str, Number], own: dict[str, Number]
+) -> Kernel:
+    return lambda operands, targets: consume(function(*map(_widened, operands), **given), *targets, **own)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+
+
+_failed = False
+
+
+@cache
+def _compiled(
+    function: Callable[..., Tensor],
+    consume: Callable[..., Any],
+    names: tuple[str, ...],
+    of_consumer: tuple[str, ...],
+    *kind: Any,
+) -> Callable[..., Any]:
+    """Function and consumer as one kernel of torch.compile, for tensors of one kind."""
+
+    def body(operands: list[Tensor], targets: list[Tensor], given: list[Tensor], own: list[Tensor]) -> Any:
+        numbers = dict(zip(names, given, strict=True))
+        return consume(
+            function(*map(_widened, operands), **numbers), *targets, **dict(zip(of_consumer, own, strict=True))
+        )
+
+    # torch counts compilations, at most eight, by code object; this is one of its own, with a name for profiles.
+    name = f"{function.__name__}_{consume.__name__}".replace("__", "_")
+    one = FunctionType(body.__code__.replace(co_name=name), body.__globals__, name, None, body.__closure__)
+    compiled: Callable[..., Any] = torch.compile(one, dynamic=True)
+
+    def run(*arguments: list[Tensor]) -> Any:
+        global _failed
+        if not _failed:
+            try:
+                return compiled(*arguments)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                # Nothing has run yet: compilation comes first.
+                _failed = True
+                logger.warning(
+                    "compile=True: torch.compile failed, so that optimizers of this process go on without it. It needs "
+                    "a C++ compiler (apt install g++) on CPUs and Triton on GPUs; compile=False does without it. %s",
+                    str(error).strip().splitlines()[0],
+                )
+        return body(*arguments)
+
+    return run
+
+
+def _expanded(number: Number, dims: int) -> Number:
+    """A number of each parameter of a stack, [b, 1], with as many dims as its chunks have."""
+    if isinstance(number, Tensor) and number.dim() > 1:
+        return number.view(-1, *[1] * dims)
+    return number
+
+
+def _as_tensor(number: Number, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as kernels take it: a tensor, as they are compiled for each Python number anew."""
+    if isinstance(number, Tensor):
+        return number
+    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    # What a CUDA graph fills has its value once it is replayed, and nobody else may use it.
+    return (_scalar.__wrapped__ if captures else _scalar)(number, dtype, device)
+
+
+@lru_cache(maxsize=1024)
+def _scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A fill on the device: a copy from the host would wait for it.
+    return torch.full((), number, dtype=dtype, device=device)
+
+
+def divided(runs: Sequence[Run], size: int) -> list[Run]:
+    """Runs of matrices, rows and columns in chunks of about `size` values, of whole rows.
+
+    Args:
+        runs: each has a shape of three dims.
+        size: values of a chunk; a longer row is a chunk of its own.
+    """
+    found: list[Run] = []
+    for run in runs:
+        matrices, rows, columns = run.shape
+        of_matrices, of_rows = max(size // max(rows * columns, 1), 1), min(max(size // max(columns, 1), 1), rows)
+        for matrix in range(0, matrices, of_matrices):
+            count = min(of_matrices, matrices - matrix)
+            for row in range(0, rows, of_rows):
+                height, first = min(of_rows, rows - row), matrix * rows + row
+                start = run.values.start + first * columns
+                row_start, matrix_start = run.rows.start + first, run.matrices.start + matrix
+                found.append(
+                    Run(
+                        slice(start, start + count * height * columns),
+                        (count, height, columns),
+                        slice(row_start, row_start + count * height),
+                        slice(matrix_start, matrix_start + count),
+                        run.columns,
+                    )
+                )
+    return found
+
+
+def row_and_column_sums(values: Tensor | Lazy, runs: Runs, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Sums over the columns and over the rows of a rank's values.
+
+    Args:
+        values: [n] or [b, n].
+        runs: of its rows, each of which is in one run only.
+        shape: number of rows k, of matrices m, and of their columns c.
+    Returns:
+        [k] and [m, c], or [b, k] and [b, m, c].
+    """
+    lazy, (k, m, c) = as_lazy(values), shape
+    lead, dtype = lazy.first.shape[:-1], wide(lazy.first.dtype)
+    over_columns = lazy.first.new_zeros(*lead, k, dtype=dtype)
+    over_rows = lazy.first.new_zeros(*lead, m, c, dtype=dtype)
+    for run, (rows, columns) in lazy.each(_both_sums, runs):
+        over_columns[..., run.rows] = rows.flatten(-2)
+        over_rows[..., run.matrices, run.columns] += columns
+    return over_columns, over_rows
+
+
+def _both_sums(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.sum(-1), values.sum(-2)
+
+
+def square_sum(values: Tensor | Lazy, runs: Runs | None = None) -> Tensor:
+    """Squared Euclidean norm over the last dim, which stays with length 1, in float64.
+
+    Squares of float32 values below 1e-23 are 0 in float32 and those above 1.8e19 infinite; in float64 all are what they
+    are, so that a norm is zero for zeros only and finite for all finite values.
+
+    Args:
+        values: [n], or of more dims, of which the last counts.
+        runs: of values that have rows or columns.
+    """
+    lazy = as_lazy(values)
+    if lazy.has_structure:
+        assert runs is not None
+        parts = [part for _, part in lazy.each(_squares_of_runs, runs)]
+    else:
+        parts = list(lazy.each_flat(_squares))
+    if not parts:
+        return lazy.first.new_zeros(*lazy.first.shape[:-1], 1, dtype=torch.float64)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True)
+
+
+def _squares(values: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return values.to(torch.float64).square().sum(-1, keepdim=True)
+    if values.device.type == "cpu":
+        copy = values.to(torch.float64)
+        if copy.dim() == 1:
+            return torch.dot(copy, copy).view(1)
+        return (copy.square() if copy is values else copy.square_()).sum(-1, keepdim=True)
+    # These kernels of accelerators widen values as they read them: one for all tensors, and no copy.
+    norms = torch._foreach_norm(list(values.reshape(-1, values.shape[-1])), 2, dtype=torch.float64)
+    return torch.stack(norms).square_().view(*values.shape[:-1], 1)
+
+
+def _squares_of_runs(values: Tensor) -> Tensor:
+    return _squares(values.flatten(-3))
+
+
+def subtract_(
+    weight: Tensor,
+    step: Lazy,
+    runs: Runs,
+    *,
+    lr: Number = 1.0,
+    decay: float | Tensor = 0.0,
+    decay_first: bool = True,
+) -> None:
+    """Subtract `lr * step` from a weight in place (see `View.subtract`).
+
+    Args:
+        weight: [n] or [b, n].
+        step: of the weight's values.
+        runs: of the step.
+        lr: factor.
+        decay: see `View.subtract`.
+        decay_first: see `View.subtract`.
+    """
+    numbers: dict[str, float | Tensor] = {"scale": -lr}
+    consume: Callable[..., Any] = add_
+    if isinstance(decay, Tensor) or decay != 0:
+        consume = shrink_and_add_ if decay_first else add_and_shrink_
+        numbers["keep"] = 1 - decay
+    chunks: Iterable[Any] = step.each(consume, runs, (weight,), **numbers)
+    if not step.has_structure:
+        chunks = step.each_flat(consume, (weight,), **numbers)
+    for _ in chunks:
+        pass
+
+
+def add_(step: Tensor, weight: Tensor, *, scale: Number) -> Tensor:
+    """weight + scale * step, in place."""
+    return weight.addcmul_(step, scale) if isinstance(scale, Tensor) else weight.add_(step, alpha=scale)
+
+
+def shrink_and_add_(step: Tensor, weight: Tensor, *, scale: Number, keep: Number) -> None:
+    """keep * weight + scale * step, in place."""
+    add_(step, weight.mul_(keep), scale=scale)
+
+
+def add_and_shrink_(step: Tensor, weight: Tensor, *, scale: Number, keep: Number) -> None:
+    """keep * (weight + scale * step), in place."""
+    add_(step, weight, scale=scale)
+    weight.mul_(keep)
