@@ -139,7 +139,7 @@ class GaLore(ReducedGradientOptimizer):
         if given:
             request = Sum(torch.stack(given).view(*view.lead, *low_rank.local_shape), ())
         else:
-            request = low_rank.project(view.grad, *bases)
+            request = low_rank.project(view.stored_grad, *bases)
         (gradient,) = yield (request,)
         record = None if self.replicated_updates is None else partial(self._record, view, low_rank, bases, hyper.scale)
         yield from rule(LowRankView(view, low_rank, bases, gradient, hyper.scale, record), state, hyper)

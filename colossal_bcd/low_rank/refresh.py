@@ -70,7 +70,8 @@ def refresh(
             del whole
         totals = yield tuple(Sum(value, layout.axes) for value in (*(new[name] for name in old), report))
         new, report = dict(zip(old, totals[:-1], strict=True)), totals[-1]
-    turn.reports[view.keys[0]] = report
+    # A copy, as it is a view of the round's whole buffer, which has all bases and would stay alive.
+    turn.reports[view.keys[0]] = report.clone()
     for name, basis in new.items():
         state[name].copy_(basis)
     if hyper.reproject_momentum and step and momentum in state:

@@ -56,7 +56,7 @@ def adamw(view: View, state: State, hyper: AdamWRule) -> Rounds:
     if debias is not None and hyper.order == "galore":
         lr, debias = debiased_rate(lr, debias, hyper.betas), None
     numbers = adam_numbers(hyper.betas, hyper.eps, debias)
-    direction = Lazy(adam_direction, state["exp_avg"], state["exp_avg_sq"], view.grad, **numbers)
+    direction = Lazy(adam_direction, state["exp_avg"], state["exp_avg_sq"], view.stored_grad, **numbers)
     decay = hyper.lr * hyper.weight_decay
     yield from view.subtract(direction, lr=lr, decay=decay, decay_first=hyper.order == "torch")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
@@ -24,7 +23,7 @@ from colossal_bcd.optim.options import (
     require_real,
     signature_of,
 )
-from colossal_bcd.optim.replaced import are_others, require_in_model
+from colossal_bcd.optim.replaced import are_others, require_fits, require_in_model
 from colossal_bcd.optim.state.spec import State, StateSpec
 from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
 from colossal_bcd.optim.state.storage import (
@@ -32,16 +31,14 @@ from colossal_bcd.optim.state.storage import (
     StoredWeights,
     count_step,
     fused_row,
-    not_rounded,
     require_storable,
     stored_temporaries,
+    warn_not_rounded,
 )
 from colossal_bcd.optim.state.whole import local_state, whole_states
 from colossal_bcd.sharding import WAVE_BYTES, Layout, Mesh, Rounds, ShardView, Task, run_rounds, wide
 from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of, local_values, placed_like
 from colossal_bcd.sharding.lazy import compiled
-
-logger = logging.getLogger(__name__)
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 HyperT = TypeVar("HyperT")
@@ -60,8 +57,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         values: hyper-parameters of every group in the order of `hyper_type`.
         storage: how weights and the first moment are stored, in place of the keys `rounding`, `seed`, `moment_bits`.
         wave_bytes: budget for temporaries of rules that communicate, in bytes; the same on every rank.
-        compile: whether torch.compile makes one kernel of what the rule computes between two rounds, in the first steps;
-            None: on accelerators only.
+        compile: whether torch.compile makes one kernel of what the rule computes between two rounds, which takes its
+            time in the first steps; None: on accelerators only.
         flat: hyper-parameters of every group by their keys in a param group.
     Raises:
         TypeError: an argument is no hyper-parameter of this optimizer, or is given twice.
@@ -106,6 +103,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         self._in_model = False
         self.wave_bytes = wave_bytes
         self.compile = compile
+        self._specs: dict[tuple[Layout, int], dict[str, StateSpec]] = {}
         self._warned = False
         self._handed: Mapping[Tensor, Tensor] | None = None
         # Not copies: a learning rate that is a tensor stays the user's own, as under torch's optimizers.
@@ -170,7 +168,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         for index, param in enumerate(params):
             if param not in layouts:
                 raise ValueError(f"bind: parameter {index} of shape {tuple(param.shape)} has no layout")
-            self._check(index, param, layouts[param])
+            require_fits(type(self).__name__, index, param, layouts[param])
             for axis in layouts[param].axes:
                 mesh.communicates((axis,))
         self._layouts = {param: layouts[param] for param in params}
@@ -237,10 +235,11 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         if not self._in_model and self._handed is None:
             require_in_model(type(self).__name__, self.param_groups)
             self._in_model = True
+        self._specs.clear()
         active = self._active()
         for group in self.param_groups:
             count_step(group)
-        self._warn_of_rounding(active)
+        self._warned = self._warned or warn_not_rounded(type(self).__name__, active)
         on_accelerator = any(member.param.device.type != "cpu" for member in active[:1])
         with compiled(on_accelerator if self.compile is None else self.compile):
             run_rounds(map(self._task, self._stacked(self._unfused(active))), self._mesh, self.wave_bytes)
@@ -309,7 +308,14 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        made = {"_mesh": Mesh(), "_axes": MeshAxes(), "_in_model": False, "_warned": False, "_handed": None}
+        made = {
+            "_mesh": Mesh(),
+            "_axes": MeshAxes(),
+            "_in_model": False,
+            "_warned": False,
+            "_handed": None,
+            "_specs": {},
+        }
         made["compile"] = None  # of optimizers that were saved by an older version
         self.__dict__.update({**made, **self.__dict__})
 
@@ -356,7 +362,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
                         "param groups by another library without a layout, so this optimizer cannot know which part "
                         "of which tensor it is. Use the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
                     )
-                self._check(index, param, self._layouts[param])
+                require_fits(type(self).__name__, index, param, self._layouts[param])
                 if is_dtensor(param) and self._handed is None:
                     param.grad = placed_like(grad, param, f"{type(self).__name__}: the gradient of parameter {index}")
                 require_real(type(self).__name__, [(f"number {index}", param)])
@@ -389,10 +395,9 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         """Update what torch's kernels do in one go, and return the rest."""
         rest: list[Member] = []
         batches: dict[Hashable, tuple[Member, list[str], list[list[Tensor]]]] = {}
-        specs: dict[Hashable, Mapping[str, StateSpec]] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         for member in active:
-            grad, layout = self._grad(member.param), member.layout
+            grad = self._grad(member.param)
             fused = self.is_fused(member.hyper, member.param.dtype)
             if grad is None or not fused or not is_fusable(member.param, grad):
                 rest.append(member)
@@ -401,9 +406,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
             weight = stored.contiguous()
             if weight is not stored:
                 copies.append((stored, weight))
-            if (layout, member.group) not in specs:
-                specs[layout, member.group] = self.state_spec(layout, member.hyper)
-            spec = specs[layout, member.group]
+            spec = self._spec(member)
             tensors = fused_row(member, [weight, *self._gradients([member])], self.state[member.param], spec)
             kind = member.group, member.step, weight.dtype, weight.device
             batches.setdefault(kind, (member, ["weight", "grad", *spec], []))[2].append(tensors)
@@ -413,6 +416,13 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         for stored, weight in copies:
             stored.copy_(weight)
         return rest
+
+    def _spec(self, member: Member) -> dict[str, StateSpec]:
+        """The declared state of a parameter in this step, made once for all of its layout and group."""
+        kind = member.layout, member.group
+        if kind not in self._specs:
+            self._specs[kind] = self.state_spec(member.layout, member.hyper)
+        return self._specs[kind]
 
     def _follow_groups(self) -> None:
         """Until the first step, read anew what accelerate has put into the groups."""
@@ -425,19 +435,6 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
 
     def _grad(self, param: Tensor) -> Tensor | None:
         return param.grad if self._handed is None else self._handed.get(param)
-
-    def _check(self, index: int, param: Tensor, layout: Layout) -> None:
-        shape, data = tuple(param.shape), (layout.num_local,)
-        if is_dtensor(param):
-            fits = shape == layout.shape and local_values(param).numel() == layout.num_local
-        else:
-            fits = shape == layout.local_shape or (layout.slice is not None and shape == data)
-        if not fits:
-            raise ValueError(
-                f"{type(self).__name__}: parameter {index} has shape {shape}, but its layout says "
-                f"{layout.local_shape} (part of {layout.shape}). If another library sharded it after construction, use "
-                "the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
-            )
 
     def hyper_of(self, group: Mapping[str, Any], key: int | None = None) -> HyperT:
         """Hyper-parameters of a param group, checked.
@@ -465,20 +462,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         """What is updated together."""
         if not self.stacks:
             return [[member] for member in active]
-        return stacks(active, min(STACK_BYTES, self.wave_bytes), self.stack_kind, self.state_spec)
-
-    def _warn_of_rounding(self, active: list[Member]) -> None:
-        """Say once that there is nothing to round."""
-        exact = None if self._warned else not_rounded(active)
-        if exact is None:
-            return
-        self._warned = True
-        logger.warning(
-            '%s: rounding="stochastic" has no effect on %s weights, such as float32 masters, which are not rounded. '
-            "Under a plugin pass master_weights=False.",
-            type(self).__name__,
-            exact,
-        )
+        return stacks(active, min(STACK_BYTES, self.wave_bytes), self.stack_kind, self._spec)
 
     def _task(self, members: list[Member]) -> Task:
         first = members[0]
@@ -491,7 +475,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         states = [self.state[member.param] for member in members]
         stacked = len(members) > 1
         weights = StoredWeights(members, stacked)
-        stored = StoredState(members, states, self.state_spec(first.layout, first.hyper), stacked)
+        stored = StoredState(members, states, self._spec(first), stacked)
         keys = tuple(member.key for member in members)
         lead = (len(members),) if stacked else ()
         view = ShardView(first.layout, weights.values, self._gradients(members), keys, lead)

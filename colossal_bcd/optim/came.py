@@ -63,22 +63,22 @@ def came(view: View, state: State, hyper: CAMEHyper) -> Rounds:
     root: Root
     exp_avg, statistics = state["exp_avg"], view.statistics if "exp_avg_sq_row" in state else None
     if statistics is not None:
-        (means,) = yield (statistics.means(Lazy(torch.square, view.grad)),)  # lines 5 and 6
+        (means,) = yield (statistics.means(Lazy(torch.square, view.stored_grad)),)  # lines 5 and 6
         root = FactoredAverage(statistics, state, "exp_avg_sq").update_(means, eps1, 1 - beta2).inverse_root()
-        update = Lazy(preconditioned, view.grad, *root)  # line 7
+        update = Lazy(preconditioned, view.stored_grad, *root)  # line 7
     else:
         root = (state["exp_avg_sq"],)
-        update = Lazy(update_and_precondition_, *root, view.grad, eps=eps1, share=1 - beta2)
+        update = Lazy(update_and_precondition_, *root, view.stored_grad, eps=eps1, share=1 - beta2)
     (length,) = yield (view.square_sum(update),)
     excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)  # line 8
     root, factor = times(root, excess.reciprocal_().to(exp_avg.dtype))
     if statistics is not None:
-        instability = Lazy(instability_, exp_avg, view.grad, *root, share=1 - beta1)  # lines 9 and 10
+        instability = Lazy(instability_, exp_avg, view.stored_grad, *root, share=1 - beta1)  # lines 9 and 10
         (means,) = yield (statistics.means(instability),)  # lines 11 and 12
         residual = FactoredAverage(statistics, state, "exp_avg_res").update_(means, eps2, 1 - beta3)
         step = Lazy(preconditioned, exp_avg, *residual.inverse_root())  # lines 13 and 14
     else:
-        step = Lazy(update_average_, exp_avg, view.grad, *root, share=1 - beta1, **factor)
+        step = Lazy(update_average_, exp_avg, view.stored_grad, *root, share=1 - beta1, **factor)
     yield from view.subtract(step, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
 
 

@@ -55,7 +55,7 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
         lr = debiased_rate(lr, state.step, hyper.betas)
     numbers = adam_numbers(hyper.betas, hyper.eps, debias)
     made = torch.empty_like(state["exp_avg"])
-    operands = [state["exp_avg"], state["exp_avg_sq"], view.grad, made]
+    operands = [state["exp_avg"], state["exp_avg_sq"], view.stored_grad, made]
     if hyper.weight_decay:
         direction = Lazy(decayed_direction, *operands, view.param, weight_decay=hyper.weight_decay, **numbers)
     else:

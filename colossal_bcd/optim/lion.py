@@ -35,7 +35,7 @@ class LionHyper(Storage):
 def lion(view: View, state: State, hyper: LionHyper) -> Rounds:
     """One Lion update; asks for nothing."""
     share, decay_share = (1 - beta for beta in hyper.betas)
-    sign = Lazy(finite_sign, state["exp_avg"], view.grad, share=share, decay_share=decay_share)
+    sign = Lazy(finite_sign, state["exp_avg"], view.stored_grad, share=share, decay_share=decay_share)
     yield from view.subtract(sign, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
 
 

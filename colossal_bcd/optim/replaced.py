@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from colossal_bcd.optim.options import members_with_names
-from colossal_bcd.sharding.dtensor import is_dtensor
+from colossal_bcd.sharding import Layout
+from colossal_bcd.sharding.dtensor import is_dtensor, local_values
 
 
 def are_others(owner: str, params: Sequence[Tensor], known: Container[Tensor], state: Iterable[Tensor]) -> bool:
@@ -77,4 +78,28 @@ def require_in_model(owner: str, groups: Iterable[dict[str, Any]]) -> None:
             f"gradient and are in no module any more, while {', '.join(names[:3])}{' ...' * (len(names) > 3)} of these "
             "shapes are DTensors: the model was sharded after the optimizer was made, or an evaluation unsharded it "
             "then. Call fully_shard first, reshard() after an evaluation, and then make the optimizer."
+        )
+
+
+def require_fits(owner: str, index: int, param: Tensor, layout: Layout) -> None:
+    """Refuse a parameter that has another shape than its layout says.
+
+    Args:
+        owner: what refuses, for the error.
+        index: of the parameter in the groups.
+        param: of its `local_shape`, or a slice's data alone, flat; a DTensor of the whole shape.
+        layout: which part of a parameter it is.
+    Raises:
+        ValueError: it has another shape.
+    """
+    shape, data = tuple(param.shape), (layout.num_local,)
+    if is_dtensor(param):
+        fits = shape == layout.shape and local_values(param).numel() == layout.num_local
+    else:
+        fits = shape == layout.local_shape or (layout.slice is not None and shape == data)
+    if not fits:
+        raise ValueError(
+            f"{owner}: parameter {index} has shape {shape}, but its layout says {layout.local_shape} (part of "
+            f"{layout.shape}). If another library sharded it after construction, use the plugins of "
+            "colossal_bcd.booster, or call bind(layouts, mesh)."
         )

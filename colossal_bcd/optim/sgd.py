@@ -49,7 +49,7 @@ class SGDHyper(Storage):
 
 def sgd(view: View, state: State, hyper: SGDHyper) -> Rounds:
     """One step of SGD; asks for nothing."""
-    decoupled, grad = hyper.decoupled_weight_decay, view.grad
+    decoupled, grad = hyper.decoupled_weight_decay, view.stored_grad
     if hyper.weight_decay and not decoupled:
         grad = grad.to(wide(grad.dtype)).add(view.weight.param, alpha=hyper.weight_decay)
     direction = Lazy(unchanged, grad)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -162,12 +163,12 @@ class Layout:
             return self.split.sections
         return (self.split.padded or self.shape[self.split.dim],)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Values of the global tensor: what a mean divides by."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def shard_shape(self) -> tuple[int, ...]:
         """Shape of the tensor-parallel shard, padding included."""
         if self.split is None:
@@ -176,17 +177,17 @@ class Layout:
         shape[self.split.dim] = sum(self._sections) // self.split.size
         return tuple(shape)
 
-    @property
+    @cached_property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the tensor that this rank stores, padding included."""
         return self.shard_shape if self.slice is None else (self.slice.length,)
 
-    @property
+    @cached_property
     def max_local(self) -> int:
         """Values stored by the rank that stores most: the same number on every rank, for decisions in common."""
         return math.prod(self.local_shape)
 
-    @property
+    @cached_property
     def span(self) -> tuple[int, int]:
         """Half-open range of the flattened shard that this rank holds as data."""
         stop = self.shard_data
@@ -195,20 +196,20 @@ class Layout:
         start = min(self.slice.rank * self.slice.length, stop)
         return start, min(start + self.slice.length, stop)
 
-    @property
+    @cached_property
     def num_local(self) -> int:
         """Values of data on this rank; 0 for an empty slice."""
         start, stop = self.span
         return stop - start
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """Axes over which the parameter is divided: a sum over local values is partial along these."""
         split = (self.split.axis,) if self.split is not None and self.split.size > 1 else ()
         piece = (self.slice.axis,) if self.slice is not None and self.slice.size > 1 else ()
         return piece + split
 
-    @property
+    @cached_property
     def shard_data(self) -> int:
         """Length of the prefix of the flattened shard that is data."""
         shape = list(self.shard_shape)

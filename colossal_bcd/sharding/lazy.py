@@ -27,9 +27,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-import os
-
-EAGER_CHUNK, COMPILED_CHUNK = int(os.environ.get("EC", 2**16)), 2**18
+EAGER_CHUNK, COMPILED_CHUNK = 2**16, 2**18
 """Values of a chunk on a CPU: with its temporaries it stays in a core's cache, and is long beside a call's overhead."""
 WHOLE = 2**62
 """On accelerators nothing is divided."""
@@ -112,8 +110,10 @@ class Lazy:
             each chunk and what `consume` returned.
         """
         kernel, size = self._kernel(consume, targets, numbers, 3)
-        for run in runs(size):
-            yield run, kernel([_chunk(operand, run) for operand in self.operands], [_chunk(x, run) for x in targets])
+        divided = runs(size)
+        chunk = _chunk if len(divided) > 1 else _whole
+        for run in divided:
+            yield run, kernel([chunk(operand, run) for operand in self.operands], [chunk(x, run) for x in targets])
 
     def each_flat(
         self, consume: Callable[..., Any], targets: Sequence[Tensor] = (), **numbers: Number
@@ -132,7 +132,9 @@ class Lazy:
         """What evaluates a chunk of operands and targets, and the number of values of one, by parameter of a stack."""
         first = self.first
         on_cpu, members = first.device.type == "cpu", math.prod(first.shape[:-1])
-        given, own = ({name: _expanded(x, dims) for name, x in of.items()} for of in (self.numbers, numbers))
+        given, own = self.numbers, numbers
+        if first.dim() > 1:
+            given, own = ({name: _expanded(x, dims) for name, x in of.items()} for of in (given, own))
         if not _is_compiled:
             size = EAGER_CHUNK if on_cpu else WHOLE
             return _eager(self.function, consume, given, own), max(size // max(members, 1), 1)
@@ -164,6 +166,15 @@ def _chunk(operand: Operand, run: Run) -> Tensor:
     if isinstance(operand, Rows):
         return operand.values[..., run.rows].view(*operand.values.shape[:-1], *run.shape[:2], 1)
     return operand.values[..., run.matrices, run.columns].unsqueeze(-2)
+
+
+def _whole(operand: Operand, run: Run) -> Tensor:
+    """`_chunk` of the only run, without slicing."""
+    if isinstance(operand, Tensor):
+        return operand.view(*operand.shape[:-1], *run.shape)
+    if isinstance(operand, Rows):
+        return operand.values.view(*operand.values.shape[:-1], *run.shape[:2], 1)
+    return operand.values[..., run.columns].unsqueeze(-2)  # it may be part of a row
 
 
 _is_compiled = False
@@ -228,7 +239,7 @@ def _compiled(
                 logger.warning(
                     "compile=True: torch.compile failed, so that optimizers of this process go on without it. It needs "
                     "a C++ compiler (apt install g++) on CPUs and Triton on GPUs; compile=False does without it. %s",
-                    str(error).strip().splitlines()[0],
+                    str(getattr(error, "inner_exception", error)).strip().splitlines()[0],
                 )
         return body(*arguments)
 
@@ -267,7 +278,9 @@ def divided(runs: Sequence[Run], size: int) -> list[Run]:
     found: list[Run] = []
     for run in runs:
         matrices, rows, columns = run.shape
-        of_matrices, of_rows = max(size // max(rows * columns, 1), 1), min(max(size // max(columns, 1), 1), rows)
+        if not rows * columns:
+            continue
+        of_matrices, of_rows = max(size // (rows * columns), 1), min(max(size // columns, 1), rows)
         for matrix in range(0, matrices, of_matrices):
             count = min(of_matrices, matrices - matrix)
             for row in range(0, rows, of_rows):
@@ -297,10 +310,11 @@ def row_and_column_sums(values: Tensor | Lazy, runs: Runs, shape: tuple[int, int
         [k] and [m, c], or [b, k] and [b, m, c].
     """
     lazy, (k, m, c) = as_lazy(values), shape
+    parts = lazy.each(_both_sums, runs)
     lead, dtype = lazy.first.shape[:-1], wide(lazy.first.dtype)
     over_columns = lazy.first.new_zeros(*lead, k, dtype=dtype)
     over_rows = lazy.first.new_zeros(*lead, m, c, dtype=dtype)
-    for run, (rows, columns) in lazy.each(_both_sums, runs):
+    for run, (rows, columns) in parts:
         over_columns[..., run.rows] = rows.flatten(-2)
         over_rows[..., run.matrices, run.columns] += columns
     return over_columns, over_rows
@@ -320,6 +334,8 @@ def square_sum(values: Tensor | Lazy, runs: Runs | None = None) -> Tensor:
         values: [n], or of more dims, of which the last counts.
         runs: of values that have rows or columns.
     """
+    if isinstance(values, Tensor) and not _is_compiled and values.numel() <= EAGER_CHUNK and values.dim() == 1:
+        return _squares(values)
     lazy = as_lazy(values)
     if lazy.has_structure:
         assert runs is not None
@@ -337,7 +353,7 @@ def _squares(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         copy = values.to(torch.float64)
         if copy.dim() == 1:
-            return torch.dot(copy, copy).view(1)
+            return torch.dot(copy, copy).unsqueeze(0)
         return (copy.square() if copy is values else copy.square_()).sum(-1, keepdim=True)
     # These kernels of accelerators widen values as they read them: one for all tensors, and no copy.
     norms = torch._foreach_norm(list(values.reshape(-1, values.shape[-1])), 2, dtype=torch.float64)

@@ -303,6 +303,7 @@ class LowRankView:
         record: Record | None = None,
     ) -> None:
         self.weight, self.grad, self.statistics = weight, gradient.flatten(-2), low_rank
+        self.stored_grad = self.grad
         self._bases, self._scale, self._record = bases, scale, record
 
     @property

@@ -51,7 +51,11 @@ class View(Protocol):
 
     @property
     def grad(self) -> Tensor:
-        """[n] or [b, n] gradient; a `Lazy` computes with it in float32 or wider.  Not to be written."""
+        """[n] or [b, n] gradient in float32 or wider; not to be written."""
+
+    @property
+    def stored_grad(self) -> Tensor:
+        """The gradient as operand of a `Lazy`, which computes with it in float32 or wider: of low precision, maybe."""
 
     @property
     def numel(self) -> int:
@@ -125,7 +129,7 @@ class ShardView:
         return matrices_of(self.layout)
 
     @property
-    def grad(self) -> Tensor:
+    def stored_grad(self) -> Tensor:
         """Gradient, shaped like `param`, not to be written.
 
         Of stacked gradients every read is a new copy, so that none is kept alive between rounds.
@@ -142,6 +146,11 @@ class ShardView:
             )
         joined = self.flat(torch.stack(grads) if len(grads) > 1 else grads[0])
         return joined if wide(joined.dtype) == wide(self.param.dtype) else joined.to(wide(self.param.dtype))
+
+    @property
+    def grad(self) -> Tensor:
+        """See `View`; of low-precision gradients every read is a new copy."""
+        return self.stored_grad.to(wide(self.param.dtype))
 
     def flat(self, tensor: Tensor) -> Tensor:
         """The prefix of local tensors that is data, as a view: shaped like `param`.

@@ -43,7 +43,7 @@ def stacks(
     members: Iterable[Member],
     num_bytes: int,
     kind_of: Callable[[Member], Hashable],
-    specs_of: Callable[[Layout, Any], Mapping[str, StateSpec]],
+    specs_of: Callable[[Member], Mapping[str, StateSpec]],
 ) -> list[list[Member]]:
     """Members that can be updated together: equal in layout, param group, dtype, device and number of the update.
 
@@ -54,7 +54,7 @@ def stacks(
         members: in the order of the param groups.
         num_bytes: largest size of a stack with all its `COPIES`; a member that is larger is a stack of its own.
         kind_of: what else has to be equal; None for a member that is a stack of its own.
-        specs_of: declares the state.
+        specs_of: a member's declared state.
     """
     filling: dict[Any, tuple[list[Member], int]] = {}
     found: list[list[Member]] = []
@@ -68,7 +68,7 @@ def stacks(
         if len(stack) >= most:
             if not most:
                 size = max(member.layout.max_local, 1) * wide(param.dtype).itemsize * COPIES
-                alone = any(spec.bits == 8 for spec in specs_of(member.layout, member.hyper).values())
+                alone = any(spec.bits == 8 for spec in specs_of(member).values())
                 most = 1 if alone else max(num_bytes // size, 1)
             stack = []
             filling[kind] = stack, most

@@ -5,6 +5,7 @@ n: values of data on this rank; b: members of a stack.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from colossal_bcd.optim.state.spec import State, StateSpec, require_no_capture
 from colossal_bcd.optim.state.stack import Member, Stack
 from colossal_bcd.sharding import ShardView, wide
 from colossal_bcd.sharding.dtensor import local_values
+
+logger = logging.getLogger(__name__)
 
 
 class StoredWeights:
@@ -151,9 +154,15 @@ def count_step(group: dict[str, Any]) -> None:
         group["num_steps"] = group.get("num_steps", 0) + 1
 
 
-def not_rounded(members: Sequence[Member]) -> torch.dtype | None:
-    """Dtype of weights whose stochastic rounding is asked for, if none of them is of a dtype that is rounded."""
+def warn_not_rounded(owner: str, members: Sequence[Member]) -> bool:
+    """Say that there is nothing to round, where stochastic rounding is asked for; returns whether that was said."""
     asked = [m for m in members if isinstance(m.hyper, RoundingOptions) and m.hyper.rounding == "stochastic"]
     if not asked or any(member.param.dtype in LOW_PRECISION for member in asked):
-        return None
-    return asked[0].param.dtype
+        return False
+    logger.warning(
+        '%s: rounding="stochastic" has no effect on %s weights, such as float32 masters, which are not rounded. '
+        "Under a plugin pass master_weights=False.",
+        owner,
+        asked[0].param.dtype,
+    )
+    return True
