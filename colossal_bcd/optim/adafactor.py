@@ -86,14 +86,19 @@ def adafactor(view: View, state: State, hyper: AdafactorHyper) -> Rounds:
     weight, share, eps = view.weight, state.step**hyper.decay_rate, hyper.eps[0]
     root: Root
     if "exp_avg_sq_row" in state:
-        square = Lazy(torch.square, view.stored_grad)
-        means, size = yield view.statistics.means(square), weight.square_sum(weight.param)
+        # No variable holds what is asked for: a stack's gradients would stay alive.
+        means, size = yield (
+            view.statistics.means(Lazy(torch.square, view.stored_grad)),
+            weight.square_sum(weight.param),
+        )
         root = FactoredAverage(view.statistics, state, "exp_avg_sq").update_(means, eps, share).inverse_root()
         (length,) = yield (view.square_sum(Lazy(preconditioned, view.stored_grad, *root)),)
     else:
         root = (state["exp_avg_sq"],)
-        update = Lazy(update_and_precondition_, *root, view.stored_grad, eps=eps, share=share)
-        length, size = yield view.square_sum(update), weight.square_sum(weight.param)
+        length, size = yield (
+            view.square_sum(Lazy(update_and_precondition_, *root, view.stored_grad, eps=eps, share=share)),
+            weight.square_sum(weight.param),
+        )
     state["RMS"].copy_((size / max(weight.numel, 1)).sqrt())
     lr = step_size(hyper, state.step, state["RMS"])
     excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)

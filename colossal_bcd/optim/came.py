@@ -62,19 +62,20 @@ def came(view: View, state: State, hyper: CAMEHyper) -> Rounds:
     (eps1, eps2), (beta1, beta2, beta3) = hyper.eps, hyper.betas
     root: Root
     exp_avg, statistics = state["exp_avg"], view.statistics if "exp_avg_sq_row" in state else None
+    # No variable holds what is asked for: a stack's gradients would stay alive.
     if statistics is not None:
         (means,) = yield (statistics.means(Lazy(torch.square, view.stored_grad)),)  # lines 5 and 6
         root = FactoredAverage(statistics, state, "exp_avg_sq").update_(means, eps1, 1 - beta2).inverse_root()
-        update = Lazy(preconditioned, view.stored_grad, *root)  # line 7
+        (length,) = yield (view.square_sum(Lazy(preconditioned, view.stored_grad, *root)),)  # line 7
     else:
         root = (state["exp_avg_sq"],)
-        update = Lazy(update_and_precondition_, *root, view.stored_grad, eps=eps1, share=1 - beta2)
-    (length,) = yield (view.square_sum(update),)
+        asked = {"eps": eps1, "share": 1 - beta2}
+        (length,) = yield (view.square_sum(Lazy(update_and_precondition_, *root, view.stored_grad, **asked)),)
     excess = ((length / max(view.numel, 1)).sqrt() / hyper.clip_threshold).clamp_(min=1)  # line 8
     root, factor = times(root, excess.reciprocal_().to(exp_avg.dtype))
     if statistics is not None:
-        instability = Lazy(instability_, exp_avg, view.stored_grad, *root, share=1 - beta1)  # lines 9 and 10
-        (means,) = yield (statistics.means(instability),)  # lines 11 and 12
+        # Lines 9 to 12.
+        (means,) = yield (statistics.means(Lazy(instability_, exp_avg, view.stored_grad, *root, share=1 - beta1)),)
         residual = FactoredAverage(statistics, state, "exp_avg_res").update_(means, eps2, 1 - beta3)
         step = Lazy(preconditioned, exp_avg, *residual.inverse_root())  # lines 13 and 14
     else:

@@ -63,7 +63,9 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     if hyper.adam:
         yield from view.subtract(direction, lr=lr)
         return
-    weight, length = yield view.square_sum(view.param), view.square_sum(direction)
+    asked = view.square_sum(view.param), view.square_sum(direction)
+    del direction, operands  # a stack's gradients, which would stay alive
+    weight, length = yield asked
     ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
     # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.
     root = ratio.sqrt_().to(made.dtype)

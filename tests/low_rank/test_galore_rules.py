@@ -224,7 +224,7 @@ def test_galore_constructors_name_every_hyper_parameter(family: str, kind: str) 
     for name in named:
         assert name in cls.__doc__, f"{name} is not in the docstring"
     more = {"rand_ratio", "total_steps"} if family == "GoLore" else set()
-    assert set(arguments) - set(fields) == {"params", "projection", "storage", "wave_bytes"} | more
+    assert set(arguments) - set(fields) == {"params", "projection", "storage", "wave_bytes", "compile"} | more
 
 
 @pytest.mark.parametrize("kind", KINDS)
