@@ -143,7 +143,7 @@ class Lazy:
         kernel = _compiled(self.function, consume, tuple(given), tuple(own), kind, dims)
         size = COMPILED_CHUNK if on_cpu else WHOLE
         dtype, device = wide(first.dtype), first.device
-        tensors_of = [[_as_tensor(x, dtype, device) for x in of.values()] for of in (given, own)]
+        tensors_of = [[_as_tensor(name, x, dtype, device) for name, x in of.items()] for of in (given, own)]
         return lambda operands, targets: kernel(list(operands), list(targets), *tensors_of), max(
             size // max(members, 1), 1
         )
@@ -253,17 +253,18 @@ def _expanded(number: Number, dims: int) -> Number:
     return number
 
 
-def _as_tensor(number: Number, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _as_tensor(name: str, number: Number, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number as kernels take it: a tensor, as they are compiled for each Python number anew."""
     if isinstance(number, Tensor):
         return number
     captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     # What a CUDA graph fills has its value once it is replayed, and nobody else may use it.
-    return (_scalar.__wrapped__ if captures else _scalar)(number, dtype, device)
+    return (_scalar.__wrapped__ if captures else _scalar)(name, number, dtype, device)
 
 
 @lru_cache(maxsize=1024)
-def _scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _scalar(name: str, number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # By name, too: torch compiles anew where two arguments are one tensor that were two before.
     # A fill on the device: a copy from the host would wait for it.
     return torch.full((), number, dtype=dtype, device=device)
 

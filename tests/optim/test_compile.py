@@ -123,6 +123,17 @@ def test_one_compilation_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -> N
     assert 0 < first == compilations() - before
 
 
+def test_equal_numbers_need_no_compilation_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that keeps as much as a moment: one tensor in two places of a kernel would be another kind of call."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    make = functools.partial(AdamW, lr=1e-2, betas=(0.9, 0.999), correct_bias=False)
+    before = compilations()
+    list(both(functools.partial(make, weight_decay=0.2), weights(), 2))
+    first = compilations() - before
+    list(both(functools.partial(make, weight_decay=0.1), weights(), 2))
+    assert 0 < first == compilations() - before
+
+
 def test_ragged_slices_have_the_numbers_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice that begins and ends within rows of several matrices; alone, so that sums over ranks are its own."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
