@@ -69,10 +69,10 @@ def adam_direction(
         exp_avg_sq.mul_(keep2).addcmul_(grad * share2, grad)
     else:
         exp_avg_sq.mul_(keep2).addcmul_(grad, grad, value=share2)
-    root = exp_avg_sq.sqrt()
+    root = exp_avg_sq.sqrt() if out is None else torch.sqrt(exp_avg_sq, out=out)
     if root_scale is not None:
         root.mul_(root_scale)
-    return torch.div(exp_avg, root.add_(eps), out=root if out is None else out)
+    return torch.div(exp_avg, root.add_(eps), out=root)
 
 
 def debiased_rate(lr: float, step: int, betas: tuple[float, float]) -> float:
