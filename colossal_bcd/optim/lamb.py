@@ -69,7 +69,12 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
     # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.
     root = ratio.sqrt_().to(made.dtype)
-    yield from view.subtract(Lazy(torch.mul, made, other=root), lr=lr * root)
+    yield from view.subtract(Lazy(scale_, made, factor=root), lr=lr * root)
+
+
+def scale_(x: Tensor, *, factor: Number) -> Tensor:
+    """Values times a factor, in place."""
+    return x.mul_(factor)
 
 
 def decayed_direction(
