@@ -417,8 +417,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         return rest
 
     def _spec(self, member: Member) -> dict[str, StateSpec]:
-        """The declared state of a parameter in this step, made once for all of its layout and group."""
-        kind = member.layout, member.group
+        """The declared state of a parameter in this step, made once for all of its layout and hyper-parameters."""
+        kind = member.layout, id(member.hyper)
         if kind not in self._specs:
             self._specs[kind] = self.state_spec(member.layout, member.hyper)
         return self._specs[kind]
