@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 EAGER_CHUNK, COMPILED_CHUNK = 2**16, 2**18
 """Values of a chunk on a CPU: with its temporaries it stays in a core's cache, and is long beside a call's overhead."""
+LEAST_CHUNK = 2**11
+"""Values squared at once in float64, at least."""
 WHOLE = 2**62
 """On accelerators nothing is divided."""
 
@@ -335,8 +337,11 @@ def square_sum(values: Tensor | Lazy, runs: Runs | None = None) -> Tensor:
         values: [n], or of more dims, of which the last counts.
         runs: of values that have rows or columns.
     """
-    if isinstance(values, Tensor) and not _is_compiled and values.numel() <= EAGER_CHUNK and values.dim() == 1:
-        return _squares(values)
+    if isinstance(values, Tensor) and values.device.type == "cpu" and not _is_compiled and values.numel():
+        # A sixteenth at a time, so that the copy is an eighth of float32 values.
+        size = max(LEAST_CHUNK, min(values.numel() // 16, EAGER_CHUNK)) // math.prod(values.shape[:-1])
+        parts = [_squares(part) for part in values.split(max(size, 1), -1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True)
     lazy = as_lazy(values)
     if lazy.has_structure:
         assert runs is not None
