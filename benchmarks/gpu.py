@@ -32,11 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import colossal_bcd
 from colossal_bcd import BlockOptimizer, estimate, fsdp
-from colossal_bcd.optim.math import adam_direction, adam_numbers
+from colossal_bcd.optim.math import adam_direction, direction_numbers, moment_numbers
 
 GB = 1e9
 """Bytes are decimal, as in the paper of BAdam."""
 WARM_UP = 3
+BETAS = (0.9, 0.999)
 RANK = 128
 
 
@@ -255,7 +256,7 @@ def compiled_formula(params: Sequence[Any]) -> Callable[[], Any]:
     """AdamW's formula in one compiled function of all tensors: what a compiler makes of it."""
     weights = [param.detach().clone() for param in params]
     moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in weights]
-    grads, numbers = [param.grad for param in params], adam_numbers((0.9, 0.999), 1e-8, 10)
+    grads, numbers = [param.grad for param in params], {**moment_numbers(BETAS), **direction_numbers(BETAS, 1e-8, 10)}
 
     def update(weights: Any, grads: Any, moments: Any) -> None:
         for weight, grad, (first, second) in zip(weights, grads, moments, strict=True):

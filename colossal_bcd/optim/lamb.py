@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.math import adam_direction, adam_numbers, debiased_rate
+from colossal_bcd.optim.math import (
+    debiased_rate,
+    direction_numbers,
+    moment_direction,
+    moment_numbers,
+    update_moments_,
+)
 from colossal_bcd.optim.options import Storage, require, require_adam
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
@@ -49,46 +55,56 @@ class LambHyper(Storage):
 
 
 def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
-    """One LAMB update.  The norms are of the whole parameter, the weight's from the values that are updated."""
+    """One LAMB update.  The norms are of the whole parameter, the weight's from the values that are updated.
+
+    The direction is computed twice, before and after the round, and not kept meanwhile.
+    """
     debias, lr = state.step if hyper.bias_correction is True else None, hyper.lr
     if hyper.bias_correction == "step_size":
         lr = debiased_rate(lr, state.step, hyper.betas)
-    numbers = adam_numbers(hyper.betas, hyper.eps, debias)
-    made = torch.empty_like(state["exp_avg"])
-    operands = [state["exp_avg"], state["exp_avg_sq"], view.stored_grad, made]
-    if hyper.weight_decay:
-        direction = Lazy(decayed_direction, *operands, view.param, weight_decay=hyper.weight_decay, **numbers)
-    else:
-        direction = Lazy(adam_direction, *operands, **numbers)
+    moments = state["exp_avg"], state["exp_avg_sq"]
+    numbers = {"weight_decay": hyper.weight_decay, **direction_numbers(hyper.betas, hyper.eps, debias)}
+    first = Lazy(first_direction, *moments, view.param, view.stored_grad, **moment_numbers(hyper.betas), **numbers)
     if hyper.adam:
-        yield from view.subtract(direction, lr=lr)
+        yield from view.subtract(first, lr=lr)
         return
-    asked = view.square_sum(view.param), view.square_sum(direction)
-    del direction, operands  # a stack's gradients, which would stay alive
+    asked = view.square_sum(view.param), view.square_sum(first)
+    del first  # and with it a copy of a stack's gradients
     weight, length = yield asked
     ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
     # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.
-    root = ratio.sqrt_().to(made.dtype)
-    yield from view.subtract(Lazy(scale_, made, factor=root), lr=lr * root)
+    root = ratio.sqrt_().to(moments[0].dtype)
+    yield from view.subtract(Lazy(lamb_direction, *moments, view.param, factor=root, **numbers), lr=lr * root)
 
 
-def scale_(x: Tensor, *, factor: Number) -> Tensor:
-    """Values times a factor, in place."""
-    return x.mul_(factor)
-
-
-def decayed_direction(
+def lamb_direction(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    grad: Tensor,
-    out: Tensor,
     weight: Tensor,
     *,
     weight_decay: Number,
+    factor: Number | None = None,
     **numbers: Number,
 ) -> Tensor:
-    """Algorithm 2, line 9, r = m / (sqrt(v) + eps), and line 10's r + lambda * x, in `out`."""
-    return add_(weight, adam_direction(exp_avg, exp_avg_sq, grad, out, **numbers), scale=weight_decay)
+    """Algorithm 2, line 9, r = m / (sqrt(v) + eps), and line 10's r + lambda * x, times a factor, in a new tensor."""
+    direction = add_(weight, moment_direction(exp_avg, exp_avg_sq, **numbers), scale=weight_decay)
+    return direction if factor is None else direction.mul_(factor)
+
+
+def first_direction(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    *,
+    share1: Number,
+    keep2: Number,
+    share2: Number,
+    **numbers: Number,
+) -> Tensor:
+    """`lamb_direction` after `update_moments_`."""
+    update_moments_(exp_avg, exp_avg_sq, grad, share1=share1, keep2=keep2, share2=share2)
+    return lamb_direction(exp_avg, exp_avg_sq, weight, **numbers)
 
 
 @register("Lamb")

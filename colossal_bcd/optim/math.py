@@ -20,8 +20,14 @@ def is_fusable(*tensors: Tensor) -> bool:
     return alike and first.device.type in FUSED_DEVICES
 
 
-def adam_numbers(betas: tuple[float, float], eps: float, step: int | None) -> dict[str, Any]:
-    """The numbers that `adam_direction` takes.
+def moment_numbers(betas: tuple[float, float]) -> dict[str, Any]:
+    """The numbers that `update_moments_` takes."""
+    beta1, beta2 = betas
+    return {"share1": 1 - beta1, "keep2": beta2, "share2": 1 - beta2}
+
+
+def direction_numbers(betas: tuple[float, float], eps: float, step: int | None) -> dict[str, Any]:
+    """The numbers that `moment_direction` takes.
 
     Debiased (arXiv 1412.6980, algorithm 1), the direction is (m / d1) / (sqrt(v / d2) + eps) with d = 1 - beta^step,
     which is m / (sqrt(v) * d1 / sqrt(d2) + eps * d1).
@@ -31,48 +37,60 @@ def adam_numbers(betas: tuple[float, float], eps: float, step: int | None) -> di
         eps: added to the denominator.
         step: number of this update from 1, to debias both moments; None does not.
     """
-    beta1, beta2 = betas
-    numbers = {"share1": 1 - beta1, "keep2": beta2, "share2": 1 - beta2, "eps": eps}
-    if step is not None:
-        debias1, debias2 = 1 - beta1**step, 1 - beta2**step
-        numbers |= {"root_scale": debias1 / debias2**0.5, "eps": eps * debias1}
-    return numbers
+    if step is None:
+        return {"eps": eps}
+    debias1, debias2 = (1 - beta**step for beta in betas)
+    return {"root_scale": debias1 / debias2**0.5, "eps": eps * debias1}
 
 
-def adam_direction(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    out: Tensor | None = None,
-    *,
-    share1: Number,
-    keep2: Number,
-    share2: Number,
-    eps: Number,
-    root_scale: Number | None = None,
-) -> Tensor:
-    """m / (sqrt(v) * root_scale + eps), in a new tensor or `out`; both moments are updated in place.
+def update_moments_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *, share1: Number, keep2: Number, share2: Number
+) -> None:
+    """Exponential averages of the gradient and of its square, in place.
 
     Args:
         exp_avg: [n] first moment m.
         exp_avg_sq: [n] second moment v.
         grad: [n].
-        out: [n] written, if given.
         share1: part of the gradient in m, 1 - beta1.
         keep2: part of v that stays, beta2.
-        share2: part of the squared gradient in v.
-        eps: added to the denominator.
-        root_scale: factor of the root.
+        share2: part of the squared gradient in v, 1 - beta2.
     """
     exp_avg.lerp_(grad, share1)
     if isinstance(share2, Tensor):
         exp_avg_sq.mul_(keep2).addcmul_(grad * share2, grad)
     else:
         exp_avg_sq.mul_(keep2).addcmul_(grad, grad, value=share2)
-    root = exp_avg_sq.sqrt() if out is None else torch.sqrt(exp_avg_sq, out=out)
+
+
+def moment_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, eps: Number, root_scale: Number | None = None) -> Tensor:
+    """m / (sqrt(v) * root_scale + eps), in a new tensor.
+
+    Args:
+        exp_avg: [n] first moment m.
+        exp_avg_sq: [n] second moment v.
+        eps: added to the denominator.
+        root_scale: factor of the root; None: 1.
+    """
+    root = exp_avg_sq.sqrt()
     if root_scale is not None:
         root.mul_(root_scale)
     return torch.div(exp_avg, root.add_(eps), out=root)
+
+
+def adam_direction(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    share1: Number,
+    keep2: Number,
+    share2: Number,
+    **numbers: Number,
+) -> Tensor:
+    """`moment_direction` after `update_moments_`."""
+    update_moments_(exp_avg, exp_avg_sq, grad, share1=share1, keep2=keep2, share2=share2)
+    return moment_direction(exp_avg, exp_avg_sq, **numbers)
 
 
 def debiased_rate(lr: float, step: int, betas: tuple[float, float]) -> float:

@@ -92,7 +92,6 @@ class Lazy:
 
     def __init__(self, function: Callable[..., Tensor], *operands: Operand, **numbers: Number) -> None:
         self.function, self.operands, self.numbers = function, operands, numbers
-
         self.first: Tensor = next(operand for operand in operands if isinstance(operand, Tensor))
         """The first operand that has all values."""
         self.has_structure = not all(isinstance(operand, Tensor) for operand in operands)
@@ -235,8 +234,8 @@ def _compiled(
         if not _failed:
             try:
                 return compiled(*arguments)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                # Nothing has run yet: compilation comes first.
+            except torch._dynamo.exc.TorchDynamoException as error:
+                # All of these are errors of compilation, before which nothing has run.
                 _failed = True
                 logger.warning(
                     "compile=True: torch.compile failed, so that optimizers of this process go on without it. It needs "
@@ -337,19 +336,18 @@ def square_sum(values: Tensor | Lazy, runs: Runs | None = None) -> Tensor:
         values: [n], or of more dims, of which the last counts.
         runs: of values that have rows or columns.
     """
-    if isinstance(values, Tensor) and values.device.type == "cpu" and not _is_compiled and values.numel():
-        # A sixteenth at a time, so that the copy is an eighth of float32 values.
-        size = max(LEAST_CHUNK, min(values.numel() // 16, EAGER_CHUNK)) // math.prod(values.shape[:-1])
-        parts = [_squares(part) for part in values.split(max(size, 1), -1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True)
+    if isinstance(values, Tensor) and values.numel() and not _is_compiled:
+        return _squares(values)
     lazy = as_lazy(values)
     if lazy.has_structure:
         assert runs is not None
         parts = [part for _, part in lazy.each(_squares_of_runs, runs)]
     else:
         parts = list(lazy.each_flat(_squares))
-    if not parts:
-        return lazy.first.new_zeros(*lazy.first.shape[:-1], 1, dtype=torch.float64)
+    return _total(parts) if parts else lazy.first.new_zeros(*lazy.first.shape[:-1], 1, dtype=torch.float64)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True)
 
 
@@ -357,13 +355,19 @@ def _squares(values: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return values.to(torch.float64).square().sum(-1, keepdim=True)
     if values.device.type == "cpu":
-        copy = values.to(torch.float64)
-        if copy.dim() == 1:
-            return torch.dot(copy, copy).unsqueeze(0)
-        return (copy.square() if copy is values else copy.square_()).sum(-1, keepdim=True)
+        # A sixteenth at a time, so that the copy is an eighth of float32 values.
+        size = max(LEAST_CHUNK, min(values.numel() // 16, EAGER_CHUNK)) // math.prod(values.shape[:-1])
+        return _total([_wide_squares(part) for part in values.split(max(size, 1), -1)])
     # These kernels of accelerators widen values as they read them: one for all tensors, and no copy.
     norms = torch._foreach_norm(list(values.reshape(-1, values.shape[-1])), 2, dtype=torch.float64)
     return torch.stack(norms).square_().view(*values.shape[:-1], 1)
+
+
+def _wide_squares(values: Tensor) -> Tensor:
+    copy = values.to(torch.float64)
+    if copy.dim() == 1:
+        return torch.dot(copy, copy).unsqueeze(0)
+    return (copy.square() if copy is values else copy.square_()).sum(-1, keepdim=True)
 
 
 def _squares_of_runs(values: Tensor) -> Tensor:
