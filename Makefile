@@ -28,7 +28,7 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make test-full    make test, and every case on every mesh"
 	@echo "make test-latest  the tests that need no ColossalAI, on torch 2.13 and transformers 5"
-	@echo "make bench        about ten minutes of benchmarks; rewrites docs/benchmarks.md and its pictures"
+	@echo "make bench        all benchmarks but the GPU's, 10 to 25 minutes; rewrites docs/benchmarks.md and its pictures"
 	@echo "make gpu          what only a GPU shows: tests/gpu and docs/benchmarks_gpu.md, with the packages of PYTHON"
 	@echo "make clean        remove environments, caches and results"
 

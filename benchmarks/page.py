@@ -1,6 +1,6 @@
 """Run the benchmarks and make docs/benchmarks.md of their tables, with pictures.
 
-    python benchmarks/page.py                          # all of them: about ten minutes
+    python benchmarks/page.py                          # all of them: 10 to 25 minutes
     python benchmarks/page.py --only switch            # one anew; the others as their tables are
     python benchmarks/page.py --keep                   # none: the page again from the tables
 

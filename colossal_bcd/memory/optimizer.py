@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.optim import ShardedOptimizer
-from colossal_bcd.optim.state.stack import ACCELERATOR_STACK_BYTES, STACK_BYTES
+from colossal_bcd.optim.state.stack import STACK_BYTES
 from colossal_bcd.sharding import Layout, wide
 from colossal_bcd.sharding.dtensor import MeshAxes, layout_of
 
@@ -81,7 +81,6 @@ class _Trained:
     """Number of the parameter."""
     layout: Layout
     """A slice in it is a DTensor's."""
-    device: torch.device
 
 
 def estimate(
@@ -117,7 +116,7 @@ def estimate(
         of = {param: layouts[param] for param in of if param in layouts}
     keys = {param: key for key, param in enumerate(itertools.chain.from_iterable(members))}
     by_param = {
-        param: _Trained(param.dtype, group, keys[param], of[param], param.device)
+        param: _Trained(param.dtype, group, keys[param], of[param])
         for group, params in zip(base.param_groups, members, strict=True)
         for param in params
         if param in of
@@ -219,8 +218,7 @@ class _Counter:
         if not isinstance(self._base, ShardedOptimizer):
             return 0
         alone, together, stacked = [0], [0], 0
-        on_accelerator = any(member.device.type not in ("cpu", "meta") for member in active[:1])
-        limit = min(ACCELERATOR_STACK_BYTES if on_accelerator else STACK_BYTES, self._base.wave_bytes)
+        limit = min(STACK_BYTES, self._base.wave_bytes)
         for member in active:
             layout = self._layout(member)
             hyper, dtype = self._base.hyper_of(member.group), self._dtype(member)

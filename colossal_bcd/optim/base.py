@@ -25,7 +25,7 @@ from colossal_bcd.optim.options import (
 )
 from colossal_bcd.optim.replaced import are_others, require_fits, require_in_model
 from colossal_bcd.optim.state.spec import State, StateSpec
-from colossal_bcd.optim.state.stack import ACCELERATOR_STACK_BYTES, COPIES, STACK_BYTES, Member, stacks
+from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
 from colossal_bcd.optim.state.storage import (
     StoredState,
     StoredWeights,
@@ -240,7 +240,8 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         for group in self.param_groups:
             count_step(group)
         self._warned = self._warned or warn_not_rounded(type(self).__name__, active)
-        with compiled(_on_accelerator(active) if self.compile is None else self.compile):
+        on_accelerator = any(member.param.device.type != "cpu" for member in active[:1])
+        with compiled(on_accelerator if self.compile is None else self.compile):
             run_rounds(map(self._task, self._stacked(self._unfused(active))), self._mesh, self.wave_bytes)
 
     def step_on(self, gradients: Mapping[Tensor, Tensor]) -> None:
@@ -461,8 +462,7 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         """What is updated together."""
         if not self.stacks:
             return [[member] for member in active]
-        size = ACCELERATOR_STACK_BYTES if _on_accelerator(active) else STACK_BYTES
-        return stacks(active, min(size, self.wave_bytes), self.stack_kind, self._spec)
+        return stacks(active, min(STACK_BYTES, self.wave_bytes), self.stack_kind, self._spec)
 
     def _task(self, members: list[Member]) -> Task:
         first = members[0]
@@ -489,7 +489,3 @@ class ShardedOptimizer(Optimizer, Generic[HyperT]):
         grads = [self._grad(member.param) for member in members if not self.has_low_rank(member.key)]
         stored = [local_values(grad) if is_dtensor(grad) else grad for grad in grads if grad is not None]
         return [grad.contiguous() for grad in stored]
-
-
-def _on_accelerator(members: Sequence[Member]) -> bool:
-    return any(member.param.device.type != "cpu" for member in members[:1])

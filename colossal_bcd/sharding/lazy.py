@@ -27,10 +27,10 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-EAGER_CHUNK, COMPILED_CHUNK = 2**16, 2**18
-"""Values of a chunk on a CPU: with its temporaries it stays in a core's cache, and is long beside a call's overhead."""
-LEAST_CHUNK = 2**11
-"""Values squared at once in float64, at least."""
+CHUNK = 2**18
+"""Values of a chunk on a CPU: with its temporaries it stays in the cache, and is long beside a call's overhead."""
+LEAST_SQUARED, MOST_SQUARED = 2**11, 2**16
+"""Values squared at once in float64 on a CPU."""
 WHOLE = 2**62
 """On accelerators nothing is divided."""
 
@@ -136,18 +136,15 @@ class Lazy:
         given, own = self.numbers, numbers
         if first.dim() > 1:
             given, own = ({name: _expanded(x, dims) for name, x in of.items()} for of in (given, own))
+        size = max((CHUNK if on_cpu else WHOLE) // max(members, 1), 1)
         if not _is_compiled:
-            size = EAGER_CHUNK if on_cpu else WHOLE
-            return _eager(self.function, consume, given, own), max(size // max(members, 1), 1)
+            return _eager(self.function, consume, given, own), size
         tensors = [operand if isinstance(operand, Tensor) else operand.values for operand in self.operands]
         kind = tuple((tensor.dtype, tensor.dim()) for tensor in (*tensors, *targets))
         kernel = _compiled(self.function, consume, tuple(given), tuple(own), kind, dims)
-        size = COMPILED_CHUNK if on_cpu else WHOLE
         dtype, device = wide(first.dtype), first.device
         tensors_of = [[_as_tensor(name, x, dtype, device) for name, x in of.items()] for of in (given, own)]
-        return lambda operands, targets: kernel(list(operands), list(targets), *tensors_of), max(
-            size // max(members, 1), 1
-        )
+        return lambda operands, targets: kernel(list(operands), list(targets), *tensors_of), size
 
 
 def as_lazy(values: Tensor | Lazy) -> Lazy:
@@ -229,6 +226,7 @@ def _compiled(
     one = FunctionType(body.__code__.replace(co_name=name), body.__globals__, name, None, body.__closure__)
     compiled: Callable[..., Any] = torch.compile(one, dynamic=True)
 
+    @torch.compiler.disable  # where the caller compiles the step itself, whose trace would run into this one
     def run(*arguments: list[Tensor]) -> Any:
         global _failed
         if not _failed:
@@ -356,7 +354,7 @@ def _squares(values: Tensor) -> Tensor:
         return values.to(torch.float64).square().sum(-1, keepdim=True)
     if values.device.type == "cpu":
         # A sixteenth at a time, so that the copy is an eighth of float32 values.
-        size = max(LEAST_CHUNK, min(values.numel() // 16, EAGER_CHUNK)) // math.prod(values.shape[:-1])
+        size = max(LEAST_SQUARED, min(values.numel() // 16, MOST_SQUARED)) // math.prod(values.shape[:-1])
         return _total([_wide_squares(part) for part in values.split(max(size, 1), -1)])
     # These kernels of accelerators widen values as they read them: one for all tensors, and no copy.
     norms = torch._foreach_norm(list(values.reshape(-1, values.shape[-1])), 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`compile=True`: the numbers of the eager path, and one compilation for each kind of kernel, not for each shape."""
+"""Rules in chunks, and with `compile=True`: the same numbers, and one compilation for each kind, not for each shape."""
 
 from __future__ import annotations
 
@@ -62,10 +62,12 @@ def groups(make: Callable[..., Any], params: list[nn.Parameter]) -> list[dict[st
     return [{"params": matrices, **LOW_RANK}, {"params": others, "rank": None}]
 
 
-def both(make: Callable[..., Any], params: list[nn.Parameter], steps: int = STEPS) -> Iterator[tuple[list[Any], Any]]:
+def both(
+    make: Callable[..., Any], params: list[nn.Parameter], steps: int = STEPS, compiles: bool = True
+) -> Iterator[tuple[list[Any], Any]]:
     """After each step, the compiled optimizer's weights and those of the eager one."""
     twins = copy.deepcopy(params)
-    compiled = make(groups(make, params), compile=True)
+    compiled = make(groups(make, params), compile=compiles)
     eager = make(groups(make, twins), compile=False)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -104,14 +106,29 @@ def test_compiled_steps_have_the_numbers_of_eager_ones_and_compile_no_more_after
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_kernels_of_the_compiler_have_the_numbers_of_eager_ones(dtype: torch.dtype) -> None:
-    """A tensor of several chunks, and one whose rows are longer than chunks are wide."""
+def test_kernels_of_the_compiler_have_the_numbers_of_eager_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of several chunks, and one whose rows are longer than a chunk."""
+    monkeypatch.setattr(lazy, "CHUNK", 32)
     shapes = ((6, 40), (40, 6), (11,))
     for name in ("Lamb", "CAME"):
         for got, want in both(CASES[name], weights(dtype, shapes), 3):
             # One rounding of a weight of less than 4, in each step, and of what its step is made of.
             bound = 1e-12 if dtype == torch.float64 else 3 * 4 * torch.finfo(dtype).eps
             assert largest_error(got, want) <= bound, name
+
+
+@pytest.mark.parametrize("chunk", [7, 40])
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_have_the_numbers_of_whole_tensors(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that end within matrices and between them, of stacks and of single tensors, a row longer than a chunk."""
+    shapes = (*SHAPES, (4, 3, 5), (9, 12))
+    found = []
+    for size in (chunk, lazy.WHOLE):
+        monkeypatch.setattr(lazy, "CHUNK", size)
+        found.append([want for _, want in both(CASES[name], weights(shapes=shapes), compiles=False)][-1])
+    assert largest_error(*found) <= 1e-12
 
 
 def test_one_compilation_serves_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +153,12 @@ def test_equal_numbers_need_no_compilation_of_their_own(monkeypatch: pytest.Monk
 
 def test_ragged_slices_have_the_numbers_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice that begins and ends within rows of several matrices; alone, so that sums over ranks are its own."""
+    whole = lazy.CHUNK
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     layout = Layout(shape=(3, 4, 5), slice=FlatSlice(axis="zero", rank=1, size=3, length=23))
     found = []
-    for compile in (True, False):
+    for compile, chunk in ((True, whole), (False, whole), (True, 6), (False, 6)):
+        monkeypatch.setattr(lazy, "CHUNK", chunk)
         param = weights(shapes=((23,),))[0]
         optimizer = CAME([param], lr=1e-2, compile=compile)
         optimizer.bind({param: layout}, Alone())
@@ -147,7 +166,22 @@ def test_ragged_slices_have_the_numbers_of_eager_ones(monkeypatch: pytest.Monkey
             param.grad = torch.sin(torch.arange(23, dtype=torch.float64) + step)
             optimizer.step()
         found.append(param.detach())
-    assert largest_error(found[:1], found[1:]) <= 1e-12
+    assert all(largest_error([each], found[1:2]) <= 1e-12 for each in found)
+
+
+def test_step_that_the_caller_compiles_has_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    params = weights(shapes=((8, 6), (7,)))
+    twins = copy.deepcopy(params)
+    compiled, eager = CAME(params, lr=1e-2, compile=True), CAME(twins, lr=1e-2, compile=False)
+    step = torch.compile(compiled.step)
+    for number in range(1, 4):
+        for param, twin in zip(params, twins, strict=True):
+            param.grad, twin.grad = torch.sin(param.detach() * number), torch.sin(twin.detach() * number)
+        step()
+        eager.step()
+    assert largest_error([param.detach() for param in params], [twin.detach() for twin in twins]) <= 1e-12
+    assert compilations() > 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch._dynamo.exc.TorchDynamoException])

@@ -16,9 +16,9 @@ from torch import Tensor
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
 
-STACK_BYTES, ACCELERATOR_STACK_BYTES = 2**20, 8 * 2**20
-"""Bytes that a rule touches at once for a stack.  On CPUs they stay in a core's cache; on accelerators, where the
-number of kernels counts, tensors that are larger gain nothing from company."""
+STACK_BYTES = 8 * 2**20
+"""Bytes that a rule touches at once for a stack: they stay in a core's cache, and tensors that are larger gain nothing
+from company."""
 COPIES = 4
 """Tensors of a stack's size, in the dtype of its arithmetic, that are alive at once while its rule runs: the weights,
 the gradient, the update and an intermediate result."""
