@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import colossal_bcd
-from colossal_bcd.block import BlockOptimizer
+from colossal_bcd.block.trained import is_plain
 from colossal_bcd.cli.budget import Job
 from colossal_bcd.cli.meshes import MeshSize
 from colossal_bcd.cli.models import Model
@@ -233,7 +233,7 @@ def _under_fsdp(case: Case, model: nn.Module, shapes: dict[str, tuple[int, ...]]
     rest = [name for name in shapes if all(name not in inside for inside in groups.values())]
     fsdp.shard(model, mesh["dp"])
     model, optimizer = case.ready(model)
-    if isinstance(optimizer, BlockOptimizer):
+    if not is_plain(optimizer):
         fsdp.attach(model, optimizer)
     rank = mesh["dp"].get_local_rank()
     now = {"step": 0}

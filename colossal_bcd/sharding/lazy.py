@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +203,24 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
+BACKEND = "inductor"
+"""The compiler, by the name that torch gives it."""
 _failed = False
+
+
+def _backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    # A library that gcc before 13 links by -ffast-math makes its thread take subnormal numbers for zeros, for good, so
+    # that other code's residuals and masters would lose them.
+    flushes = _subnormals_are_zeros()
+    try:
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+    finally:
+        if _subnormals_are_zeros() != flushes:
+            torch.set_flush_denormal(flushes)
+
+
+def _subnormals_are_zeros() -> bool:
+    return sys.float_info.min / 2 == 0.0
 
 
 @cache
@@ -224,7 +242,7 @@ def _compiled(
     # torch counts compilations, at most eight, by code object; this is one of its own, with a name for profiles.
     name = f"{function.__name__}_{consume.__name__}".replace("__", "_")
     one = FunctionType(body.__code__.replace(co_name=name), body.__globals__, name, None, body.__closure__)
-    compiled: Callable[..., Any] = torch.compile(one, dynamic=True)
+    compiled: Callable[..., Any] = torch.compile(one, dynamic=True, backend=_backend)
 
     @torch.compiler.disable  # where the caller compiles the step itself, whose trace would run into this one
     def run(*arguments: list[Tensor]) -> Any:

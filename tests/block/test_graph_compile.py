@@ -124,3 +124,17 @@ def test_compiled_names_are_those_of_the_model() -> None:
     for model, made in ((compiled, optimizer), (plain, other)):
         graph_cases.train(model, made, PERIOD)
     assert all(map(torch.equal, graph_cases.weights(plain), graph_cases.weights(given)))
+
+
+def test_what_was_not_frozen_on_the_heap_is_not_afterwards() -> None:
+    """All that lived when a block was switched was put aside with it, and what is there is never collected."""
+    gc.collect()
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        model = graph_cases.Net()
+        compiled = torch.compile(model, backend="aot_eager")
+        graph_cases.train(compiled, graph_cases.block(compiled), STEPS)
+        assert gc.get_freeze_count() <= before
+    finally:
+        gc.unfreeze()

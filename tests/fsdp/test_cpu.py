@@ -37,12 +37,14 @@ def test_torch_that_needs_none_is_left_alone():
 
 
 def test_version_in_which_gradients_may_be_sums_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "_installed", [])
     monkeypatch.setattr(cpu, "VERSION", (2, 8))
     with pytest.raises(RuntimeError, match="expected 2.5, or 2.13 and later.*Install one of them"):
         enable_cpu()
 
 
 def test_streams_of_real_devices_are_not_taken_away(monkeypatch):
+    monkeypatch.setattr(cpu, "_installed", [])
     monkeypatch.setattr(cpu, "VERSION", (2, 5))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="finds CUDA devices.*CUDA_VISIBLE_DEVICES="):
