@@ -53,6 +53,14 @@ def test_galore_page_makes_an_optimizer_that_trains() -> None:
     assert bases == [True, True, False, False, False]
 
 
+def test_metrics_page_records_steps() -> None:
+    names: dict[str, Any] = {}
+    code = re.search(r"```python\n(.*?)```", (DOCS / "metrics.md").read_text(), re.DOTALL)
+    assert code is not None
+    exec(code[1], names)
+    assert names["scalars"].keys() == {"weight_norm", "gradient_norm", "update_rms", "bytes_sent"}
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text()):

@@ -17,8 +17,12 @@ from colossal_bcd.block.partition import Block
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.residual import ResidualOptions
 from colossal_bcd.block.schedule import Schedule
+from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.foreign.contract import examine
+from colossal_bcd.optim.metrics import Metered, Watched
 from colossal_bcd.optim.state.filed import FiledTensor
+from colossal_bcd.sharding import Layout
+from colossal_bcd.sharding.dtensor import is_dtensor
 
 NO_NEWCOMERS = (
     "add_param_group: got parameters after the blocks were made, expected none. Add them to the base optimizer before "
@@ -77,7 +81,7 @@ class Engine(Protocol):
         """[number of blocks] float64 squared norms of the weights in the model, over all ranks; for "importance"."""
 
 
-class Trained:
+class Trained(Metered):
     """A base optimizer, the plan that says what it trains when, and the active set that it trains now."""
 
     base_optimizer: Optimizer
@@ -157,6 +161,31 @@ class Trained:
     def keys(self) -> dict[int, int]:
         """Number of every parameter, by id: its ordinal in the groups as the user gave them, the same on every mesh."""
         return {id(param): key for key, param in enumerate(param for group in self.members for param in group)}
+
+    def updating(self) -> Optimizer:
+        """See `Metered`."""
+        return self.base_optimizer
+
+    def active_block_names(self) -> tuple[str, ...]:
+        """See `Metered`."""
+        return () if self.plan.is_whole else tuple(block.name for block in self.active_blocks())
+
+    def watched(self) -> list[Watched]:
+        """See `Metered`; masters, under the names of their parameters.
+
+        Raises:
+            ValueError: an optimizer that is not this package's updates parts of parameters.
+        """
+        base, masters = self.base_optimizer, self.active_set.masters
+        names = {param: name for name, param in self.named_parameters.items()}
+        if isinstance(base, ShardedOptimizer):
+            return [Watched(names[param], master, base.layout_of(master)) for param, master in masters.items()]
+        if self.engine is not None or any(map(is_dtensor, masters)):
+            raise ValueError(
+                f"metrics: got a {type(base).__name__}, which does not know of what its tensors are parts, expected an "
+                "optimizer of colossal_bcd where parameters are sharded. Wrap colossal_bcd.AdamW, or its like."
+            )
+        return [Watched(names[param], each, Layout.whole(tuple(each.shape))) for param, each in masters.items()]
 
     def attach(
         self, engine: Engine, *, held: Iterable[Parameter] | None = None, corrections: GradientSource | None = None

@@ -4,6 +4,7 @@ base      `ShardedOptimizer`: runs one rule for each parameter, or stack of para
 register  `@register`: public names, and the classes of other packages that an optimizer replaces at boost
 options   hyper-parameters: fields, keys of param groups, `Storage`, what is refused
 math      the arithmetic of the rules, on flat tensors
+metrics   what an optimizer says of its training when it is asked
 replaced  parameters that are no longer the model's
 factored  a second moment as row and column averages
 adamw, sgd, lion, lamb, adafactor, came   the algorithms

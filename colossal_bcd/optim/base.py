@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from colossal_bcd.optim.math import is_fusable
+from colossal_bcd.optim.metrics import Metered
 from colossal_bcd.optim.options import (
     Storage,
     flat_options,
@@ -45,7 +46,7 @@ HyperT = TypeVar("HyperT")
 """Frozen dataclass of an optimizer's hyper-parameters (see `optim.options`)."""
 
 
-class ShardedOptimizer(Optimizer, Generic[HyperT]):
+class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
     """Base of the optimizers of this package.
 
     Constructed like any `torch.optim.Optimizer`, it trains whole tensors on one process, and DTensors over their mesh:

@@ -124,3 +124,11 @@ class Lamb(ShardedOptimizer[LambHyper]):
 
     def update(self, view: ShardView, state: State, hyper: LambHyper) -> Rounds:
         return lamb(view, state, hyper)
+
+    def trust_direction(self, weight: Tensor, state: State, hyper: LambHyper) -> Tensor:
+        """[n] what the trust ratio compares a weight with, of moments after the update; for `metrics`."""
+        if hyper.adam:
+            return weight
+        numbers = direction_numbers(hyper.betas, hyper.eps, state.step if hyper.bias_correction is True else None)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        return lamb_direction(*moments, weight, weight_decay=hyper.weight_decay, **numbers)

@@ -23,6 +23,7 @@ from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.names import Pattern, role_of
 from colossal_bcd.optim import State
 from colossal_bcd.optim.math import adam_direction, debiased_rate, direction_numbers, moment_numbers
+from colossal_bcd.optim.metrics import Watched
 from colossal_bcd.optim.options import require, require_adam
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.optim.state.stack import Member
@@ -295,6 +296,12 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
             for group in self.param_groups
             for param in group["params"]
         }
+
+    def watched(self) -> list[Watched]:
+        return [each._replace(name=self._named[self._keys[each.tensor]]) for each in super().watched()]
+
+    def gradient_of(self, param: Tensor) -> Tensor | None:
+        return param.grad if self.dense_gradients else None
 
     def _update(self) -> None:
         if self._find_replicas():
