@@ -15,7 +15,7 @@ COLOSSALAI = ["colossalai>=0.5.0,<0.6", "transformers>=4.51,<5"]
 TRAINER = ["accelerate>=0.26", "peft>=0.13", "transformers>=4.51"]
 LOW_BIT = ["bitsandbytes>=0.50"]
 CLI = ["click>=8.1", "matplotlib>=3.8", "rich>=13", "transformers>=4.51"]
-EXAMPLES = [*CLI, "tokenizers>=0.21"]
+EXAMPLES = [*CLI, "tensorboard>=2.15", "tokenizers>=0.21"]
 
 setup(
     name="colossal_bcd",

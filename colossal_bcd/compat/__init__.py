@@ -4,7 +4,7 @@ badam        the block optimizer of BAdam and BREAD, and how they divide a model
 ratio        the parameter-ratio form of both
 galore       param groups as of the GaLore repositories
 golore       GoLore's ReLoRA form
-trainer      callbacks for the Trainer of transformers
+trainer      blocks in the Trainer of transformers, and in what is built on it
 accelerated  blocks under accelerate's FSDP2
 """
 
@@ -18,7 +18,7 @@ from colossal_bcd.compat.ratio import BlockOptimizerRatio, SparseGradOptimizer
 
 if TYPE_CHECKING:
     from colossal_bcd.compat.accelerated import enable_accelerate
-    from colossal_bcd.compat.trainer import BAdamCallback
+    from colossal_bcd.compat.trainer import BAdamCallback, block_optimizer, clip_grad_norm_old_version
 
 __all__ = [
     "BAdamCallback",
@@ -32,6 +32,8 @@ __all__ = [
     "ReLoRaModel",
     "SparseGradOptimizer",
     "badam_partition",
+    "block_optimizer",
+    "clip_grad_norm_old_version",
     "enable_accelerate",
     "get_galore_param_groups",
 ]
@@ -39,10 +41,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What needs transformers or torch.distributed is imported when it is asked for."""
-    if name == "BAdamCallback":
-        from colossal_bcd.compat.trainer import BAdamCallback
+    if name in ("BAdamCallback", "block_optimizer", "clip_grad_norm_old_version"):
+        from colossal_bcd.compat import trainer
 
-        return BAdamCallback
+        return getattr(trainer, name)
     if name == "enable_accelerate":
         from colossal_bcd.compat.accelerated import enable_accelerate
 

@@ -71,6 +71,9 @@ DEFAULT_STAGE = {"zero": 2, "hybrid": 1, "ddp": 0}
 @click.option("--hidden-size", type=click.IntRange(32), default=160, help="Of the model from random weights.")
 @click.option("--layers", type=click.IntRange(1), default=4, help="Of the model from random weights.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"))
+@click.option(
+    "--tensorboard", type=click.Path(path_type=Path, file_okay=False), help="Folder of events for TensorBoard."
+)
 @click.option("--save/--no-save", default=True, help="Write the trained model to OUTPUT/model.")
 @click.option(
     "--checkpoint-every",
@@ -90,9 +93,12 @@ def main(**flags: Any) -> None:
     warnings.filterwarnings("ignore", module="colossalai")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Imported here, so that wrong flags are told at once.
+    from events import require_tensorboard
     from training import run
 
     try:
+        if settings.tensorboard is not None:
+            require_tensorboard()
         run(settings, started=STARTED)
     except SettingsError as error:
         raise click.UsageError(str(error)) from error

@@ -72,6 +72,8 @@ class Settings:
     resume: bool
     gather_images: bool = False
     """Gather low-rank updates instead of weights; without float32 masters, rounding stochastically."""
+    tensorboard: Path | None = None
+    """Folder of events; None: none are written."""
 
     @property
     def data_ranks(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 
 import torch
 from data import Corpus, load_corpus
+from events import Events
 from interrupt import stop_request
 from measure import MemoryProbe, RankFigures, Traffic, peak_bytes
 from report import Curve, Point, Report, plot, print_report, write_losses
@@ -79,18 +81,24 @@ class Loop:
         if not self.curve.points:
             self.curve.add(Point(step=0, loss=None, held_out=self._held_out_loss(), block=""))
         stop_request.training = True
-        with screen:
+        events = Events(settings, trainer.rank, taken)
+        with screen, contextlib.closing(events):
             for step in range(taken + 1, settings.steps + 1):
                 began = time.monotonic()
                 block = self._block()
-                loss = self._step(step, block)
+                due = step % settings.eval_every == 0 or step == settings.steps
+                # Not the first step of a block, of which the probe measures the bytes.
+                recorded = due and block in self._probe.results
+                with events.recording(trainer.optimizer, recorded):
+                    loss = self._step(step, block)
                 loss, stop = trainer.mean([loss, float(stop_request.received)])
                 seconds = time.monotonic() - began
-                due = step % settings.eval_every == 0 or step == settings.steps
                 held_out = self._held_out_loss() if due and not stop else None
                 point = Point(step=step, loss=loss, held_out=held_out, block=block)
                 self.curve.add(point)
-                screen.show(point, settings.batch_size * settings.sequence_length / seconds)
+                rate = settings.batch_size * settings.sequence_length / seconds
+                screen.show(point, rate)
+                events.add(point, rate, trainer.optimizer, recorded)
                 if stop or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
                     trainer.checkpoint(step, {"curve": [dataclasses.asdict(point) for point in self.curve.points]})
                 if stop:

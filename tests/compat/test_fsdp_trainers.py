@@ -45,6 +45,7 @@ def test_trainer_on_two_processes_equals_one_and_resumes_bit_for_bit(tmp_path: P
         compare(results[1][name][0], first, 0)
         assert {weight.dtype for weight in first.values()} == {torch.bfloat16 if name == "bfloat16" else torch.float32}
     compare(results[0]["checkpointing"][0], whole, 0)
+    compare(results[0]["factory"][0], whole, 0)
     # Sums in another order, of which Adam makes up to 1e-4 where a gradient is close to zero.
     compare(whole, replicas["weights"], 2e-4)
 

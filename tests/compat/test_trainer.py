@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+import transformers
 from seed_code import CALLBACK, renamed
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from colossal_bcd import AdamW, BlockOptimizer, BlockOptimizerRatio
+from colossal_bcd import CAME, AdamW, BlockOptimizer, BlockOptimizerRatio, GaLoreAdamW, Lamb, compat, param_groups
 from colossal_bcd.compat import BAdamCallback
 
 STEPS, PERIOD, ACCUMULATION = 8, 3, 2
@@ -29,11 +32,12 @@ UNSAFE = {"save_safetensors": False} if hasattr(TrainingArguments, "save_safeten
 """transformers 5 writes safetensors only."""
 
 
+BLOCKS: dict[str, Any] = {"switch_block_every": PERIOD, "switch_mode": "random", "seed": 1, "verbose": 0}
+decaying = functools.partial(AdamW, weight_decay=0.1)
+
+
 def block_optimizer(model: Any, **options: Any) -> BlockOptimizer:
-    base = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    return BlockOptimizer(
-        base, model.named_parameters(), switch_block_every=PERIOD, switch_mode="random", seed=1, verbose=0, **options
-    )
+    return BlockOptimizer(decaying(model.parameters(), lr=1e-2), model.named_parameters(), **BLOCKS, **options)
 
 
 def trainer_of(model: Any, optimizer: Any, folder: Path, callbacks: Any = (BAdamCallback,), **options: Any) -> Trainer:
@@ -45,9 +49,10 @@ def trainer_of(model: Any, optimizer: Any, folder: Path, callbacks: Any = (BAdam
             **UNSAFE, **options,
         }
     )  # fmt: skip
-    return Trainer(
-        model=model, args=arguments, train_dataset=dataset(), optimizers=(optimizer, None), callbacks=list(callbacks)
-    )
+    how: Any = {"optimizer_cls_and_kwargs" if isinstance(optimizer, tuple) else "optimizers": optimizer}
+    if "optimizers" in how:
+        how["optimizers"] = (optimizer, None)
+    return Trainer(model=model, args=arguments, train_dataset=dataset(), callbacks=list(callbacks), **how)
 
 
 def losses(trainer: Trainer) -> list[float]:
@@ -138,6 +143,113 @@ def test_trainer_callback_lets_embeddings_output_be(tmp_path: Path) -> None:
     assert before
     trainer_of(model, block_optimizer(model), tmp_path, save_strategy="no", max_steps=1).train()
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def weights_by(how: Any, folder: Path, callbacks: Any) -> list[torch.Tensor]:
+    """Weights after training with `how(model)`, an optimizer or a class and its arguments."""
+    model: Any = models.llama()
+    trainer_of(model, how(model), folder, callbacks=callbacks, save_strategy="no").train()
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["came", "lamb", "galore", "blocks", "decaying blocks"])
+def test_optimizer_cls_and_kwargs_train_as_the_optimizer_itself(name: str, tmp_path: Path) -> None:
+    """A class in both versions of transformers; a function that makes blocks, which version 5 calls twice."""
+
+    def galore(model: Any) -> dict[str, Any]:
+        return {"params": param_groups(model, rank=4, update_proj_gap=3), "lr": 1e-2}
+
+    def decay(model: Any) -> list[dict[str, Any]]:
+        params = list(model.parameters())
+        vectors = [param for param in params if param.dim() < 2]
+        return [{"params": [p for p in params if p.dim() > 1]}, {"params": vectors, "weight_decay": 0.0}]
+
+    def decaying_blocks(model: Any) -> BlockOptimizer:
+        base = Lamb(decay(model), lr=1e-2, weight_decay=0.2)
+        return BlockOptimizer(base, model.named_parameters(), **BLOCKS)
+
+    pairs: dict[str, tuple[Any, Any]] = {
+        "came": (lambda model: (CAME, {"lr": 1e-3}), lambda model: CAME(model.parameters(), lr=1e-3)),
+        "lamb": (lambda model: (Lamb, {"lr": 1e-3}), lambda model: Lamb(model.parameters(), lr=1e-3)),
+        "galore": (
+            lambda model: (GaLoreAdamW, galore(model)),
+            lambda model: GaLoreAdamW(galore(model)["params"], lr=1e-2),
+        ),
+        "blocks": (
+            lambda model: (compat.block_optimizer, {"model": model, "base": decaying, "lr": 1e-2, "blocks": BLOCKS}),
+            block_optimizer,
+        ),
+        "decaying blocks": (
+            lambda model: (
+                compat.block_optimizer,
+                {"model": model, "base": Lamb, "lr": 1e-2, "weight_decay": 0.2, "blocks": BLOCKS},
+            ),
+            decaying_blocks,
+        ),
+    }
+    callbacks = (BAdamCallback,) if "blocks" in name else ()
+    by_class, by_hand = (weights_by(how, tmp_path, callbacks) for how in pairs[name])
+    start: Any = models.llama()
+    # CAME and LAMB get the trainer's groups, of which they keep the order.
+    assert all(torch.equal(one, other) for one, other in zip(by_class, by_hand, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(by_class, start.parameters(), strict=True))
+
+
+def test_block_optimizer_without_a_model(tmp_path: Path) -> None:
+    """transformers 5 gives it; before, groups without names come, of which no blocks can be made."""
+
+    def how(model: Any) -> Any:
+        return compat.block_optimizer, {"base": decaying, "lr": 1e-2, "blocks": BLOCKS}
+
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        by_class, by_hand = (weights_by(each, tmp_path, (BAdamCallback,)) for each in (how, block_optimizer))
+        assert all(torch.equal(one, other) for one, other in zip(by_class, by_hand, strict=True))
+    else:
+        with pytest.raises(ValueError, match=r'got a list, expected a model.*Put "model": model'):
+            weights_by(how, tmp_path, (BAdamCallback,))
+
+
+def blocks_of_page(heading: str) -> str:
+    """Code of a section of docs/trainer.md."""
+    text = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return section.partition("```python\n")[2].partition("```")[0]
+
+
+def test_code_by_class_and_arguments_runs(tmp_path: Path) -> None:
+    model: Any = models.llama()
+    made: list[Trainer] = []
+
+    def trainer(model: Any, args: Any, **options: Any) -> None:
+        made.append(Trainer(model, args, **options))
+        made[-1].train()
+
+    args = trainer_of(model, None, tmp_path, callbacks=(), save_strategy="no").args
+    exec(
+        blocks_of_page("By class and arguments"), {"Trainer": trainer, "model": model, "args": args, "data": dataset()}
+    )
+    kinds = [type(getattr(each.optimizer, "optimizer", each.optimizer)) for each in made]
+    assert kinds == [CAME, GaLoreAdamW, BlockOptimizer]
+
+
+def test_axolotl_plugin_gives_the_trainer_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Any = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = object
+    monkeypatch.setitem(sys.modules, "axolotl", types.ModuleType("axolotl"))
+    monkeypatch.setitem(sys.modules, "axolotl.integrations", types.ModuleType("axolotl.integrations"))
+    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", base)
+    names: dict[str, Any] = {}
+    exec(blocks_of_page("axolotl"), names)
+    model: Any = models.llama()
+    trainer = trainer_of(model, None, tmp_path, callbacks=(), save_strategy="no")
+    for callback in names["BlockPlugin"]().add_callbacks_post_trainer(
+        types.SimpleNamespace(learning_rate=1e-2), trainer
+    ):
+        trainer.add_callback(callback)
+    trainer.train()
+    found = compat.accelerated.blocks_of(trainer.optimizer)  # type: ignore[attr-defined]
+    assert isinstance(found, BlockOptimizer)
+    assert found.num_steps == STEPS
 
 
 class Callbacks(list[Any]):

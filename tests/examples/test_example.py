@@ -16,6 +16,7 @@ import pytest
 import torch
 from compare_losses import largest_difference, read_losses
 from data import load_corpus, read_paragraphs, split_paragraphs, train_tokenizer
+from events import require_tensorboard
 from interrupt import stop_request
 from main import main, settings_of
 from measure import expected_bytes
@@ -275,6 +276,42 @@ def test_a_run_leaves_curve_table_and_losses(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == [str(step) for step in range(7)]
     assert len({row["block"] for row in rows[1:]}) == 3
+
+
+@pytest.mark.parametrize("optimizer", ["badam", "lamb"])
+def test_events_have_losses_and_what_the_optimizer_says(optimizer: str, tmp_path: Path) -> None:
+    """And are of the same run: the losses are those without events; a run that goes on adds to them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = [*(SMALL if optimizer == "badam" else [*ONE_BLOCK, "--optimizer", optimizer]), "--no-save"]
+    flags += ["--checkpoint-every", "4"]
+    without = _losses(tmp_path / "without", flags)
+    with_events = [*flags, "--tensorboard", str(tmp_path / "events")]
+    assert _losses(tmp_path / "with", with_events) == without
+    run_ranks(2, _train, [*with_events, "--output", str(tmp_path / "with"), "--resume"], 2)
+    found = accumulator.EventAccumulator(str(tmp_path / "events"))
+    found.Reload()
+    read = {name: {event.step: event.value for event in found.Scalars(name)} for name in found.Tags()["scalars"]}
+    assert sorted(read["loss/train"]) == [1, 2, 3, 4, 5, 6]
+    for step, loss in read["loss/train"].items():
+        assert loss == pytest.approx(without[("loss", step)], rel=1e-6)
+    assert read["loss/held_out"].keys() == {3, 6}
+    assert all(rate > 0 for rate in read["tokens_per_second"].values())
+    # The first step of a block is measured otherwise: with badam that is step 3.
+    recorded = {6} if optimizer == "badam" else {3, 6}
+    names = {"weight_norm", "gradient_norm", "update_rms", "bytes_sent"}
+    if optimizer == "lamb":
+        names |= {"trust_ratio/min", "trust_ratio/median", "trust_ratio/max"}
+    assert {name for name in read if name.startswith("optimizer/")} == {f"optimizer/{name}" for name in names}
+    for name in names:
+        assert read[f"optimizer/{name}"].keys() == recorded
+        assert all(value > 0 for value in read[f"optimizer/{name}"].values()) or name == "bytes_sent"
+    assert (read["optimizer/bytes_sent"][6] > 0) == (optimizer == "lamb")
+
+
+def test_without_tensorboard_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"pip install tensorboard"):
+        require_tensorboard()
 
 
 def test_local_model_and_text_are_trained(tmp_path: Path) -> None:

@@ -8,19 +8,20 @@ from typing import Any
 
 import models
 import replica_trainer_cases
+import test_trainer
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from replica_trainer_cases import launched
-from test_trainer import ACCUMULATION, STEPS, UNSAFE, block_optimizer, dataset
+from test_trainer import ACCUMULATION, BLOCKS, STEPS, UNSAFE, dataset, decaying
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 from colossal_bcd import CAME, AdamW, BlockOptimizer, BlockOptimizerRatio, fsdp
-from colossal_bcd.compat import BAdamCallback, enable_accelerate
+from colossal_bcd.compat import BAdamCallback, block_optimizer, enable_accelerate
 from support.errors import largest_error
 
 PERIOD, LAYERS, MAX_NORM = 2, 3, 0.05
@@ -190,12 +191,12 @@ class BlockTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = block_optimizer(self.model)
+            self.optimizer = test_trainer.block_optimizer(self.model)
         return self.optimizer
 
 
 def trained(
-    folder: str, dtype: torch.dtype, *, seed: int = 0, resume: bool = False, came: bool = False, **options: Any
+    folder: str, dtype: torch.dtype, *, seed: int = 0, resume: bool = False, by_class: str = "", **options: Any
 ) -> dict[str, Tensor]:
     """Weights after a Trainer's steps; with `resume` from its fourth step on."""
     for state in (AcceleratorState, GradientState, PartialState):
@@ -210,8 +211,11 @@ def trained(
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}, **options,
         }
     )  # fmt: skip
-    make = {"optimizer_cls_and_kwargs": (CAME, {"lr": 1e-3})} if came else {"callbacks": [BAdamCallback]}
-    trainer = (Trainer if came else BlockTrainer)(model, arguments, train_dataset=dataset(), **make)  # type: ignore[arg-type]
+    make: dict[str, Any] = {"callbacks": [] if by_class == "came" else [BAdamCallback]}
+    if by_class:
+        blocks = block_optimizer, {"model": model, "base": decaying, "lr": 1e-2, "blocks": BLOCKS}
+        make["optimizer_cls_and_kwargs"] = (CAME, {"lr": 1e-3}) if by_class == "came" else blocks
+    trainer = (Trainer if by_class else BlockTrainer)(model, arguments, train_dataset=dataset(), **make)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4" if resume else None)
     assert hasattr(model, "reshard")
     return weights(model)
@@ -222,7 +226,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "checkpointing": {"dtype": torch.float32, "gradient_checkpointing": True},
     "bfloat16": {"dtype": torch.bfloat16},
     "mixed": {"dtype": torch.bfloat16, "bf16": True},
-    "came": {"dtype": torch.float32, "came": True},
+    "came": {"dtype": torch.float32, "by_class": "came"},
+    "factory": {"dtype": torch.float32, "by_class": "blocks"},
 }
 
 
