@@ -141,10 +141,11 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, ReLoRaLinear) for module in model.modules())
 
 
-def refuse_adapters(model: nn.Module, tp_size: int) -> None:
+def refuse_adapters(model: nn.Module, tp_size: int, pp_size: int) -> None:
     """Refuse a model that ColossalAI's sharding of layers would take for one with plain linear layers.
 
-    Some layer trains in low rank, or has adapters of peft, which tensor parallelism would drop.
+    Some layer trains in low rank, or has adapters of peft, which tensor parallelism would drop, and below which
+    pipelines do not find the layers that they divide.
     """
     if has_adapters(model):
         raise ValueError(
@@ -158,4 +159,10 @@ def refuse_adapters(model: nn.Module, tp_size: int) -> None:
             f"HybridParallelPlugin: got a model with LoRA adapters, such as {adapted!r}, and tp_size={tp_size}, whose "
             "layers ColossalAI replaces without their adapters; expected tp_size=1. Use LowLevelZeroPlugin, or "
             "tp_size=1 with zero_stage=1 or 2."
+        )
+    if adapted is not None and pp_size > 1:
+        raise ValueError(
+            f"HybridParallelPlugin: got a model with LoRA adapters, such as {adapted!r}, and pp_size={pp_size}, whose "
+            "stages ColossalAI does not find in such a model; expected pp_size=1. Use LowLevelZeroPlugin, or pp_size=1 "
+            "with zero_stage=1 or 2."
         )

@@ -186,7 +186,7 @@ class HybridParallelPlugin(EnginePlugin, StockHybridParallelPlugin):
             super().__del__()
 
     def configure(self, model: Any, *args: Any, **kwargs: Any) -> Boosted:
-        refuse_adapters(model, self.tp_size)
+        refuse_adapters(model, self.tp_size, self.pp_size)
         return super().configure(model, *args, **kwargs)
 
     @says_where("pipeline")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.trained import Contributor, Trained, trained_of
 from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.optim.state.filed import FiledTensor, filed_like
@@ -182,6 +183,10 @@ class EngineState(Boosted):
 
 class OtherState(Boosted):
     """Under ColossalAI's own plugins and torch's DDP."""
+
+    def renew(self) -> None:
+        if isinstance(self.base, BlockOptimizerRatio):
+            self.base.renew()
 
     def active(self, names: list[list[str]] | None = None) -> list[TrainedTensor]:
         assert names is None

@@ -100,11 +100,13 @@ def test_lora_resumes_with_the_state_of_adapters_that_wait(mode):
     compare(dict(again.named_parameters()), dict(model.named_parameters()), 0)
 
 
-def test_lora_is_refused_where_tensor_parallelism_would_drop_the_adapters():
-    for message in run_ranks(2, cases.refused_by_tensor_parallelism, 2):
-        assert "got a model with LoRA adapters, such as 'base_model.model." in message
-        assert "tp_size=2" in message
-    assert run_ranks(1, cases.refused_by_tensor_parallelism, 1) == [""]
+def test_lora_is_refused_where_the_model_is_divided():
+    """Tensor parallelism would drop the adapters; a pipeline's layers were not found: AttributeError: embed_tokens."""
+    for tp_size, pp_size in ((2, 1), (1, 2)):
+        for message in run_ranks(2, cases.refused_by_division, tp_size, pp_size):
+            assert "got a model with LoRA adapters, such as 'base_model.model." in message
+            assert f"{'tp' if tp_size > 1 else 'pp'}_size=2" in message
+    assert run_ranks(1, cases.refused_by_division, 1, 1) == [""]
 
 
 def test_lora_with_corrections_moves_everything():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import models
@@ -58,6 +59,11 @@ def test_ratio_plugin_run_equals_one_process(
     want = run_ranks(1, ratio_cases.alone)[0]
     for losses in run_ranks(num_ranks, ratio_cases.trained, kind, options, dense, accumulation):
         assert largest_error(losses, want) <= 1e-4
+
+
+def test_ratio_goes_on_from_files_where_no_engine_shards_it(tmp_path: Path) -> None:
+    """It trained the first share after a load, in the place of the one that the files say."""
+    assert run_ranks(2, ratio_cases.resumed, str(tmp_path)) == [True, True]
 
 
 def test_ratio_leaves_gradients_to_the_engine() -> None:

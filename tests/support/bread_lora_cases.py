@@ -84,8 +84,9 @@ def batches(num_ranks: int) -> Any:
     return lambda step: [models.tokens(10 * step + rank) for rank in range(num_ranks)]
 
 
-def refused_by_tensor_parallelism(num_ranks: int) -> str:
-    booster = Booster(plugin=HybridParallelPlugin(tp_size=num_ranks, pp_size=1, precision="fp32"))
+def refused_by_division(tp_size: int, pp_size: int) -> str:
+    options = {"tp_size": tp_size, "pp_size": pp_size, "precision": "fp32"}
+    booster = Booster(plugin=HybridParallelPlugin(**options, **({"num_microbatches": 2} if pp_size > 1 else {})))
     model = peft_model(torch.float32)
     try:
         booster.boost(model, wrap(model, "all"))

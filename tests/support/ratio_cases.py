@@ -120,6 +120,34 @@ def trained(kind: str, options: dict[str, Any], dense: bool = False, accumulatio
     return (mean / dist.get_world_size()).tolist()
 
 
+def resumed(folder: str) -> bool:
+    """Whether files of a run under TorchDDPPlugin, saved while the second share trains, go on bit for bit."""
+
+    def boosted(seed: int) -> tuple[Booster, Any, Any]:
+        model: Any = models.llama(seed=seed)
+        booster = Booster(plugin=TorchDDPPlugin())
+        model, optimizer, *_ = booster.boost(model, optimizer_of(model, "scatter"))
+        return booster, model, optimizer
+
+    def train(run: tuple[Booster, Any, Any], steps: range) -> list[Tensor]:
+        booster, model, optimizer = run
+        for step in steps:
+            booster.backward(models.loss(model, models.tokens(2 * step + dist.get_rank())), optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [param.detach().clone() for param in model.unwrap().parameters()]
+
+    run = boosted(0)
+    train(run, range(4))
+    run[0].save_model(run[1], f"{folder}/model.pt")
+    run[0].save_optimizer(run[2], f"{folder}/optimizer.pt")
+    dist.barrier()
+    want, again = train(run, range(4, 7)), boosted(7)
+    again[0].load_model(again[1], f"{folder}/model.pt")
+    again[0].load_optimizer(again[2], f"{folder}/optimizer.pt")
+    return all(map(torch.equal, train(again, range(4, 7)), want))
+
+
 def hooks_after_boosting() -> list[int]:
     """Hooks of the optimizer's own that are left on parameters; the engine feeds the gradients."""
     model: Any = models.llama()

@@ -376,6 +376,10 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.renew()
+
+    def renew(self) -> None:
+        """Find what trains anew, after somebody wrote the progress of the groups."""
         self._forget()
         if self._replicas is not None:
             self._average_shares()
