@@ -20,7 +20,7 @@ BOUND ?= 1e-12
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-check test test-full test-latest bench gpu clean
+.PHONY: help demo demo-check test test-full test-latest bench gpu docs clean
 
 help:
 	@echo "make demo         train a small Llama on $(RANKS) processes; results in $(OUTPUT)/"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-latest  the tests that need no ColossalAI, on torch 2.13 and transformers 5"
 	@echo "make bench        all benchmarks but the GPU's, 10 to 25 minutes; rewrites docs/benchmarks.md and its pictures"
 	@echo "make gpu          what only a GPU shows: tests/gpu and docs/benchmarks_gpu.md, with the packages of PYTHON"
+	@echo "make docs         the documentation as a site in site/, without network; strictly, a warning is an error"
 	@echo "make clean        remove environments, caches and results"
 
 $(VENV)/.installed: setup.py
@@ -81,6 +82,9 @@ gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(LATEST) $(OUTPUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) $(OUTPUT) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

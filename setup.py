@@ -16,6 +16,7 @@ TRAINER = ["accelerate>=0.26", "peft>=0.13", "transformers>=4.51"]
 LOW_BIT = ["bitsandbytes>=0.50"]
 CLI = ["click>=8.1", "matplotlib>=3.8", "rich>=13", "transformers>=4.51"]
 EXAMPLES = [*CLI, "tensorboard>=2.15", "tokenizers>=0.21"]
+DOCS = ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
     name="colossal_bcd",
@@ -46,19 +47,21 @@ setup(
         "colossalai": COLOSSALAI,
         "trainer": TRAINER,
         "low-bit": LOW_BIT,
-        "docs": ["mkdocs>=1.6"],
+        "docs": DOCS,
         "examples": [*COLOSSALAI, *EXAMPLES],
         "test": [
             *COLOSSALAI,
             *TRAINER,
             *LOW_BIT,
             *EXAMPLES,
+            *DOCS,
             "badam>=1.4",
             "came_pytorch>=0.1.3",
             "galore_torch>=1.0",
             "hypothesis>=6.100",
             "lion-pytorch>=0.2",
             "mypy>=1.14",
+            "playwright>=1.49",
             "pytest-xdist>=3.6",
             "pytest>=8",
             "pytorch_optimizer>=3.3",

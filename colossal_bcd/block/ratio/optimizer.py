@@ -128,7 +128,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
     Args:
         param_groups: as of any optimizer; dicts are kept.
         named_parameters_list: pairs as of `model.named_parameters()`, every parameter of the groups among them.
-        update_ratio, switch_every, preserve_threshold, mask_mode, lr, betas, eps: see `RatioHyper`.
+        update_ratio: as of `RatioHyper`, and so are the other arguments with names of its fields.
         verbose: 0 logs nothing, 1 a line per switch.
         param_update_ratios: pattern of names ("lm_head", "layers.1"; see docs/names.md) -> share of the parameters that
             it matches, instead of `update_ratio`; the last of several that match counts, 0 freezes.

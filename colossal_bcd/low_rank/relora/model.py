@@ -33,8 +33,9 @@ class ReLoRaModel(nn.Module):
         r: rank of the products.
         lora_dropout: probability with which inputs of a product are dropped in training.
         keep_original_weights: False makes the layers' weights and biases zero.
-        lora_only, quantize: only the defaults are supported.
+        lora_only: only False is supported.
         scale: s; with SGD the step on W is s^2 lr long, with Adam s lr.
+        quantize: only None is supported.
         use_double_quant: says how quantized weights are stored; there are none.
         seed: of random bases, the same on every rank.
 
