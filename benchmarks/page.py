@@ -103,6 +103,13 @@ SECTIONS: Mapping[str, Section] = {
          "adafactor", "--optimizer", "galore"),
         "The same on large tensors with `compile=True`, against torch's fused AdamW on the same values.",
     ),
+    "sides": Section(
+        "Weights of the originals",
+        ("sides.py",),
+        "How far weights are from those of the original on one process after the same gradients, and, where a run goes "
+        "on from its files in new objects, from those of the run that went on; both as norms, by how far training "
+        "moved the weights.",
+    ),
     "tensors": Section(
         "The number of tensors",
         ("tensors.py",),

@@ -63,7 +63,7 @@ class CompiledGraphs:
     def _owners(self, wanted: set[int]) -> list[nn.Module]:
         """Living modules that hold one of the parameters of these ids, looked for where some are not known."""
         modules = [module for reference in self._modules if (module := reference()) is not None]
-        if not wanted <= _held(modules):
+        if not wanted <= _parameter_ids(modules):
             modules = _living_owners(wanted)
             self._modules = [weakref.ref(module) for module in modules]
         return modules
@@ -103,7 +103,7 @@ def _raise_limits(config: Any, num_sets: int) -> None:
 
 def _living_owners(wanted: set[int]) -> list[nn.Module]:
     owners = _owners_among_tracked(wanted)
-    if gc.get_freeze_count() > 0 and not wanted <= _held(owners):
+    if gc.get_freeze_count() > 0 and not wanted <= _parameter_ids(owners):
         # What gc.freeze has put aside cannot be searched, and all that lives then is put aside with it.
         gc.unfreeze()
         owners = _owners_among_tracked(wanted)
@@ -115,8 +115,8 @@ def _living_owners(wanted: set[int]) -> list[nn.Module]:
 def _owners_among_tracked(wanted: set[int]) -> list[nn.Module]:
     # A lazy object may compute its class when it is asked for it by isinstance.
     modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
-    return [each for each in modules if not wanted.isdisjoint(_held([each]))]
+    return [each for each in modules if not wanted.isdisjoint(_parameter_ids([each]))]
 
 
-def _held(modules: list[nn.Module]) -> set[int]:
+def _parameter_ids(modules: list[nn.Module]) -> set[int]:
     return {id(param) for module in modules for param in module._parameters.values()}
