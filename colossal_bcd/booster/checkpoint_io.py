@@ -1,7 +1,7 @@
 """A plugin's checkpoint io, complete for what this package trains.
 
-ColossalAI's writing of models has two faults that are mended here: an error on one rank would leave the others waiting,
-and one kind of weight fails.
+ColossalAI's writing of models has three faults that are mended here: an error on one rank would leave the others
+waiting, one kind of weight fails, and so do tied ones in safetensors.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from colossal_bcd.checkpoint.save import index_name, save_file, save_folder
 from colossal_bcd.checkpoint.trained import boosted_of
 from colossal_bcd.engine.failures import require_finite, says_where
 from colossal_bcd.fsdp.weights import WholeTensors, load_whole, require_names, reshard
+from colossal_bcd.sharding.dtensor import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,27 @@ def checkpoint_io(stock: CheckpointIO) -> CheckpointIO:
     return stock
 
 
+@contextlib.contextmanager
+def tied_apart(model: Any) -> Iterator[None]:
+    """Within, what a model calls by two names is in its state dict twice, as safetensors refuses shared memory.
+
+    Files have both names, as those of weights that FSDP2 has sharded do.
+    """
+
+    def copy(module: Any, state: dict[str, Any], *_: Any) -> None:
+        seen = set()
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and not is_dtensor(value) and value.numel():
+                state[name] = value.clone() if value.data_ptr() in seen else value
+                seen.add(value.data_ptr())
+
+    handle = (model.unwrap() if hasattr(model, "unwrap") else model)._register_state_dict_hook(copy)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @functools.cache
 def _complete(cls: Any) -> Any:
     class CompleteCheckpointIO(cls):
@@ -156,7 +178,7 @@ def _complete(cls: Any) -> Any:
 
         @says_where("save of the model")
         def save_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
-            with writing_together():
+            with writing_together(), tied_apart(model):
                 super().save_model(model, *args, **kwargs)
 
         @says_where("save of the optimizer")
