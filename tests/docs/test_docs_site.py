@@ -142,7 +142,8 @@ def opened(browser: Any, address: str, size: dict[str, int]) -> tuple[Any, list[
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("requestfailed", lambda request: said.append(request.url))
+    # What a page still fetches when the next one is opened is given up, and is no failure.
+    page.on("requestfailed", lambda request: None if "ABORTED" in str(request.failure) else said.append(request.url))
     page.on("request", lambda request: None if request.url.startswith(address) else said.append(request.url))
     return page, said
 
