@@ -105,6 +105,8 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
         self.wave_bytes = wave_bytes
         self.compile = compile
         self._specs: dict[tuple[Layout, int], dict[str, StateSpec]] = {}
+        self._hypers: list[HyperT] = []
+        self._members: dict[Tensor, Member] = {}
         self._warned = False
         self._handed: Mapping[Tensor, Tensor] | None = None
         # Not copies: a learning rate that is a tensor stays the user's own, as under torch's optimizers.
@@ -148,6 +150,7 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
 
     def _read_layouts(self, params: Sequence[Tensor]) -> None:
         """Take note of which part of a parameter each tensor is: of DTensors what they say, all of others."""
+        self._members.clear()
         self._layouts.update({param: layout_of(param, self._axes) for param in params})
         if any(map(is_dtensor, params)):
             self._mesh = self._axes.mesh()
@@ -172,6 +175,7 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
             require_fits(type(self).__name__, index, param, layouts[param])
             for axis in layouts[param].axes:
                 mesh.communicates((axis,))
+        self._members.clear()
         self._layouts = {param: layouts[param] for param in params}
         self._keys = {param: index if keys is None else keys[param] for index, param in enumerate(params)}
         self._mesh, self._in_model = mesh, True
@@ -218,7 +222,7 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
 
     def unbind(self) -> None:
         """Forget every tensor; their state goes with the next `bind`, before which a step raises."""
-        self._layouts, self._keys = {}, {}
+        self._layouts, self._keys, self._members = {}, {}, {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -316,6 +320,8 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
             "_warned": False,
             "_handed": None,
             "_specs": {},
+            "_hypers": [],
+            "_members": {},
         }
         made["compile"] = None  # of optimizers that were saved by an older version
         self.__dict__.update({**made, **self.__dict__})
@@ -348,34 +354,52 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
             return closure()
 
     def _active(self) -> list[Member]:
-        """Parameters with a gradient, checked before the first collective."""
+        """Parameters with a gradient, checked before the first collective; those that look as before were checked."""
         active, index = [], -1
         for number, group in enumerate(self.param_groups):
-            hyper, num_steps = self.hyper_of(group), group.get("num_steps", 0)
+            hyper, num_steps = self._hyper(number, group), group.get("num_steps", 0)
             for param in group["params"]:
                 index += 1
                 grad = self._grad(param)
                 if grad is None:
                     continue
-                if param not in self._layouts:
-                    raise ValueError(
-                        f"{type(self).__name__}: parameter {index} of shape {tuple(param.shape)} was put into the "
-                        "param groups by another library without a layout, so this optimizer cannot know which part "
-                        "of which tensor it is. Use the plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
-                    )
-                require_fits(type(self).__name__, index, param, self._layouts[param])
-                if is_dtensor(param) and self._handed is None:
-                    param.grad = placed_like(grad, param, f"{type(self).__name__}: the gradient of parameter {index}")
-                require_real(type(self).__name__, [(f"number {index}", param)])
-                if grad.is_sparse:
-                    raise ValueError(
-                        f"{type(self).__name__}: parameter {index} of shape {tuple(param.shape)} has a sparse "
-                        "gradient, expected a dense one. Build its embedding with sparse=False."
-                    )
-                step = self.state[param]["step"] + 1 if self.state.get(param) else 1
-                key, layout = self._keys[param], self._layouts[param]
-                active.append(Member(param, layout, hyper, key, step, number, num_steps))
+                member = self._members.get(param)
+                if member is None or not member.is_as_it_was(grad):
+                    member = self._members[param] = self._checked(index, param, grad, hyper)
+                state = self.state.get(param)
+                active.append(member.count(hyper, state["step"] + 1 if state else 1, number, num_steps))
+        if len(self._members) > index + 1:
+            self._members = {member.param: member for member in active}  # some are in no group any more
         return active
+
+    def _hyper(self, number: int, group: Mapping[str, Any]) -> HyperT:
+        """Hyper-parameters of a group: the object of the step before, where they are equal."""
+        made = self.hyper_of(group)
+        del self._hypers[len(self.param_groups) :]
+        if number >= len(self._hypers):
+            self._hypers.append(made)
+        elif self._hypers[number] != made:
+            self._hypers[number] = made
+        return self._hypers[number]
+
+    def _checked(self, index: int, param: Tensor, grad: Tensor, hyper: HyperT) -> Member:
+        name = type(self).__name__
+        if param not in self._layouts:
+            raise ValueError(
+                f"{name}: parameter {index} of shape {tuple(param.shape)} was put into the param groups by another "
+                "library without a layout, so this optimizer cannot know which part of which tensor it is. Use the "
+                "plugins of colossal_bcd.booster, or call bind(layouts, mesh)."
+            )
+        require_fits(name, index, param, self._layouts[param])
+        if is_dtensor(param) and self._handed is None:
+            param.grad = placed_like(grad, param, f"{name}: the gradient of parameter {index}")
+        require_real(name, [(f"number {index}", param)])
+        if grad.is_sparse:
+            raise ValueError(
+                f"{name}: parameter {index} of shape {tuple(param.shape)} has a sparse gradient, expected a dense one. "
+                "Build its embedding with sparse=False."
+            )
+        return Member(param, self._layouts[param], hyper, self._keys[param], 1, 0, 0)
 
     def is_fused(self, hyper: HyperT, dtype: torch.dtype) -> bool:
         """Whether `update_fused` does the whole update of weights of `dtype`, without temporaries."""
@@ -403,14 +427,19 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
             if grad is None or not fused or not is_fusable(member.param, grad):
                 rest.append(member)
                 continue
-            stored = local_values(member.param)
+            stored = local_values(member.param) if is_dtensor(member.param) else member.param
             weight = stored.contiguous()
             if weight is not stored:
                 copies.append((stored, weight))
+            if is_dtensor(grad):
+                grad = local_values(grad)
             spec = self._spec(member)
-            tensors = fused_row(member, [weight, *self._gradients([member])], self.state[member.param], spec)
+            row = fused_row(member, weight, grad.contiguous(), self.state[member.param], spec)
             kind = member.group, member.step, weight.dtype, weight.device
-            batches.setdefault(kind, (member, ["weight", "grad", *spec], []))[2].append(tensors)
+            batch = batches.get(kind)
+            if batch is None:
+                batches[kind] = batch = member, ["weight", "grad", *spec], []
+            batch[2].append(row)
         for first, names, rows in batches.values():
             columns = map(list, zip(*rows, strict=True))
             self.update_fused(dict(zip(names, columns, strict=True)), first.step, first.hyper)
@@ -418,12 +447,14 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
             stored.copy_(weight)
         return rest
 
-    def _spec(self, member: Member) -> dict[str, StateSpec]:
-        """The declared state of a parameter in this step, made once for all of its layout and hyper-parameters."""
-        kind = member.layout, id(member.hyper)
-        if kind not in self._specs:
-            self._specs[kind] = self.state_spec(member.layout, member.hyper)
-        return self._specs[kind]
+    def _spec(self, member: Member) -> Mapping[str, StateSpec]:
+        """The declared state of a parameter, made once in a step for all of its layout and hyper-parameters."""
+        if member.spec is None:
+            kind = member.layout, id(member.hyper)
+            if kind not in self._specs:
+                self._specs[kind] = self.state_spec(member.layout, member.hyper)
+            member.spec = self._specs[kind]
+        return member.spec
 
     def _follow_groups(self) -> None:
         """Until the first step, read anew what accelerate has put into the groups."""

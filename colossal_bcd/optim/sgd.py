@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.math import heavy_ball_, nesterov, nesterov_
 from colossal_bcd.optim.options import OPTIONAL, Storage, require
 from colossal_bcd.optim.register import register
-from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.optim.state.spec import Shaped, State, StateSpec, require_no_capture
 from colossal_bcd.sharding import Lazy, Rounds, View, wide
 from colossal_bcd.sharding.lazy import unchanged
 
@@ -81,3 +85,25 @@ class SGD(ShardedOptimizer[SGDHyper]):
 
     def update(self, view: View, state: State, hyper: SGDHyper) -> Rounds:
         return sgd(view, state, hyper)
+
+    def is_fused(self, hyper: SGDHyper, dtype: torch.dtype) -> bool:
+        plain = not (hyper.decoupled_weight_decay and hyper.weight_decay) and hyper.moment_bits == 32
+        # Neither a subclass with a rule of its own, nor that of low-rank gradients, is what torch's kernel computes.
+        return type(self).update is SGD.update and plain and wide(dtype) == dtype
+
+    def update_fused(self, values: Mapping[str, list[Tensor]], step: int, hyper: SGDHyper) -> None:
+        is_first = hyper.momentum > 0 and step == 1
+        if is_first:
+            require_no_capture("whether the step is the first")
+        torch._fused_sgd_(
+            values["weight"],
+            values["grad"],
+            values.get("momentum_buffer", []),
+            lr=hyper.lr,
+            momentum=hyper.momentum,
+            dampening=hyper.dampening,
+            weight_decay=hyper.weight_decay,
+            nesterov=hyper.nesterov,
+            maximize=False,
+            is_first_step=is_first,
+        )

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 2**18
 """Values of a chunk on a CPU: with its temporaries it stays in the cache, and is long beside a call's overhead."""
-LEAST_SQUARED, MOST_SQUARED = 2**11, 2**16
+LEAST_SQUARED, MOST_SQUARED = 2**13, 2**16
 """Values squared at once in float64 on a CPU."""
 WHOLE = 2**62
 """On accelerators nothing is divided."""
@@ -380,10 +380,7 @@ def _squares(values: Tensor) -> Tensor:
 
 
 def _wide_squares(values: Tensor) -> Tensor:
-    copy = values.to(torch.float64)
-    if copy.dim() == 1:
-        return torch.dot(copy, copy).unsqueeze(0)
-    return (copy.square() if copy is values else copy.square_()).sum(-1, keepdim=True)
+    return torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float64).square_()
 
 
 def _squares_of_runs(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ this rank.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,14 +28,13 @@ def require_library() -> None:
     _codes(torch.device("cpu"), True)
 
 
-def require_stored(name: str, entry: Tensor, bits: Bits) -> None:
+def refuse_stored(name: str, entry: Tensor, bits: Bits) -> NoReturn:
     """Refuse state that is stored in other bits than the hyper-parameter says."""
-    if (entry.dtype == torch.uint8) != (bits == 8):
-        raise ValueError(
-            f"moment_bits={bits}: got {name} stored as {entry.dtype}, expected "
-            f"{'8-bit codes' if bits == 8 else 'floating-point values'}. Choose moment_bits before the first step and "
-            "keep it; a state that is loaded brings its own."
-        )
+    raise ValueError(
+        f"moment_bits={bits}: got {name} stored as {entry.dtype}, expected "
+        f"{'8-bit codes' if bits == 8 else 'floating-point values'}. Choose moment_bits before the first step and "
+        "keep it; a state that is loaded brings its own."
+    )
 
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool = True) -> Tensor:

@@ -7,14 +7,16 @@ of members of a stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from colossal_bcd.optim.options import TRAINABLE
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
+from colossal_bcd.sharding.dtensor import is_dtensor
 
 STACK_BYTES = 8 * 2**20
 """Bytes that a rule touches at once for a stack: they stay in a core's cache, and tensors that are larger gain nothing
@@ -24,9 +26,9 @@ COPIES = 4
 the gradient, the update and an intermediate result."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Member:
-    """One parameter that takes part in a step."""
+    """One parameter that takes part in a step; what is checked of it once stays so while it looks as it did."""
 
     param: Tensor
     layout: Layout
@@ -37,6 +39,28 @@ class Member:
     group: int
     num_steps: int
     """Steps that its param group has taken, where something random needs them."""
+    spec: Mapping[str, StateSpec] | None = field(default=None, init=False)
+    """Declared state, once it was asked for, under hyper-parameters that are these."""
+
+    def __post_init__(self) -> None:
+        param = self.param
+        is_known = param.dtype in TRAINABLE and not is_dtensor(param)
+        self._looks = (param.shape, param.dtype) if is_known else None
+
+    def is_as_it_was(self, grad: Tensor) -> bool:
+        """Whether what was checked when this was made holds for the parameter and its gradient now.
+
+        Gradients of DTensors may be placed otherwise in each step.
+        """
+        param = self.param
+        return self._looks == (param.shape, param.dtype) and not grad.is_sparse
+
+    def count(self, hyper: Any, step: int, group: int, num_steps: int) -> Member:
+        """Itself, in the next step."""
+        if hyper is not self.hyper:
+            self.hyper, self.spec = hyper, None
+        self.step, self.group, self.num_steps = step, group, num_steps
+        return self
 
 
 def stacks(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.options import RoundingOptions, Storage
-from colossal_bcd.optim.state.quantized import dequantize, quantize_into, require_library, require_stored
+from colossal_bcd.optim.state.quantized import dequantize, quantize_into, refuse_stored, require_library
 from colossal_bcd.optim.state.rounding import LOW_PRECISION, is_stochastic, round_into, stream
 from colossal_bcd.optim.state.spec import State, StateSpec, require_no_capture
 from colossal_bcd.optim.state.stack import Member, Stack
@@ -99,29 +99,34 @@ def begin_update(member: Member, state: dict[str, Any], specs: Mapping[str, Stat
         for name, spec in specs.items():
             state.update({part: stored.allocate(member.param) for part, stored in spec.stored(name).items()})
     for name, spec in specs.items():
-        if spec.kind in ("elementwise", "low_rank"):
-            require_stored(name, state[name], spec.bits)
+        if spec.kind in ("elementwise", "low_rank") and (state[name].dtype == torch.uint8) != (spec.bits == 8):
+            refuse_stored(name, state[name], spec.bits)
     state["step"] = member.step
 
 
 def fused_row(
-    member: Member, tensors: list[Tensor], state: dict[str, Any], specs: Mapping[str, StateSpec]
+    member: Member, weight: Tensor, grad: Tensor, state: dict[str, Any], specs: Mapping[str, StateSpec]
 ) -> list[Tensor]:
     """Tensors of one parameter for a fused kernel of torch: of one shape, and of its order in memory.
 
     Args:
         member: the parameter.
-        tensors: its weight and gradient, contiguous.
+        weight: of it, contiguous.
+        grad: of it, contiguous.
         state: as the optimizer keeps it; filled at the first update.
         specs: of the state, which follows the values of the weight.
     """
     begin_update(member, state, specs)
-    # Kernels go through memory, and state of another optimizer may lie as a weight of other strides did.
-    state.update({name: state[name].contiguous() for name in specs})
-    row, size = [*tensors, *(state[name] for name in specs)], member.layout.num_local
-    if any(tensor.numel() != size or tensor.shape != row[0].shape for tensor in row):
-        row = [tensor.view(-1)[:size] for tensor in row]
-    return row
+    row, shape, size = [weight, grad], weight.shape, member.layout.num_local
+    fits = weight.numel() == size and grad.shape == shape
+    for name in specs:
+        stored = state[name]
+        if not stored.is_contiguous():
+            # Kernels go through memory, and state of another optimizer may lie as a weight of other strides did.
+            stored = state[name] = stored.contiguous()
+        fits = fits and stored.shape == shape
+        row.append(stored)
+    return row if fits else [tensor.view(-1)[:size] for tensor in row]
 
 
 def as_seen(spec: StateSpec, view: ShardView, stored: Tensor) -> Tensor:
