@@ -60,8 +60,8 @@ def test_parameters_that_change_between_steps_are_checked_again(name: str) -> No
     with pytest.raises(ValueError, match=r"parameter 0 has shape \(3, 4\), but its layout says \(4, 3\)"):
         step(optimizer)
     params[0].data = torch.ones(4, 3, dtype=torch.complex64)
+    params[0].grad = torch.ones(4, 3, dtype=torch.complex64)
     with pytest.raises(ValueError, match="complex"):
-        params[0].grad = torch.ones(4, 3, dtype=torch.complex64)
         optimizer.step()
     params[0].grad = None
     params[0].data = before
