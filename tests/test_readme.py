@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import compatibility
 import models
 import pytest
 import readme_picture
@@ -54,6 +55,11 @@ def test_commands_are_targets_of_the_makefile() -> None:
 def test_programs_and_pages_are_there() -> None:
     for path in re.findall(r"python ([\w/]+\.py)", README) + re.findall(r"\]\(([\w/]+\.\w+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_table_of_compatibility_is_that_of_the_page() -> None:
+    page = compatibility.read_page((ROOT / "docs/compatibility.md").read_text())
+    assert f"\n{compatibility.summary(page)}\n" in README
 
 
 def table_below(command: str) -> Written:
