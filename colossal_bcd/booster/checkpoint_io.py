@@ -18,6 +18,7 @@ import torch.distributed as dist
 from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPCheckpointIO
 from colossalai.checkpoint_io import CheckpointIO, general_checkpoint_io, hybrid_parallel_checkpoint_io, utils
 from colossalai.checkpoint_io.index_file import CheckpointIndexFile
+from colossalai.interface.model import PeftUnwrapMixin
 from colossalai.tensor.padded_tensor import api as padding
 from safetensors import SafetensorError
 
@@ -157,7 +158,10 @@ def tied_apart(model: Any) -> Iterator[None]:
                 state[name] = value.clone() if value.data_ptr() in seen else value
                 seen.add(value.data_ptr())
 
-    handle = (model.unwrap() if hasattr(model, "unwrap") else model)._register_state_dict_hook(copy)
+    inner = model.unwrap() if hasattr(model, "unwrap") else model
+    if isinstance(inner, PeftUnwrapMixin):  # ColossalAI's names for a model with adapters, and no module
+        inner = inner.base_model
+    handle = inner._register_state_dict_hook(copy)
     try:
         yield
     finally:

@@ -22,10 +22,14 @@ def test_page_has_every_registered_optimizer_under_every_host() -> None:
     assert all(hasattr(colossal_bcd, name.removeprefix(BLOCKS).partition(" ")[0]) for name in ROWS)
 
 
-def test_page_doubts_nothing_and_says_why_it_refuses() -> None:
+DOUBTED = {("GaLoreAdamW8bit", "FSDP2"), ("GoLoreAdamW8bit", "FSDP2")}
+"""Cells whose runs of adapters resume differently from files of torch.distributed.checkpoint."""
+
+
+def test_page_says_what_it_doubts_and_why_it_refuses() -> None:
+    assert {key for key, cell in PAGE.items() if "**" in cell} == DOUBTED
     for key, cell in PAGE.items():
         assert cell == NOT_RUN or cell.startswith(("yes", "no ")), key
-        assert "**" not in cell, key
         if "no " in cell.replace(NOT_RUN, ""):
             assert any(kind in cell for kind in ("ValueError: ", "TypeError: ")), key
 
