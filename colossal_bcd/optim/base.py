@@ -28,10 +28,10 @@ from colossal_bcd.optim.replaced import are_others, require_fits, require_in_mod
 from colossal_bcd.optim.state.spec import State, StateSpec
 from colossal_bcd.optim.state.stack import COPIES, STACK_BYTES, Member, stacks
 from colossal_bcd.optim.state.storage import (
+    FusedBatches,
     StoredState,
     StoredWeights,
     count_step,
-    fused_row,
     require_storable,
     stored_temporaries,
     warn_not_rounded,
@@ -313,17 +313,9 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        made = {
-            "_mesh": Mesh(),
-            "_axes": MeshAxes(),
-            "_in_model": False,
-            "_warned": False,
-            "_handed": None,
-            "_specs": {},
-            "_hypers": [],
-            "_members": {},
-        }
-        made["compile"] = None  # of optimizers that were saved by an older version
+        made = {"_mesh": Mesh(), "_axes": MeshAxes(), "_in_model": False, "_warned": False, "_handed": None}
+        # Optimizers that were saved by an older version have no `compile`.
+        made |= {"_specs": {}, "_hypers": [], "_members": {}, "compile": None}
         self.__dict__.update({**made, **self.__dict__})
 
     def task_bytes(self, layout: Layout, hyper: HyperT, dtype: torch.dtype, num_members: int = 1) -> int:
@@ -418,33 +410,16 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
 
     def _unfused(self, active: list[Member]) -> list[Member]:
         """Update what torch's kernels do in one go, and return the rest."""
-        rest: list[Member] = []
-        batches: dict[Hashable, tuple[Member, list[str], list[list[Tensor]]]] = {}
-        copies: list[tuple[Tensor, Tensor]] = []
+        rest, batches = [], FusedBatches()
         for member in active:
             grad = self._grad(member.param)
-            fused = self.is_fused(member.hyper, member.param.dtype)
-            if grad is None or not fused or not is_fusable(member.param, grad):
+            if member.is_fused is None:
+                member.is_fused = self.is_fused(member.hyper, member.param.dtype)
+            if grad is not None and member.is_fused and is_fusable(member.param, grad):
+                batches.add(member, grad, self.state[member.param], self._spec(member))
+            else:
                 rest.append(member)
-                continue
-            stored = local_values(member.param) if is_dtensor(member.param) else member.param
-            weight = stored.contiguous()
-            if weight is not stored:
-                copies.append((stored, weight))
-            if is_dtensor(grad):
-                grad = local_values(grad)
-            spec = self._spec(member)
-            row = fused_row(member, weight, grad.contiguous(), self.state[member.param], spec)
-            kind = member.group, member.step, weight.dtype, weight.device
-            batch = batches.get(kind)
-            if batch is None:
-                batches[kind] = batch = member, ["weight", "grad", *spec], []
-            batch[2].append(row)
-        for first, names, rows in batches.values():
-            columns = map(list, zip(*rows, strict=True))
-            self.update_fused(dict(zip(names, columns, strict=True)), first.step, first.hyper)
-        for stored, weight in copies:
-            stored.copy_(weight)
+        batches.update(self.update_fused)
         return rest
 
     def _spec(self, member: Member) -> Mapping[str, StateSpec]:

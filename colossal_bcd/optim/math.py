@@ -13,11 +13,10 @@ FUSED_DEVICES = ("cpu", "cuda")
 """Where torch has fused kernels."""
 
 
-def is_fusable(*tensors: Tensor) -> bool:
-    """Whether a fused kernel of torch takes tensors: of one dtype, on one device that has such kernels."""
-    first = tensors[0]
-    alike = all(each.dtype == first.dtype and each.device == first.device for each in tensors)
-    return alike and first.device.type in FUSED_DEVICES
+def is_fusable(weight: Tensor, grad: Tensor) -> bool:
+    """Whether a fused kernel of torch takes two tensors: of one dtype, on one device that has such kernels."""
+    device = weight.device
+    return weight.dtype == grad.dtype and device == grad.device and device.type in FUSED_DEVICES
 
 
 def moment_numbers(betas: tuple[float, float]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Member:
     """Steps that its param group has taken, where something random needs them."""
     spec: Mapping[str, StateSpec] | None = field(default=None, init=False)
     """Declared state, once it was asked for, under hyper-parameters that are these."""
+    is_fused: bool | None = field(default=None, init=False)
+    """Whether torch's fused kernel does the update, once it was asked for, under the same."""
 
     def __post_init__(self) -> None:
         param = self.param
@@ -58,7 +60,7 @@ class Member:
     def count(self, hyper: Any, step: int, group: int, num_steps: int) -> Member:
         """Itself, in the next step."""
         if hyper is not self.hyper:
-            self.hyper, self.spec = hyper, None
+            self.hyper, self.spec, self.is_fused = hyper, None, None
         self.step, self.group, self.num_steps = step, group, num_steps
         return self
 

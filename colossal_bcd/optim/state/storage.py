@@ -6,7 +6,7 @@ n: values of data on this rank; b: members of a stack.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from colossal_bcd.optim.state.rounding import LOW_PRECISION, is_stochastic, roun
 from colossal_bcd.optim.state.spec import State, StateSpec, require_no_capture
 from colossal_bcd.optim.state.stack import Member, Stack
 from colossal_bcd.sharding import ShardView, wide
-from colossal_bcd.sharding.dtensor import local_values
+from colossal_bcd.sharding.dtensor import is_dtensor, local_values
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,36 @@ def begin_update(member: Member, state: dict[str, Any], specs: Mapping[str, Stat
         if spec.kind in ("elementwise", "low_rank") and (state[name].dtype == torch.uint8) != (spec.bits == 8):
             refuse_stored(name, state[name], spec.bits)
     state["step"] = member.step
+
+
+class FusedBatches:
+    """Parameters that one of torch's fused kernels updates together: of one param group, update number and dtype."""
+
+    def __init__(self) -> None:
+        self._batches: dict[Hashable, tuple[Member, list[str], list[list[Tensor]]]] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, member: Member, grad: Tensor, state: dict[str, Any], specs: Mapping[str, StateSpec]) -> None:
+        """Take a parameter and its gradient in; its state as the optimizer keeps it, and as it is declared."""
+        stored = local_values(member.param) if is_dtensor(member.param) else member.param
+        weight = stored.contiguous()
+        if weight is not stored:
+            self._copies.append((stored, weight))
+        grad = local_values(grad) if is_dtensor(grad) else grad
+        row = fused_row(member, weight, grad.contiguous(), state, specs)
+        kind = member.group, member.step, weight.dtype, weight.device
+        batch = self._batches.get(kind)
+        if batch is None:
+            self._batches[kind] = batch = member, ["weight", "grad", *specs], []
+        batch[2].append(row)
+
+    def update(self, kernel: Callable[[Mapping[str, list[Tensor]], int, Any], None]) -> None:
+        """Update all, by tensors, number of the update and hyper-parameters."""
+        for first, names, rows in self._batches.values():
+            columns = map(list, zip(*rows, strict=True))
+            kernel(dict(zip(names, columns, strict=True)), first.step, first.hyper)
+        for stored, weight in self._copies:
+            stored.copy_(weight)
 
 
 def fused_row(
