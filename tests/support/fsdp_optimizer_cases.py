@@ -21,6 +21,7 @@ def make(name, model, **options):
     """Matrices projected where the optimizer projects."""
     options |= {"relative_step": False} if "Adafactor" in name else {}
     options |= {"total_steps": 4} if name.startswith("GoLore") else {}
+    options |= {"min_8bit_size": 0} if name.endswith("8bit") else {}
     projection = {"rank": 2, "update_proj_gap": 2, "clamp": True} if "Lore" in name else {}
     matrices = [param for param in model.parameters() if param.dim() > 1]
     vectors = [param for param in model.parameters() if param.dim() < 2]

@@ -1,7 +1,7 @@
 """An optimizer's state as files have it: named tensors whose shapes and dtypes do not depend on the mesh, and numbers.
 
 Moments that are stored in 8 bits are float32 in a file: blocks of values that share a scale begin where a rank's slice
-begins.  What was stored comes back bit for bit where the blocks are the same (see `restore_into`), else within the
+begins.  What was stored comes back bit for bit where the blocks are the same (see `restore_region`), else within the
 quantisation error.
 """
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from colossal_bcd.optim.base import ShardedOptimizer
 from colossal_bcd.optim.foreign.bitsandbytes_states import TABLES, is_bitsandbytes, scale_region
-from colossal_bcd.optim.state.quantized import dequantize, restore_into
+from colossal_bcd.optim.state.quantized import dequantize, restore_region
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
 from colossal_bcd.sharding.regions import Region, StackedRegion, elements, totals, whole
@@ -108,12 +108,8 @@ def write(entry: FiledTensor, state: Mapping[str, Any], values: Tensor) -> None:
     held = state[entry.name]
     if entry.spec is None or entry.spec.bits != 8:
         entry.region.write(held, values)
-        return
-    # Blocks follow the order in memory.
-    whole = torch.zeros(held.shape, device=held.device)
-    entry.region.write(whole, values)
-    codes, absmax = held.view(-1)[: len(values)], state[f"{entry.name}_absmax"]
-    restore_into(codes, absmax, whole.view(-1)[: len(values)], entry.spec.signed)
+    else:
+        restore_region(entry.region, held, state[f"{entry.name}_absmax"], values, entry.spec.signed)
 
 
 def allocate(

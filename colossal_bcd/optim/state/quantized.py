@@ -16,6 +16,7 @@ from torch import Tensor
 
 from colossal_bcd.optim.options import Bits
 from colossal_bcd.optim.state.spec import CHUNK
+from colossal_bcd.sharding.regions import Region
 
 SMALL = 2**-10
 """Values below this part of their scale are settled without the library's CPU kernel, which is coarse there."""
@@ -122,6 +123,21 @@ def _middles(signed: bool) -> Tensor:
     """[255] the values that are as near to one code as to the next."""
     code = _codes(torch.device("cpu"), signed)
     return (code[1:] + code[:-1]) / 2
+
+
+def restore_region(region: Region, codes: Tensor, absmax: Tensor, values: Tensor, signed: bool = True) -> None:
+    """Store the data of a rank's tensor in allocated codes and scales, whose chunks follow its order in memory.
+
+    Args:
+        region: of the tensor; its order of values may be another.
+        codes: as the rank stores them, in their shape.
+        absmax: their scales.
+        values: [n] in the region's order.
+        signed: which of the two maps.
+    """
+    floats = torch.zeros(codes.shape, device=codes.device)
+    region.write(floats, values)
+    restore_into(codes.view(-1)[: len(values)], absmax, floats.view(-1)[: len(values)], signed)
 
 
 def restore_into(codes: Tensor, absmax: Tensor, values: Tensor, signed: bool = True) -> None:

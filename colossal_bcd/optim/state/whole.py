@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colossal_bcd.optim.state.quantized import dequantize, restore_into
+from colossal_bcd.optim.state.quantized import dequantize, restore_region
 from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, Mesh, resolve
 from colossal_bcd.sharding.dtensor import WholeTensor, is_dtensor, refuse_broadcast
@@ -75,7 +75,7 @@ def local_state(param: Tensor, layout: Layout, specs: Specs, saved: Mapping[str,
         values = WholeTensor(region_of=spec.region, param=param, layout=layout).part(saved[name])
         state.update({part: stored.allocate(param) for part, stored in spec.stored(name).items()})
         if spec.bits == 8:
-            restore_into(state[name].view(-1)[: len(values)], state[f"{name}_absmax"], values.float(), spec.signed)
+            restore_region(region, state[name], state[f"{name}_absmax"], values, spec.signed)
         else:
             region.write(state[name], values.to(state[name]))
     return state
