@@ -51,6 +51,8 @@ def test_outside_written_weights_are_followed(num_ranks: int) -> None:
 
 
 OWN = list(outside_cases.OWN)
+OF_DTENSORS = [name for name in outside_cases.EDITS if name != "noise"]
+"""torch itself refuses to add a plain tensor to a DTensor."""
 HYBRID = {"plugin": "hybrid", "tp_size": 1, "pp_size": 1, "precision": "fp32"}
 EDITED: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -63,6 +65,9 @@ EDITED: dict[int, dict[str, dict[str, Any]]] = {
         "hybrid0": {**HYBRID, "zero_stage": 0, "accumulates": True},
         "ddp": {"plugin": "ddp", "dtype": torch.float32, "accumulates": True},
         "ddp-blocks": {"plugin": "ddp", "dtype": torch.float32, "blocks": True},
+        "fsdp2": {"plugin": "fsdp", "precision": "fp32", "edits": OF_DTENSORS},
+        "fsdp2-blocks": {"plugin": "fsdp", "precision": "fp32", "blocks": True, "edits": OF_DTENSORS},
+        "fsdp2-max-norm": {"plugin": "fsdp", "precision": "fp32", "max_norm": 0.3, "edits": OWN},
     },
     4: {
         "tp2-zero1": {**HYBRID, "tp_size": 2, "zero_stage": 1, "edits": OWN},

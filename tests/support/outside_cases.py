@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from colossal_bcd import CAME, BlockOptimizer, GaLoreAdamW, GoLoreAdamW, Lamb
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.checkpoint.assembly import MASTER
+from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of, local_values
 from support.errors import largest_error
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
-PLUGINS = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin, "ddp": TorchDDPPlugin}
+PLUGINS = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin, "ddp": TorchDDPPlugin, "fsdp": FSDP2Plugin}
 
 
 def boost(
@@ -270,7 +271,8 @@ def _train(
         for micro in range(micro_batches):
             backward(step * micro_batches + micro)
             norm = edit(params, optimizer)
-            said += [] if norm is None else [float(norm)]
+            # Of a DTensor torch returns this rank's part, until it is asked for all of it.
+            said += [] if norm is None else [float(norm.full_tensor() if is_dtensor(norm) else norm)]
         optimizer.step()
     return said
 
@@ -327,9 +329,10 @@ def _difference(options: dict[str, Any], edit: Any, micro_batches: int, zero_gra
     errors = [torch.tensor(said).sub(torch.tensor(want)).abs()]
     for name, param in ours.items():
         expected = named[name].detach()
-        if layouts is not None and param in layouts:
-            expected = layouts[param].shard(expected)
-        errors.append((param.detach() - expected).abs().view(-1))
+        layout = layout_of(param, MeshAxes()) if is_dtensor(param) else (layouts or {}).get(param)
+        expected = expected if layout is None else layout.shard(expected)
+        data = slice(None if layout is None else layout.num_local)
+        errors.append((local_values(param).view(-1)[data] - expected.view(-1)[data]).abs())
     worst = torch.cat(errors).max().item()
     return worst if worst == worst else float("inf")
 
