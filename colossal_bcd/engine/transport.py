@@ -85,7 +85,7 @@ class WholeGradients:
                 reducer.grads[param] = master.grad.view(-1)
             else:
                 consumed = True
-            master.grad = _says_there_is_one(master)
+            master.grad = says_there_is_one(master)
         return consumed
 
     def replicate(self, masters: ShardedMasters, bucket_size: int) -> set[Parameter]:
@@ -169,7 +169,7 @@ class LowRankGradients(WholeGradients):
         requests = []
         for param, share in shares.items():
             master = masters.of[param]
-            master.grad = _says_there_is_one(master)
+            master.grad = says_there_is_one(master)
             requests.append(self._wanted[param].complete(share.to(master.device)))
         self._grads = dict(zip(shares, resolve(requests, mesh), strict=True))
         self._optimizer.give_low_rank({masters.of[param]: grad for param, grad in self._grads.items()})
@@ -235,8 +235,8 @@ def prefers_whole_rows(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, ShardedOptimizer) and not optimizer.is_elementwise
 
 
-def _says_there_is_one(master: Tensor) -> Tensor:
-    """A gradient of zeros without memory."""
+def says_there_is_one(master: Tensor) -> Tensor:
+    """A gradient of zeros without memory, for a master whose gradient a step has used up."""
     return master.new_zeros(()).expand_as(master)
 
 

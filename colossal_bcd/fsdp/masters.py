@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colossal_bcd.block.active_set import ActiveSet, follow
+from colossal_bcd.engine.transport import says_there_is_one
 from colossal_bcd.optim.state.rounding import LOW_PRECISION
 from colossal_bcd.sharding import Layout
 from colossal_bcd.sharding.dtensor import local_values
@@ -69,9 +70,10 @@ class RowMasters:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Write the masters into the rows, and drop the gradients."""
+        """Write the masters into the rows, and drop the gradients, but for the sign that there was one."""
         for param, master in self.of.items():
             if master.dtype != param.dtype:
                 self.weight_of(param).copy_(master)
             self.active_set.note(param, master)
-            master.grad = None
+            if master.grad is not None:
+                master.grad = says_there_is_one(master)

@@ -88,7 +88,11 @@ def test_state_bytes_are_those_of_the_ranks_rows_and_columns(sizes: Sizes) -> No
 
 
 @pytest.mark.parametrize(
-    ("plugin", "made_on"), [("zero", "ours"), ("zero", "transformers"), ("zero", "engine"), ("tp", "transformers")]
+    ("plugin", "made_on"),
+    [
+        *((plugin, made) for plugin in ("zero", "fsdp") for made in ("ours", "transformers", "engine")),
+        ("tp", "transformers"),
+    ],
 )
 def test_adafactor_schedule_gives_the_originals_learning_rates_boosted(plugin: str, made_on: str) -> None:
     """The engine frees gradients in its step, and a cast leaves the schedule with an optimizer that never steps.

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import optimization
 
 from colossal_bcd import Adafactor
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
+from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin
 
 FP32 = {"precision": "fp32"}
 PLUGINS: dict[str, Any] = {
     "zero": lambda: LowLevelZeroPlugin(stage=2, **FP32),
     "tp": lambda: HybridParallelPlugin(tp_size=2, pp_size=1, zero_stage=0, **FP32),
+    "fsdp": lambda: FSDP2Plugin(**FP32),
 }
 
 
