@@ -70,9 +70,13 @@ def _our_galore(parameters: Parameters, rank: int, **options: Any) -> Optimizer:
 
 def _their_galore(parameters: Parameters, rank: int) -> Optimizer:
     """As in galore_torch, but for bases that are drawn, as ours are: steps between refreshes are timed."""
-    module = importlib.import_module("galore_torch.adamw")
-    module.GaLoreProjector = _drawn_projector()  # type: ignore[attr-defined]
+    module: Any = importlib.import_module("galore_torch.adamw")
     made: Optimizer = module.AdamW(_galore_groups(parameters, rank), lr=1e-3, no_deprecation_warning=True)
+    projected = made.param_groups[0]
+    options = {name: projected[name] for name in ("update_proj_gap", "scale", "proj_type")}
+    for param in projected["params"]:
+        # What is there already it does not make.
+        made.state[param]["projector"] = _drawn_projector()(rank, **options)
     return made
 
 
