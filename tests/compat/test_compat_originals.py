@@ -249,8 +249,9 @@ def imported(code: str) -> set[str]:
 
 
 def test_every_name_in_compat_has_a_row_and_every_document_finds_its_names() -> None:
-    # It makes accelerate follow sharded weights, which no predecessor does; test_fsdp_trainers.py trains by it.
-    assert set(ROWS) == set(compat.__all__) - {"enable_accelerate"}
+    # They make accelerate follow sharded weights, and a Trainer make blocks, which no predecessor does:
+    # test_fsdp_trainers.py and test_trainer.py train by them.
+    assert set(ROWS) == set(compat.__all__) - {"enable_accelerate", "block_optimizer"}
     blocks = [code for name, code in vars(seed_code).items() if name.isupper() and isinstance(code, str)]
     asked = set().union(*(imported(renamed(code)) for code in blocks))
     assert asked == {name for name, row in ROWS.items() if row.code is not None}

@@ -13,6 +13,7 @@ import badam.utils
 import models
 import pytest
 import torch
+from accelerate import Accelerator
 from seed_code import BADAM_ASCENDING, CALLBACK, RATIO, SPARSE, renamed
 from test_trainer import Callbacks, trainer_of
 from torch import Tensor, nn
@@ -183,3 +184,18 @@ def badam_callback(tools: Tools) -> None:
         weights.append(list(model.parameters()))
     assert all(map(torch.equal, *weights))
     assert sum(not torch.equal(a, b) for a, b in zip(models.llama().parameters(), weights[0], strict=True)) > 10
+
+
+@row("clip_grad_norm_old_version", "badam.utils.clip_grad_norm_old_version, a method of accelerate's Accelerator")
+def clipping(tools: Tools) -> None:
+    """Norm and gradients of whole tensors, clipped and not; shares are clipped in test_llamafactory.py."""
+    for clip in (badam.utils.clip_grad_norm_old_version, compat.clip_grad_norm_old_version):
+        for max_norm, factor in ((1e6, 1.0), (0.5, 0.5 / 5)):
+            params = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(3)]
+            params[0].grad, params[1].grad = (params[0] + 3).detach(), (params[1] + 4).detach()
+            norm = clip(Accelerator(), params, max_norm)
+            assert_close([norm], [torch.tensor(5.0, dtype=torch.float64)], EXACT)
+            # torch adds 1e-6 to the norm by which it divides.
+            grads = [param.grad for param in params[:2]]
+            assert_close(grads, [torch.tensor([each * factor], dtype=torch.float64) for each in (3, 4)], 1e-6)
+            assert params[2].grad is None
