@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -112,10 +112,11 @@ class Lazy:
             each chunk and what `consume` returned.
         """
         kernel, size = self._kernel(consume, targets, numbers, 3)
-        divided = runs(size)
+        divided, count = runs(size), len(self.operands)
         chunk = _chunk if len(divided) > 1 else _whole
         for run in divided:
-            yield run, kernel([chunk(operand, run) for operand in self.operands], [chunk(x, run) for x in targets])
+            xs = _each_once([*self.operands, *targets], partial(chunk, run=run))
+            yield run, kernel(xs[:count], xs[count:])
 
     def each_flat(
         self, consume: Callable[..., Any], targets: Sequence[Tensor] = (), **numbers: Number
@@ -126,7 +127,8 @@ class Lazy:
         count, length = len(self.operands), self.first.shape[-1]
         if length <= size:
             return [kernel(tensors[:count], tensors[count:])] if length else []
-        return (kernel(xs[:count], xs[count:]) for xs in zip(*(x.split(size, -1) for x in tensors), strict=True))
+        chunks = zip(*_each_once(tensors, lambda x: x.split(size, -1)), strict=True)
+        return (kernel(xs[:count], xs[count:]) for xs in chunks)
 
     def _kernel(
         self, consume: Callable[..., Any], targets: Sequence[Tensor], numbers: dict[str, Number], dims: int
@@ -156,6 +158,16 @@ def as_lazy(values: Tensor | Lazy) -> Lazy:
 def unchanged(x: Tensor) -> Tensor:
     """The values themselves."""
     return x
+
+
+def _each_once(xs: Sequence[Any], make: Callable[[Any], Any]) -> list[Any]:
+    """What is made of every one, once of what is there twice: the weight, as an operand and as the target.
+
+    Two views of the same values, one of which is written, cost torch.compile a copy, and on torch 2.13 it computes with
+    those of another chunk.
+    """
+    made: dict[int, Any] = {}
+    return [made[id(x)] if id(x) in made else made.setdefault(id(x), make(x)) for x in xs]
 
 
 def _chunk(operand: Operand, run: Run) -> Tensor:
@@ -245,8 +257,11 @@ def _compiled(
     compiled: Callable[..., Any] = torch.compile(one, dynamic=True, backend=_backend)
 
     @torch.compiler.disable  # where the caller compiles the step itself, whose trace would run into this one
-    def run(*arguments: list[Tensor]) -> Any:
+    def run(operands: list[Tensor], targets: list[Tensor], *numbers: list[Tensor]) -> Any:
         global _failed
+        # Not views: torch compiles anew for other shapes of what they are views of.
+        xs = _each_once([*operands, *targets], lambda x: x.data)
+        arguments = xs[: len(operands)], xs[len(operands) :], *numbers
         if not _failed:
             try:
                 return compiled(*arguments)

@@ -47,7 +47,7 @@ class Member:
     def __post_init__(self) -> None:
         param = self.param
         is_known = param.dtype in TRAINABLE and not is_dtensor(param)
-        self._looks = (param.shape, param.dtype) if is_known else None
+        self._looks = (type(param), param.shape, param.dtype) if is_known else None
 
     def is_as_it_was(self, grad: Tensor) -> bool:
         """Whether what was checked when this was made holds for the parameter and its gradient now.
@@ -55,7 +55,7 @@ class Member:
         Gradients of DTensors may be placed otherwise in each step.
         """
         param = self.param
-        return self._looks == (param.shape, param.dtype) and not grad.is_sparse
+        return self._looks == (type(param), param.shape, param.dtype) and not grad.is_sparse
 
     def count(self, hyper: Any, step: int, group: int, num_steps: int) -> Member:
         """Itself, in the next step."""
