@@ -117,3 +117,15 @@ def test_a_step_that_some_parameters_miss_counts_for_the_others_only(name: str) 
             each.step()
     assert largest_error([param.detach() for param in params], [twin.detach() for twin in twins]) <= 1e-6
     assert [optimizer.state[param]["step"] for param in params] == [3, 5, 5]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_state_that_a_hyper_parameter_asks_for_later_is_refused(decoupled: bool) -> None:
+    """It ended in a KeyError, by torch's kernel and by the rule."""
+    optimizer = SGD(weights(), lr=1e-2, weight_decay=0.1, decoupled_weight_decay=decoupled)
+    step(optimizer)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ValueError, match=r"expected momentum_buffer, too.*set after the first step.*state.clear\(\)"):
+        step(optimizer)
+    optimizer.state.clear()
+    step(optimizer)

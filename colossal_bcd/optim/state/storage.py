@@ -99,8 +99,15 @@ def begin_update(member: Member, state: dict[str, Any], specs: Mapping[str, Stat
         for name, spec in specs.items():
             state.update({part: stored.allocate(member.param) for part, stored in spec.stored(name).items()})
     for name, spec in specs.items():
-        if spec.kind in ("elementwise", "low_rank") and (state[name].dtype == torch.uint8) != (spec.bits == 8):
-            refuse_stored(name, state[name], spec.bits)
+        stored = state.get(name)
+        if stored is None:
+            raise ValueError(
+                f"step: got state of {', '.join(sorted(state))} for a parameter of shape {member.layout.shape}, "
+                f"expected {name}, too: a hyper-parameter that asks for it was set after the first step. Set it "
+                "before, as small as it may be, or begin the state anew: optimizer.state.clear()."
+            )
+        if spec.kind in ("elementwise", "low_rank") and (stored.dtype == torch.uint8) != (spec.bits == 8):
+            refuse_stored(name, stored, spec.bits)
     state["step"] = member.step
 
 
