@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from colossal_bcd.engine.failures import keep_groups
 from colossal_bcd.sharding.dtensor import is_dtensor, local_values
 
 PRELOAD = (
@@ -74,12 +75,17 @@ def start_server(*modules: str) -> Any:
     return context
 
 
-def run_ranks(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(num_ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = 900.0) -> list[Any]:
     """Run `fn(*args)` on `num_ranks` gloo ranks and return what each returned, by rank.
 
     The ranks are forked from a clean server process that has imported everything once and runs one thread; `fn` must be
     importable, and arguments and results must pickle.
 
+    Args:
+        num_ranks: number of processes.
+        fn: function of a module.
+        *args: its arguments.
+        timeout: seconds after which ranks hang rather than work, on a machine that is busy with other things, too.
     Raises:
         RankError: a rank raised, died, or was still running after `timeout` seconds, where it then was in its code; all
             ranks are ended.
@@ -151,6 +157,7 @@ def _rank_main(
     gc.freeze()  # what the server imported: neither walked by collections nor among the tensors of this rank
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
+        _keep_destroyed_groups()
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         outcome: tuple[str, Any] = ("ok", fn(*args))
         message = pickle.dumps(outcome)
@@ -163,6 +170,16 @@ def _rank_main(
     with contextlib.suppress(EOFError):
         pipe.recv_bytes()
     os._exit(0)
+
+
+def _keep_destroyed_groups() -> None:
+    destroy = dist.destroy_process_group
+
+    def destroyed(group: Any = None) -> None:
+        keep_groups([group])
+        destroy(group)
+
+    dist.destroy_process_group = destroyed
 
 
 _COUNTED = {

@@ -27,7 +27,7 @@ def test_optimizer_of_the_page_conforms_from_an_empty_file(tmp_path: Path) -> No
     assert max(error for errors in found["errors"].values() for error in errors) <= TOLERANCE
     sizes = Sizes(2, 1)
     reports: list[dict[str, Any]] = [
-        json.loads(text) for text in run_ranks(2, conform_on_ranks, str(tmp_path), folders, sizes, timeout=300)
+        json.loads(text) for text in run_ranks(2, conform_on_ranks, str(tmp_path), folders, sizes)
     ]
     for report in reports:
         for variant in found["errors"]:

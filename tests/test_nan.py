@@ -139,7 +139,7 @@ def spoiled(expected: str) -> dict[str, list[tuple[Any, str]]]:
             replace_run_ranks(patch, ask)
             with pytest.raises(WantedError):
                 table(expected)
-    ranks = run_ranks(2, call_each, calls, FEW, timeout=600)
+    ranks = run_ranks(2, call_each, calls, FEW)
     return {name: [rank[index] for rank in ranks] for index, name in enumerate(ON_RANKS)}
 
 

@@ -136,6 +136,24 @@ def test_run_ranks_reports_a_rank_that_hangs(tmp_path):
     assert_no_process_is_left(tmp_path, 2)
 
 
+def destroy_groups(num_groups: int) -> int:
+    """Each as the tensors of its last collective are let go, here and in the group's threads."""
+    for _ in range(num_groups):
+        group = dist.new_group([0, 1])
+        works = [dist.all_reduce(torch.ones(3), group=group, async_op=True) for _ in range(20)]
+        for work in works:
+            work.wait()
+        del work, works
+        dist.destroy_process_group(group)
+        del group
+    return num_groups
+
+
+def test_ranks_that_destroy_process_groups_do_not_hang():
+    """Before torch 2.8 one of about a hundred such groups hung in its destructor."""
+    assert run_ranks(2, destroy_groups, 400, timeout=120) == [400, 400]
+
+
 def test_run_ranks_reports_a_result_that_cannot_be_pickled(tmp_path):
     with pytest.raises(RankError, match=r"rank 0\n(?s:.*)pickle"):
         run_ranks(1, return_what_cannot_be_pickled, str(tmp_path))

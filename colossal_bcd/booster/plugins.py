@@ -38,7 +38,7 @@ from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiab
 from colossal_bcd.booster.stock_surface import param_info_of
 from colossal_bcd.booster.zero import ZeroOptimizer
 from colossal_bcd.engine.config import EngineConfig, LowRankOptions
-from colossal_bcd.engine.failures import limit_waiting, says_where
+from colossal_bcd.engine.failures import keep_groups, limit_waiting, says_where
 from colossal_bcd.engine.fitness import Given
 from colossal_bcd.sharding import Layout
 
@@ -183,6 +183,7 @@ class HybridParallelPlugin(EnginePlugin, StockHybridParallelPlugin):
     def __del__(self) -> None:
         # What was refused in the constructor has no process groups to destroy.
         if hasattr(self, "pg_mesh"):
+            keep_groups(self.pg_mesh._ranks_to_group.values())
             super().__del__()
 
     def configure(self, model: Any, *args: Any, **kwargs: Any) -> Boosted:

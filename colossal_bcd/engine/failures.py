@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,16 @@ _patient: tuple[Any, dist.ProcessGroup] | None = None
 """The default group, and a group of the same ranks with that limit."""
 _limited: tuple[Any, timedelta] | None = None
 """The default group whose connections were made with a limit, and the limit."""
+_kept: list[Any] = []
+
+
+def keep_groups(groups: Iterable[Any]) -> None:
+    """Keep process groups, destroyed ones too, for as long as the process lives.
+
+    Before torch 2.8 a group that is freed waits for its gloo threads while it has Python's lock, for which one of these
+    threads waits where a tensor of the last collective is freed: neither goes on (pytorch/pytorch#154976).
+    """
+    _kept.extend(groups)
 
 
 class RankFailureError(RuntimeError):

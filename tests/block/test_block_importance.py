@@ -57,7 +57,7 @@ def test_importance_on_every_mesh_draws_what_a_plain_loop_draws():
     names = ["zero2", "tp2", "pp2"]
     runs = [(name, STEPS, {"importance": by}) for name in names for by in ("gradient", "weight")]
     runs += [(name, STEPS, {"switch_mode": "random"}) for name in names]
-    found = run_ranks(2, cases.under_each, runs, timeout=300)
+    found = run_ranks(2, cases.under_each, runs)
     assert [[run["active"] for run in rank] for rank in found] == [[run["active"] for run in found[0]]] * 2
     for (name, _, options), run in zip(runs[: 2 * len(names)], found[0], strict=False):
         ranges = STAGES if name == "pp2" else WHOLE

@@ -13,7 +13,7 @@ from colossal_bcd.testing import run_ranks
 
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
-    return run_ranks(2, cases.everything, timeout=300)
+    return run_ranks(2, cases.everything)
 
 
 def test_param_group_may_hold_anything(seen: list[dict[str, Any]]) -> None:

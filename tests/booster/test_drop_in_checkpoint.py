@@ -11,4 +11,4 @@ from colossal_bcd.testing import run_ranks
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_drop_in_checkpoints_hold_what_the_stock_tests_assert(num_ranks: int) -> None:
     """Models, optimizers and adapters, in one file and in shards; three ranks divide no weight evenly."""
-    assert all(run_ranks(num_ranks, cases.everything, timeout=300))
+    assert all(run_ranks(num_ranks, cases.everything))

@@ -52,7 +52,7 @@ CLOSE = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return run_ranks(2, cases.everything, EQUAL | CLOSE, timeout=600)[0]
+    return run_ranks(2, cases.everything, EQUAL | CLOSE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ ON_FOUR = {
 
 @pytest.fixture(scope="module")
 def on_four() -> dict[str, Any]:
-    return run_ranks(4, cases.errors, ON_FOUR, timeout=600)[0]
+    return run_ranks(4, cases.errors, ON_FOUR)[0]
 
 
 @pytest.mark.parametrize("name", ON_FOUR)

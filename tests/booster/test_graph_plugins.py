@@ -28,7 +28,7 @@ COMPILED = [
 def test_plugins_train_checkpointed_and_compiled_models_the_same() -> None:
     """One start of ranks for all; compiled ones have one graph for each block."""
     runs = [*CHECKPOINTED, *COMPILED]
-    for result in run_ranks(2, graph_plugin_cases.equal, runs, STEPS, timeout=300.0):
+    for result in run_ranks(2, graph_plugin_cases.equal, runs, STEPS):
         for run in runs:
             same, num_graphs = result["-".join(run)]
             assert same, run
@@ -37,4 +37,4 @@ def test_plugins_train_checkpointed_and_compiled_models_the_same() -> None:
 
 def test_compiled_model_trains_a_thawed_layer_from_the_next_pass_on() -> None:
     """The pass that is under way when the layer is found has no gradient of it: its graph was compiled before."""
-    assert run_ranks(2, graph_plugin_cases.thawed_compiled, timeout=300.0) == [(True, False)] * 2
+    assert run_ranks(2, graph_plugin_cases.thawed_compiled) == [(True, False)] * 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import plugin_cases
 import pytest
+import torch.distributed as dist
 
+from colossal_bcd.engine import failures
 from colossal_bcd.testing import run_ranks
 
 HYBRID = {"plugin": "hybrid", "max_norm": 0.0}
@@ -69,3 +71,22 @@ def test_plugin_replicas_start_from_the_first_rank() -> None:
 
 def test_plugin_scheduler_made_after_boosting_sets_the_lr() -> None:
     assert run_ranks(1, plugin_cases.scheduler_after_boosting) == [[0.01, 0.005]]
+
+
+def destroyed_and_kept() -> tuple[int, int]:
+    """Numbers of process groups that a plugin destroys as it goes, and of those that were kept before."""
+    plugin = plugin_cases.plugin_of({**HYBRID, "tp_size": 2, "zero_stage": 0})
+    seen: list[bool] = []
+
+    def destroy(group: dist.ProcessGroup) -> None:
+        seen.append(any(group is kept for kept in failures._kept))
+
+    dist.destroy_process_group = destroy
+    plugin.__del__()
+    return len(seen), sum(seen)
+
+
+def test_process_groups_of_a_plugin_that_goes_stay() -> None:
+    """A group that is freed while its threads let go of tensors hangs before torch 2.8."""
+    for destroyed, kept in run_ranks(2, destroyed_and_kept):
+        assert 0 < destroyed == kept

@@ -15,7 +15,7 @@ TP2, ZERO2, BOTH = (2, 1), (1, 2), (2, 2)
 
 @pytest.fixture(scope="module")
 def tp2() -> list[dict[str, Any]]:
-    return run_ranks(2, cases.on_mesh, *TP2, timeout=300)
+    return run_ranks(2, cases.on_mesh, *TP2)
 
 
 def test_setup_distributed_on_shards_equals_textbook(tp2: list[dict[str, Any]]) -> None:
@@ -39,7 +39,7 @@ KEPT: dict[tuple[int, int], list[dict[str, Any]]] = {}
 def on(mesh: tuple[int, int]) -> list[dict[str, Any]]:
     """What the ranks of a mesh have seen, started once."""
     if mesh not in KEPT:
-        KEPT[mesh] = run_ranks(mesh[0] * mesh[1], cases.on_mesh, *mesh, timeout=300)
+        KEPT[mesh] = run_ranks(mesh[0] * mesh[1], cases.on_mesh, *mesh)
     return KEPT[mesh]
 
 

@@ -17,7 +17,7 @@ from colossal_bcd.testing import run_ranks
 def test_thaw_numbers_are_those_of_one_process(plugin: str) -> None:
     """A layer thawed after boosting never trained; one that was added trained on each rank's own gradients."""
     want = {case: cases.one_process(row[0], row[1], 2, row[2]) for case, row in cases.cases(plugin)}
-    for got in run_ranks(2, cases.table, plugin, timeout=400.0):
+    for got in run_ranks(2, cases.table, plugin):
         for case, weights in want.items():
             assert largest_error(got[case], weights) <= 1e-12, case
 

@@ -60,7 +60,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = folders.setdefault(mesh, tmp_path_factory.mktemp("saved"))
         missing = [name for name in names if name not in losses.setdefault(mesh, {})]
         if missing:
-            ranks = run_ranks(MESHES[mesh][0], cases.train_and_save_each, mesh, missing, str(folder), timeout=600)
+            ranks = run_ranks(MESHES[mesh][0], cases.train_and_save_each, mesh, missing, str(folder))
             losses[mesh].update(known(ranks))
         return folder, losses[mesh]
 
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_any_mesh_on_any_mesh(
     source: str, target: str, names: list[str], saved: Any, tmp_path: Path
 ) -> None:
     folder, straight = saved(source, names)
-    ranks = run_ranks(MESHES[target][0], cases.resume_each, target, names, str(folder), str(tmp_path), timeout=600)
+    ranks = run_ranks(MESHES[target][0], cases.resume_each, target, names, str(folder), str(tmp_path))
     losses = known(ranks)
     for name in names:
         if source == target:

@@ -32,7 +32,7 @@ def test_kept_state_dict_goes_on_as_before(name: str) -> None:
 )
 def test_kept_checkpoint_goes_on_as_before(source: str, mesh: str, num_ranks: int) -> None:
     """Bit for bit where the mesh is the one that wrote it."""
-    ranks = run_ranks(num_ranks, resume_each, names_of(source), mesh, source, timeout=600)
+    ranks = run_ranks(num_ranks, resume_each, names_of(source), mesh, source)
     alike = (mesh, num_ranks) == (source, 2) and written_by_such_kernels()
     for name in names_of(source):
         after, before = [rank[name] for rank in ranks], expected(name, source)

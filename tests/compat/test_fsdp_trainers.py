@@ -24,7 +24,7 @@ shards = pytest.mark.skipif(VERSION < (2, 13), reason=f"accelerate's FSDP2 on CP
 
 @shards
 def test_accelerate_on_two_processes_equals_one_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    results = run_ranks(2, cases.many_accelerated, str(tmp_path), timeout=900)
+    results = run_ranks(2, cases.many_accelerated, str(tmp_path))
     for name, case in cases.CASES.items():
         for result in results:
             compare(result[name]["again"], result[name]["weights"], 0)
@@ -38,7 +38,7 @@ def test_accelerate_on_two_processes_equals_one_and_resumes_bit_for_bit(tmp_path
 
 @shards
 def test_trainer_on_two_processes_equals_one_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    results = run_ranks(2, cases.trained_and_resumed, str(tmp_path), timeout=900)
+    results = run_ranks(2, cases.trained_and_resumed, str(tmp_path))
     replicas, whole = results[0].pop("replicas"), results[0]["float32"][0]
     for name, (first, again) in results[0].items():
         compare(again, first, 0)
@@ -58,13 +58,13 @@ def example(folder: str) -> list[float]:
 
 @shards
 def test_example_learns_on_two_processes(tmp_path: Path) -> None:
-    losses = run_ranks(2, example, str(tmp_path), timeout=600)
+    losses = run_ranks(2, example, str(tmp_path))
     assert losses[0][-1] < losses[0][0] - 0.5
 
 
 @shards
 def test_accelerate_refuses_what_would_train_wrongly() -> None:
-    found = run_ranks(2, cases.refused, timeout=600)[0]
+    found = run_ranks(2, cases.refused)[0]
     assert re.search("got 0 models and 1 block optimizers.*Prepare them together", found["apart"])
     assert re.search("BlockOptimizerRatio, which does not go with FSDP2", found["ratio"])
     assert re.search('mixed_precision="fp16"', found["scaler"])
@@ -88,7 +88,7 @@ def test_accelerator_that_shards_by_other_means_is_refused(monkeypatch: pytest.M
 
 
 def test_optimizer_whose_groups_are_changed_before_its_first_step_follows_or_refuses() -> None:
-    for found in run_ranks(2, cases.groups_changed, timeout=600):
+    for found in run_ranks(2, cases.groups_changed):
         assert found["followed"] <= 1e-12
         assert "1 of its 2 parameters are there twice" in found["twice"]
         assert "state of 1 parameters that are in its groups no more" in found["state of others"]

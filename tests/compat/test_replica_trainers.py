@@ -28,7 +28,7 @@ ACCELERATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def test_accelerate_equals_one_process() -> None:
-    results = run_ranks(2, trainer_cases.many_accelerated, ACCELERATED, timeout=600)
+    results = run_ranks(2, trainer_cases.many_accelerated, ACCELERATED)
     for name, (options, how) in ACCELERATED.items():
         want = cases.whole(2, options, accumulate=how["accumulate"], clip=how["clip"])
         for result in results:
@@ -36,7 +36,7 @@ def test_accelerate_equals_one_process() -> None:
 
 
 def test_trainer_on_two_processes_resumes_bit_for_bit_and_equals_one(tmp_path: Path) -> None:
-    results = run_ranks(2, trainer_cases.trained_and_resumed, str(tmp_path), timeout=600)
+    results = run_ranks(2, trainer_cases.trained_and_resumed, str(tmp_path))
     for name, (whole, again) in results[0].items():
         other, other_again = results[1][name]
         compare(other["weights"], whole["weights"], 0)
@@ -77,5 +77,5 @@ def example(folder: str) -> list[float]:
 
 @pytest.mark.parametrize("world", [2])
 def test_example_learns_on_two_processes(world: int, tmp_path: Path) -> None:
-    losses = run_ranks(world, example, str(tmp_path), timeout=600)
+    losses = run_ranks(world, example, str(tmp_path))
     assert losses[0][-1] < losses[0][0] - 0.5

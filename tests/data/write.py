@@ -30,7 +30,7 @@ def main() -> None:
             if mesh == "alone":
                 ranks = [cases.write(name, mesh, str(folder))]
             else:
-                ranks = run_ranks(2, cases.write, name, mesh, str(folder), timeout=300)
+                ranks = run_ranks(2, cases.write, name, mesh, str(folder))
             (folder / "next.json").write_text(json.dumps(ranks, indent=1) + "\n")
 
 

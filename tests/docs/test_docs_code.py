@@ -61,7 +61,7 @@ def test_code_is_python(page: str) -> None:
 def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = CASES[page][0]
     if ranks:
-        run_ranks(ranks, docs_cases.run_page, page, str(tmp_path), timeout=300)
+        run_ranks(ranks, docs_cases.run_page, page, str(tmp_path))
     else:
         monkeypatch.chdir(tmp_path)
         docs_cases.run_page(page, str(tmp_path))

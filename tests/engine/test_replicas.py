@@ -67,7 +67,7 @@ def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bound: 
 @pytest.mark.parametrize("world", [2, 3])
 def test_replicas_equal_one_process(world: int) -> None:
     table = {name: case for name, case in TABLE.items() if world == 2 or case[0][0] in ("plain", "ddp unused")}
-    results = run_ranks(world, cases.many, table, timeout=600)
+    results = run_ranks(world, cases.many, table)
     for name, (args, options) in table.items():
         want = cases.whole(
             world, args[1], **{k: v for k, v in options.items() if k in ("accumulate", "clip", "miss", "lora")}
@@ -87,7 +87,7 @@ def collectives(kind: str, options: dict[str, Any]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def others() -> list[dict[str, Any]]:
-    return run_ranks(2, cases.one_after_the_other, timeout=600)
+    return run_ranks(2, cases.one_after_the_other)
 
 
 REFUSED = {

@@ -87,7 +87,7 @@ def test_wrong_flags_end_every_rank_with_the_same_code_and_one_message() -> None
     for rank in ("0", "1"):
         env = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), "--tp", "2"], env=env, capture_output=True, text=True, timeout=60
+            [sys.executable, str(SCRIPT), "--tp", "2"], env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 2
         outputs.append(done.stdout + done.stderr)
@@ -347,7 +347,7 @@ def test_interrupt_ends_without_a_stack_trace(tmp_path: Path) -> None:
     output = process.stdout.readline()
     assert output.startswith("step ")
     process.send_signal(signal.SIGINT)
-    output += process.communicate(timeout=60)[0]
+    output += process.communicate(timeout=300)[0]
     assert process.returncode == 130
     assert "Traceback" not in output
     assert "stopped after step" in output

@@ -101,7 +101,7 @@ def test_every_method_learns_on_two_ranks(tmp_path: Path) -> None:
     rates = {"lr": "1e-2", "steps": "8"}
     flags = [text for name, value in rates.items() for text in (f"--{name}", value)]
     path = str(records(tmp_path))
-    found = run_ranks(2, trained_by, list(DEFAULT_LR), path, str(tmp_path / "runs"), *flags, timeout=500)[0]
+    found = run_ranks(2, trained_by, list(DEFAULT_LR), path, str(tmp_path / "runs"), *flags)[0]
     for method, results in found.items():
         held_out = results["held_out"]
         assert held_out.keys() == {"0", "2", "4", "6", "8"}
@@ -115,7 +115,7 @@ def test_every_method_learns_on_two_ranks(tmp_path: Path) -> None:
 def test_other_plugins_learn(flags: list[str], tmp_path: Path) -> None:
     path = str(records(tmp_path))
     extra = [*flags, "--steps", "6", "--lr", "1e-2"]
-    found = run_ranks(2, trained_by, ["badam"], path, str(tmp_path / "runs"), *extra, timeout=300)[0]["badam"]
+    found = run_ranks(2, trained_by, ["badam"], path, str(tmp_path / "runs"), *extra)[0]["badam"]
     assert found["held_out"]["6"] < found["held_out"]["0"]
 
 
@@ -123,7 +123,7 @@ def test_other_plugins_learn(flags: list[str], tmp_path: Path) -> None:
 def test_a_run_that_was_cut_short_goes_on_to_the_same_losses(ranks: int, plugin: str, tmp_path: Path) -> None:
     path = str(records(tmp_path))
     flags = ["--plugin", plugin, "--lr", "1e-2", "--checkpoint-every", "3"]
-    straight = run_ranks(ranks, trained_by, ["badam"], path, str(tmp_path / "one"), *flags, "--steps", "5", timeout=300)
+    straight = run_ranks(ranks, trained_by, ["badam"], path, str(tmp_path / "one"), *flags, "--steps", "5")
     again = run_ranks(
         ranks, trained_by, ["badam"], path, str(tmp_path / "one"), *flags, "--steps", "5", "--resume", timeout=300
     )

@@ -67,7 +67,7 @@ SIGNS = {f"bread {rule}": Case(rule=rule, turns=3) for rule in ("sign", "lion")}
 @pytest.fixture(scope="module")
 def equal() -> dict[str, Any]:
     every = EQUAL | SIGNS
-    return dict(zip(every, run_ranks(2, cases.errors, *every.values(), timeout=600)[0], strict=True))
+    return dict(zip(every, run_ranks(2, cases.errors, *every.values())[0], strict=True))
 
 
 @pytest.mark.parametrize("name", EQUAL | SIGNS)
@@ -77,7 +77,7 @@ def test_blocks_on_two_ranks_are_bit_equal_to_one_process(equal: dict[str, Any],
 
 @pytest.fixture(scope="module")
 def close() -> dict[str, Any]:
-    return dict(zip(CLOSE, run_ranks(3, cases.errors, *CLOSE.values(), timeout=600)[0], strict=True))
+    return dict(zip(CLOSE, run_ranks(3, cases.errors, *CLOSE.values())[0], strict=True))
 
 
 @pytest.mark.parametrize("name", CLOSE)
@@ -96,7 +96,7 @@ ON_FOUR = {
 
 @pytest.fixture(scope="module")
 def on_four() -> dict[str, Any]:
-    return dict(zip(ON_FOUR, run_ranks(4, cases.errors, *ON_FOUR.values(), timeout=900)[0], strict=True))
+    return dict(zip(ON_FOUR, run_ranks(4, cases.errors, *ON_FOUR.values())[0], strict=True))
 
 
 @pytest.mark.parametrize("name", ON_FOUR)

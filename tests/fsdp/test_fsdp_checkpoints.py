@@ -37,8 +37,8 @@ WAYS = ("files", "torch")
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_on_the_same_mesh_goes_on_bit_for_bit(tmp_path: Path, way: str) -> None:
-    straight, _ = run_ranks(2, cases.save, tmp_path, EXACT, way, timeout=300)
-    resumed, _ = run_ranks(2, cases.load, tmp_path, EXACT, way, timeout=300)
+    straight, _ = run_ranks(2, cases.save, tmp_path, EXACT, way)
+    resumed, _ = run_ranks(2, cases.load, tmp_path, EXACT, way)
     for name, want in straight.items():
         assert resumed[name]["losses"] == want["losses"], name
         assert all(map(torch.equal, resumed[name]["weights"], want["weights"])), name
@@ -47,14 +47,14 @@ def test_a_run_on_the_same_mesh_goes_on_bit_for_bit(tmp_path: Path, way: str) ->
 @pytest.fixture(scope="module", params=WAYS)
 def on_three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     folder = tmp_path_factory.mktemp("three")
-    return request.param, folder, run_ranks(3, cases.save, folder, MOVED, request.param, timeout=300)[0]
+    return request.param, folder, run_ranks(3, cases.save, folder, MOVED, request.param)[0]
 
 
 @pytest.mark.parametrize(("num_ranks", "mesh"), [(1, "fsdp"), (2, "fsdp"), (4, "hsdp"), (4, "tp2")])
 def test_a_run_of_three_ranks_goes_on_on_other_meshes(on_three: Any, num_ranks: int, mesh: str) -> None:
     way, folder, straight = on_three
     moved = {name: dataclasses.replace(case, mesh=mesh) for name, case in MOVED.items()}
-    resumed = run_ranks(num_ranks, cases.load, folder, moved, way, timeout=300)[0]
+    resumed = run_ranks(num_ranks, cases.load, folder, moved, way)[0]
     for name, want in straight.items():
         assert largest_error(resumed[name]["losses"], want["losses"]) <= 1e-11, name
         assert largest_error(resumed[name]["weights"], want["weights"]) <= 1e-11, name

@@ -21,7 +21,7 @@ QUICK = [name for name in NAMES if name.startswith(("torch.", "bitsandbytes."))]
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> dict[str, tuple[str, Any]]:
     asked = (item for item in request.session.items if item.originalname.startswith("test_every_optimizer_on_rows"))
-    first, second = run_ranks(2, cases.outcomes, [item.callspec.params["name"] for item in asked], timeout=900)
+    first, second = run_ranks(2, cases.outcomes, [item.callspec.params["name"] for item in asked])
     assert first == second, "ranks agree about what is refused, and have the same weights"
     return first
 

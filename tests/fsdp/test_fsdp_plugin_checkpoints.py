@@ -18,12 +18,12 @@ CASES = {
 
 
 def test_a_run_under_zero_goes_on_under_fsdp2(tmp_path: Path) -> None:
-    straight, _ = run_ranks(2, plugins.save, tmp_path, CASES, timeout=300)
-    resumed, _ = run_ranks(2, sharded.load, tmp_path, CASES, timeout=300)
+    straight, _ = run_ranks(2, plugins.save, tmp_path, CASES)
+    resumed, _ = run_ranks(2, sharded.load, tmp_path, CASES)
     assert {name: each["losses"] for name, each in resumed.items()} == straight
 
 
 def test_a_run_under_fsdp2_goes_on_under_zero(tmp_path: Path) -> None:
-    straight, _ = run_ranks(2, sharded.save, tmp_path, CASES, timeout=300)
-    resumed, _ = run_ranks(2, plugins.load, tmp_path, CASES, timeout=300)
+    straight, _ = run_ranks(2, sharded.save, tmp_path, CASES)
+    resumed, _ = run_ranks(2, plugins.load, tmp_path, CASES)
     assert resumed == {name: each["losses"] for name, each in straight.items()}

@@ -37,7 +37,7 @@ NAMES = (
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
     """Results by name, of each rank."""
-    return [dict(zip(NAMES, each, strict=True)) for each in run_ranks(2, cases.many, *NAMES, timeout=600)]
+    return [dict(zip(NAMES, each, strict=True)) for each in run_ranks(2, cases.many, *NAMES)]
 
 
 def test_dtypes_of_gradients_are_those_of_what_trains_now(found: Any) -> None:
@@ -176,7 +176,7 @@ def test_gradients_that_a_step_has_used_up_are_said_once(found: Any) -> None:
 
 @pytest.mark.skipif(VERSION < (2, 13), reason="torch.compile does not go with FSDP2 of torch 2.5")
 def test_compiled_models_train_all_blocks() -> None:
-    for errors in run_ranks(2, cases.compiled, timeout=600):
+    for errors in run_ranks(2, cases.compiled):
         assert max(errors) <= 1e-12
 
 

@@ -44,7 +44,7 @@ def walk_all(meshes: list[tuple[str, bool]]) -> list[dict[str, Any]]:
 
 def test_every_optimizer_equals_itself_on_one_process_or_is_refused_by_name() -> None:
     assert len(SOUND) >= 30
-    ranks = run_ranks(2, walk_all, MESHES, timeout=600)
+    ranks = run_ranks(2, walk_all, MESHES)
     for index, (mesh, _) in enumerate(MESHES):
         for name, (found, warned) in ranks[0][index].items():
             other, warned_there = ranks[1][index][name]
@@ -82,7 +82,7 @@ def override_all(combinations: list[tuple[str, bool, str]]) -> list[dict[str, di
 
 def test_overrides_follow_their_weights() -> None:
     """They were looked up by the tensor's id or place: lost under ZeRO, at another weight after a switch."""
-    for rank in run_ranks(2, override_all, COMBINATIONS, timeout=600):
+    for rank in run_ranks(2, override_all, COMBINATIONS):
         for combination, found in zip(COMBINATIONS, rank, strict=True):
             for name, errors in found.items():
                 if combination[2] == "module":
@@ -131,7 +131,7 @@ CHECKPOINTS = [("zero2", True), ("zero1-bf16", False), ("hybrid0", True), ("tp2"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[dict[str, Any]]]]:
     folder = tmp_path_factory.mktemp("bitsandbytes")
-    return folder, run_ranks(2, save_all, CHECKPOINTS, str(folder), timeout=600)
+    return folder, run_ranks(2, save_all, CHECKPOINTS, str(folder))
 
 
 def save_all(checkpoints: list[tuple[str, bool]], folder: str) -> list[dict[str, bool | str]]:
@@ -151,7 +151,7 @@ def test_every_optimizer_goes_on_bit_for_bit_on_the_same_mesh(saved: Any) -> Non
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_every_optimizer_goes_on_on_another_mesh_as_on_one_process(num_ranks: int, saved: Any) -> None:
     chosen = SOUND if num_ranks == 3 else ["Adam8bit", "AdEMAMix8bit", "Lion8bit"]
-    for rank in run_ranks(num_ranks, cases.goes_on, "zero1", True, chosen, f"{saved[0]}/zero2", timeout=600):
+    for rank in run_ranks(num_ranks, cases.goes_on, "zero1", True, chosen, f"{saved[0]}/zero2"):
         for name in chosen:
             assert not isinstance(rank[name], str), rank[name]
             assert not any(rank[name].values()), (name, rank[name])

@@ -25,7 +25,7 @@ CASES = [f"{name} {mesh}" for name, mesh, _ in cases.CASES]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, bool]]]:
     folder = tmp_path_factory.mktemp("kinds")
-    return folder, run_ranks(2, cases.saves, str(folder), timeout=600)
+    return folder, run_ranks(2, cases.saves, str(folder))
 
 
 def test_state_of_every_kind_comes_back_on_the_same_mesh(saved: Any) -> None:
@@ -35,7 +35,7 @@ def test_state_of_every_kind_comes_back_on_the_same_mesh(saved: Any) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_state_of_every_kind_comes_back_on_another_mesh(num_ranks: int, saved: Any) -> None:
-    for rank in run_ranks(num_ranks, cases.loads, str(saved[0]), timeout=600):
+    for rank in run_ranks(num_ranks, cases.loads, str(saved[0])):
         assert set(rank) == set(CASES)
         for case, difference in rank.items():
             if case.startswith("part"):
