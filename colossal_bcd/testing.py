@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from colossal_bcd.engine.failures import keep_groups
 from colossal_bcd.sharding.dtensor import is_dtensor, local_values
 
 PRELOAD = (
@@ -173,10 +172,11 @@ def _rank_main(
 
 
 def _keep_destroyed_groups() -> None:
-    destroy = dist.destroy_process_group
+    """What `engine.failures.keep_groups` does for the plugins, for everything that a rank destroys."""
+    kept, destroy = [], dist.destroy_process_group
 
     def destroyed(group: Any = None) -> None:
-        keep_groups([group])
+        kept.append(group)
         destroy(group)
 
     dist.destroy_process_group = destroyed
