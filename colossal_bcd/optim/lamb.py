@@ -57,7 +57,7 @@ class LambHyper(Storage):
 def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     """One LAMB update.  The norms are of the whole parameter, the weight's from the values that are updated.
 
-    The direction is computed twice, before and after the round, and not kept meanwhile.
+    The direction of what is larger than a chunk is computed twice, before and after the round, and not kept meanwhile.
     """
     debias, lr = state.step if hyper.bias_correction is True else None, hyper.lr
     if hyper.bias_correction == "step_size":
@@ -68,13 +68,18 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
     if hyper.adam:
         yield from view.subtract(first, lr=lr)
         return
-    asked = view.square_sum(view.param), view.square_sum(first)
+    kept = first.kept()
+    asked = view.square_sum(view.param), view.square_sum(kept)
     del first  # and with it a copy of a stack's gradients
     weight, length = yield asked
     ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
     # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.
     root = ratio.sqrt_().to(moments[0].dtype)
-    yield from view.subtract(Lazy(lamb_direction, *moments, view.param, factor=root, **numbers), lr=lr * root)
+    if isinstance(kept, Lazy):
+        kept = Lazy(lamb_direction, *moments, view.param, factor=root, **numbers)
+    else:
+        kept.mul_(root)
+    yield from view.subtract(kept, lr=lr * root)
 
 
 def lamb_direction(

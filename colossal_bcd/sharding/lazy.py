@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 2**18
 """Values of a chunk on a CPU: with its temporaries it stays in the cache, and is long beside a call's overhead."""
-LEAST_SQUARED, MOST_SQUARED = 2**13, 2**16
+SQUARED = 2**15
 """Values squared at once in float64 on a CPU."""
 WHOLE = 2**62
 """On accelerators nothing is divided."""
@@ -129,6 +129,14 @@ class Lazy:
             return [kernel(tensors[:count], tensors[count:])] if length else []
         chunks = zip(*_each_once(tensors, lambda x: x.split(size, -1)), strict=True)
         return (kernel(xs[:count], xs[count:]) for xs in chunks)
+
+    def kept(self) -> Tensor | Lazy:
+        """Its values, for what needs them twice, where they are one chunk or a stack; else itself."""
+        if _is_compiled or self.has_structure or (self.first.dim() == 1 and self.first.numel() > CHUNK):
+            return self
+        numbers = {name: _expanded(x, 1) for name, x in self.numbers.items()}
+        tensors = [operand for operand in self.operands if isinstance(operand, Tensor)]
+        return self.function(*map(_widened, tensors), **numbers)
 
     def _kernel(
         self, consume: Callable[..., Any], targets: Sequence[Tensor], numbers: dict[str, Number], dims: int
@@ -386,8 +394,7 @@ def _squares(values: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return values.to(torch.float64).square().sum(-1, keepdim=True)
     if values.device.type == "cpu":
-        # A sixteenth at a time, so that the copy is an eighth of float32 values.
-        size = max(LEAST_SQUARED, min(values.numel() // 16, MOST_SQUARED)) // math.prod(values.shape[:-1])
+        size = SQUARED // math.prod(values.shape[:-1])
         return _total([_wide_squares(part) for part in values.split(max(size, 1), -1)])
     # These kernels of accelerators widen values as they read them: one for all tensors, and no copy.
     norms = torch._foreach_norm(list(values.reshape(-1, values.shape[-1])), 2, dtype=torch.float64)
