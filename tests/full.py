@@ -42,6 +42,10 @@ FULL: dict[str, tuple[str, ...]] = {
         "lazy-reprojected-tp2-zero1",
     ),
     "low_rank/test_galore.py::test_galore_on_a_mesh_equals_one_process": ("*-tp1-zero2", "*-tp2-zero1"),
+    "fsdp/test_fsdp_blocks.py::test_blocks_on_copies_shards_and_tensor_parallel_ranks_are_one_process_in_float64": (
+        "bread momentum",
+    ),
+    "fsdp/test_fsdp_checkpoints.py::test_a_run_of_three_ranks_goes_on_on_other_meshes": ("*-8-hsdp_tp2",),
     "engine/test_engine.py::test_engine_bytes_equal_the_formula": ("1-1", "1-2", "2-1", "2-3"),
     "engine/test_faults.py::test_survivors_of_a_killed_rank_name_the_round_and_the_run_goes_on": ("rule", "gather"),
     "engine/test_replicas.py::test_replicas_equal_one_process": ("3",),

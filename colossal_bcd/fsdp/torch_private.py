@@ -108,9 +108,9 @@ def divide_sums() -> None:
 
 
 _OF_GROUPS = (
-    "fsdp_params", "device", "post_backward", "unshard", "wait_for_unshard", "is_sharded", "reduce_grads",
-    "all_reduce_grads", "_training_state", "_all_gather_result", "_partial_reduce_output", "_init_mp_dtypes",
-    "mp_policy", "mesh_info", "post_forward_mesh_info",
+    "fsdp_params", "device", "post_forward", "post_backward", "unshard", "wait_for_unshard", "is_sharded",
+    "reduce_grads", "all_reduce_grads", "_training_state", "_all_gather_result", "_partial_reduce_output",
+    "_init_mp_dtypes", "mp_policy", "mesh_info", "post_forward_mesh_info",
 )  # fmt: skip
 
 OF_PARAMS = ("sharded_param", "offload_to_cpu", "pin_memory", "_sharded_param_data", "unsharded_accumulated_grad")
@@ -225,6 +225,8 @@ class ShardGroup:
         """Note which gradients come, give zeros for those that do not, and say where ranks are lost.
 
         Ranks reduce the gradients that they have, and would reduce different ones where a batch uses fewer weights.
+        Weights that no backward pass will free are freed after a forward pass: users would write into gathered ones,
+        which nobody reads back.
 
         Args:
             keep_back: called with the parameters whose gradients a pass does not reduce.
@@ -233,6 +235,13 @@ class ShardGroup:
         reduce = says_where("average of gradients")(group.post_backward)
         group.unshard = says_where("gather of weights")(group.unshard)
         group.wait_for_unshard = says_where("gather of weights")(group.wait_for_unshard)
+        end_forward = group.post_forward
+
+        def post_forward(*given: Any) -> Any:
+            output = end_forward(*given)
+            if not torch.is_grad_enabled():
+                self.reshard()
+            return output
 
         def post_backward(*unused: Any) -> None:
             # Called again at the end of all, where nothing new has come.
@@ -243,7 +252,7 @@ class ShardGroup:
                     keep_back(here)
             reduce(*unused)
 
-        group.post_backward = post_backward
+        group.post_forward, group.post_backward = post_forward, post_backward
 
     def _note(self) -> list[Parameter]:
         """Parameters with a gradient in this pass; the others get zeros if the pass reduces them."""

@@ -105,6 +105,14 @@ def test_training_on_four_ranks_is_one_process_in_float64(on_four: dict[str, Any
     assert on_four[name]["weights"] <= 1e-12
 
 
+def test_training_on_copies_shards_and_tensor_parallel_ranks_is_one_process_in_float64() -> None:
+    options = {"tp_size": 2, "replicate_size": 2, "max_norm": 0.5}
+    case = Case(**F64, base="sgd", data_ranks=4, options=options)
+    errors = run_ranks(8, cases.errors, {"blocks": case}, timeout=600)[0]["blocks"]
+    assert errors["losses"] <= 1e-12
+    assert errors["weights"] <= 1e-12
+
+
 REFUSED = {
     "precision": r"got precision='fp16', expected 'bf16' or 'fp32'.*LowLevelZeroPlugin\(precision='fp16'\)",
     "max_norm": r"got max_norm=-1, expected a number of at least 0",

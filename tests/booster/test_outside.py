@@ -23,8 +23,14 @@ WRITTEN: dict[int, dict[str, dict[str, Any]]] = {
         "hybrid0-bf16": {"plugin": "hybrid", "zero_stage": 0, "tp_size": 1, "pp_size": 1, "precision": "bf16"},
         "hybrid2-bf16": {"plugin": "hybrid", "zero_stage": 2, "tp_size": 1, "pp_size": 1, "precision": "bf16"},
         "ddp-blocks": {"plugin": "ddp", "blocks": True},
+        "fsdp2-bf16": {"plugin": "fsdp", "precision": "bf16"},
+        "fsdp2-fp32": {"plugin": "fsdp", "precision": "fp32", "reshard_after_forward": False},
+        "fsdp2-blocks": {"plugin": "fsdp", "precision": "bf16", "blocks": True},
+        "fsdp2-offload": {"plugin": "fsdp", "precision": "bf16", "cpu_offload": True},
     },
     4: {
+        "fsdp2-hsdp": {"plugin": "fsdp", "precision": "bf16", "replicate_size": 2},
+        "fsdp2-tp2": {"plugin": "fsdp", "precision": "bf16", "tp_size": 2, "blocks": True},
         "tp2-zero1": {"plugin": "hybrid", "zero_stage": 1, "tp_size": 2, "pp_size": 1, "precision": "bf16"},
         "tp2-zero0": {"plugin": "hybrid", "zero_stage": 0, "tp_size": 2, "pp_size": 1, "precision": "fp32"},
         "pp2-zero1": {

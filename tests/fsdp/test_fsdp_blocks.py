@@ -94,6 +94,13 @@ ON_FOUR = {
 }
 
 
+@pytest.mark.parametrize("name", ["bread momentum", "bread galore"])
+def test_blocks_on_copies_shards_and_tensor_parallel_ranks_are_one_process_in_float64(name: str) -> None:
+    found = run_ranks(8, cases.errors, dataclasses.replace(CLOSE[name], mesh="hsdp_tp2"), timeout=600)[0][0]
+    assert found["losses"] <= 1e-12
+    assert found["weights"] <= 1e-12
+
+
 @pytest.fixture(scope="module")
 def on_four() -> dict[str, Any]:
     return dict(zip(ON_FOUR, run_ranks(4, cases.errors, *ON_FOUR.values())[0], strict=True))

@@ -50,7 +50,7 @@ def on_three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return request.param, folder, run_ranks(3, cases.save, folder, MOVED, request.param)[0]
 
 
-@pytest.mark.parametrize(("num_ranks", "mesh"), [(1, "fsdp"), (2, "fsdp"), (4, "hsdp"), (4, "tp2")])
+@pytest.mark.parametrize(("num_ranks", "mesh"), [(1, "fsdp"), (2, "fsdp"), (4, "hsdp"), (4, "tp2"), (8, "hsdp_tp2")])
 def test_a_run_of_three_ranks_goes_on_on_other_meshes(on_three: Any, num_ranks: int, mesh: str) -> None:
     way, folder, straight = on_three
     moved = {name: dataclasses.replace(case, mesh=mesh) for name, case in MOVED.items()}

@@ -18,6 +18,7 @@ from conformance_cases import (
     gradient,
     hyper_of,
     initial,
+    largest_errors,
     measure_all_waves,
     train_by_reference,
     train_on_one_process,
@@ -124,6 +125,13 @@ class TestMeshAndRow:
             assert "calls_of_many" not in reports[0][row]
             return
         assert all(report[row]["calls_of_many"] == [calls, calls] for report in reports)
+
+
+def test_copies_of_slices_of_divided_tensors_equal_the_reference(expected):
+    """Three dims of a device mesh, of which each has two ranks."""
+    sizes, variants = Sizes(2, 2, replicas=2, dtensors=True), ["lamb-decay", "came-decay", "galore-adamw-decay"]
+    for errors in run_ranks(sizes.num_ranks, largest_errors, sizes, str(expected), variants):
+        assert {variant: error for variant, error in errors.items() if not error <= TOLERANCE} == {}
 
 
 def test_meshes_hold_empty_ragged_and_all_padding_parts():

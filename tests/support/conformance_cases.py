@@ -34,7 +34,7 @@ from colossal_bcd.optim import ShardedOptimizer
 from colossal_bcd.sharding import Layout, Mesh, TensorSplit
 from colossal_bcd.sharding.dtensor import local_values
 from colossal_bcd.testing import CollectiveCounter, PeakBytes
-from support.errors import largest_error
+from support.errors import largest_error, worst
 
 TOLERANCE = 1e-12
 
@@ -389,6 +389,19 @@ def like(param, layout, full):
 
 def run_of(sizes, variant, **options):
     return (DTensorRun if sizes.dtensors else ShardedRun)(sizes, variant, **options)
+
+
+def largest_errors(sizes, path, variants):
+    """Of all cases and steps of some variants, against the reference."""
+    expected, found = torch.load(path, mmap=True, weights_only=True), {}
+    for variant in variants:
+        run, steps = run_of(sizes, variant), range(hyper_of(variant)[0].num_steps)
+        errors = []
+        for step in steps:
+            run.step(step)
+            errors += run.errors(step, expected[variant]["reference"])
+        found[variant] = worst(errors)
+    return found
 
 
 def conform(sizes, path):

@@ -92,9 +92,9 @@ class Case:
     def sharded(self, model: nn.Module) -> nn.Module:
         fsdp.enable_cpu()
         mesh = mesh_of(self.mesh)
-        if self.mesh == "tp2":
+        if self.mesh in DIVIDED:
             parallelize(model, mesh["tp"])
-            mesh = mesh["dp"]
+            mesh = mesh[DIVIDED[self.mesh]]
         if self.by_user:
             for layer in model.model.layers:
                 fully_shard(layer, mesh=mesh, **self.shard)
@@ -102,6 +102,8 @@ class Case:
         return fsdp.shard(model, mesh, **self.shard)
 
 
+DIVIDED: dict[str, Any] = {"tp2": "dp", "hsdp_tp2": ("replicas", "dp")}
+"""Meshes of which two ranks divide layers, and their other dims."""
 _meshes: dict[str, DeviceMesh] = {}
 
 
@@ -110,6 +112,7 @@ def mesh_of(name: str) -> DeviceMesh:
         "fsdp": ((dist.get_world_size(),), ("dp",)),
         "hsdp": ((2, 2), ("replicas", "dp")),
         "tp2": ((2, 2), ("dp", "tp")),
+        "hsdp_tp2": ((2, 2, 2), ("replicas", "dp", "tp")),
     }
     if name not in _meshes:
         shape, names = shapes[name]
@@ -134,8 +137,8 @@ def whole(param: Any) -> Tensor:
 
 def data_rank(case: Case) -> tuple[int, int]:
     """Number of this rank's batches, and how many there are."""
-    size = dist.get_world_size() // (2 if case.mesh == "tp2" else 1)
-    return dist.get_rank() // (2 if case.mesh == "tp2" else 1), size
+    divisor = 2 if case.mesh in DIVIDED else 1
+    return dist.get_rank() // divisor, dist.get_world_size() // divisor
 
 
 def batch(step: int, number: int) -> Tensor:

@@ -13,12 +13,15 @@ import torch.distributed as dist
 from colossalai.booster import Booster
 from colossalai.nn.optimizer import Lamb as StockLamb
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 
 from colossal_bcd import CAME, BlockOptimizer, GaLoreAdamW, GoLoreAdamW, Lamb
 from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.checkpoint.assembly import MASTER
+from colossal_bcd.sharding import Layout
 from colossal_bcd.sharding.dtensor import MeshAxes, is_dtensor, layout_of, local_values
 from support.errors import largest_error
 
@@ -42,6 +45,9 @@ def boost(
     booster = Booster(plugin=PLUGINS[plugin](**options))
     model, engine, *_ = booster.boost(model, optimizer)
     return model, engine, booster
+
+
+Write = Callable[[nn.Module, Sequence[Parameter]], None]
 
 
 def load_half(module: nn.Module, params: Sequence[Parameter]) -> None:
@@ -99,7 +105,36 @@ def swap(module: nn.Module, params: Sequence[Parameter]) -> None:
         param.data.copy_(values)
 
 
-WRITES: dict[str, Callable[[nn.Module, Sequence[Parameter]], None]] = {
+def copy_whole(module: nn.Module, params: Sequence[Any]) -> None:
+    for param in params:
+        whole = param.full_tensor().detach().flip(0)
+        param.data.copy_(distribute_tensor(whole, param.device_mesh, param.placements))
+
+
+def scale_local(module: nn.Module, params: Sequence[Any]) -> None:
+    for param in params:
+        param.to_local().data.mul_(0.5)
+
+
+def set_whole(module: nn.Module, params: Sequence[Parameter]) -> None:
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(module, options=options)
+    set_model_state_dict(module, {name: value * 0.75 for name, value in state.items()}, options=options)
+
+
+def evaluated(write: Write) -> Write:
+    """Write after an evaluation, after which torch leaves weights of the outermost group gathered."""
+
+    def evaluate_and_write(module: nn.Module, params: Sequence[Parameter]) -> None:
+        with torch.no_grad():
+            module(input_ids=models.tokens(0, vocab=128))
+        assert {*map(id, module.parameters())} == {*map(id, params)}, "what users write into is not the weights"
+        write(module, params)
+
+    return evaluate_and_write
+
+
+WRITES: dict[str, Write] = {
     "nothing": lambda module, params: None,
     "load_state_dict": load_half,
     "swap": swap,
@@ -112,6 +147,15 @@ WRITES: dict[str, Callable[[nn.Module, Sequence[Parameter]], None]] = {
     "data.mul_": scale_data,
     "vector_to_parameters": write_vector,
     "one value": one_value,
+}
+REFUSED_BY_TORCH = ("data.copy_", "vector_to_parameters", "one value")
+OF_DTENSORS: dict[str, Write] = {
+    # torch has no rule for the others; assigning to `data` of a DTensor does nothing, in torch itself.
+    **{name: write for name, write in WRITES.items() if name not in REFUSED_BY_TORCH},
+    "data.copy_ of a whole": copy_whole,
+    "to_local": scale_local,
+    "set_model_state_dict": set_whole,
+    **{f"{name} after an evaluation": evaluated(WRITES[name]) for name in ("swap", "clamp_", "data +=", "data.mul_")},
 }
 
 
@@ -141,31 +185,47 @@ class Textbook:
 
 def written_weights(options: dict[str, Any]) -> dict[str, float]:
     """Largest error of this rank's masters against the textbook, after a step that follows each write."""
-    model, engine, _booster = boost(
+    model, engine, booster = boost(
         options, lambda params: torch.optim.AdamW(params, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
     )
-    module, masters = model.unwrap(), engine.masters
-    params = list(engine.layouts)
+    module, masters, sharded = model.unwrap(), engine.masters, isinstance(booster.plugin, FSDP2Plugin)
+    # As the wrapper of FSDP2Plugin has them.
+    layouts = engine.engine.layouts if sharded else engine.layouts
+    wait = (lambda: None) if sharded else engine.wait_for_weights
+    params = list(layouts)
     books = {param: Textbook(master) for param, master in masters.of.items()}
     errors, step = {}, 0
-    for write, write_into in WRITES.items():
+    for write, write_into in (OF_DTENSORS if sharded else WRITES).items():
         for turn in range(2):
             if turn:
-                engine.wait_for_weights()
+                wait()
                 before = {param: masters.weight_of(param).clone() for param in books}
                 write_into(module, params)
                 for param, book in books.items():
                     book.follow(before[param].view_as(book.values), masters.weight_of(param).view_as(book.values))
+            if sharded:  # FSDP2 gives weights another memory in the first pass
+                booster.backward(models.loss(model, models.tokens(step, vocab=128)), engine)
             for param, book in books.items():
-                grad = gradient(engine.parameter_names[id(param)], engine.layouts[param].shape, step)
-                param.grad = engine.layouts[param].shard(grad).to(param.dtype)
-                book.step(masters.layout(param).shard(grad).double().view_as(book.values))
+                grad = gradient(engine.parameter_names[id(param)], layouts[param].shape, step)
+                param.grad = placed(layouts[param].shard(grad).to(param.dtype), param, layouts[param])
+                part = masters.layout(param).shard(grad).double().view(-1)[: book.values.numel()]
+                book.step(part.view_as(book.values))
             engine.step()
             engine.zero_grad()
             step += 1
-        engine.wait_for_weights()
+        wait()
         errors[write] = max(_error(engine, param, book) for param, book in books.items())
     return errors
+
+
+def placed(values: Tensor, param: Parameter, layout: Layout) -> Tensor:
+    """A shard, or slice, of a full tensor as a gradient of the parameter."""
+    if not is_dtensor(param):
+        return values
+    local = values.view(-1)[: layout.num_local].view(local_values(param).shape)
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
 
 
 def _error(engine: Any, param: Parameter, book: Textbook) -> float:
