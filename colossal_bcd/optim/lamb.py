@@ -70,7 +70,6 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
         return
     kept = first.kept()
     asked = view.square_sum(view.param), view.square_sum(kept)
-    del first  # and with it a copy of a stack's gradients
     weight, length = yield asked
     ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
     # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.

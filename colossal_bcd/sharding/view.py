@@ -132,8 +132,6 @@ class ShardView:
     def stored_grad(self) -> Tensor:
         """Gradient, shaped like `param`, not to be written.
 
-        Of stacked gradients every read is a new copy, so that none is kept alive between rounds.
-
         Raises:
             RuntimeError: an engine has reduced a low-rank gradient only.
         """
@@ -144,7 +142,9 @@ class ShardView:
                 "step needs all of it. A hyper-parameter (update_proj_gap) was changed between backward and step: "
                 "change it after the step."
             )
-        joined = self.flat(torch.stack(grads) if len(grads) > 1 else grads[0])
+        if len(grads) > 1:
+            grads[:] = [torch.stack(grads)]
+        joined = self.flat(grads[0])
         return joined if wide(joined.dtype) == wide(self.param.dtype) else joined.to(wide(self.param.dtype))
 
     @property
