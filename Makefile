@@ -11,8 +11,8 @@ OUTPUT ?= demo
 # Flags of examples/finetune/main.py, and the launcher: torchrun does as well.
 DEMO ?=
 LAUNCH ?= colossalai run
-# Files of tests go to two processes, each of which starts ranks of its own.
-WORKERS ?= --numprocesses 2 --dist loadfile
+# Files of tests go to two processes, each of which starts ranks of its own, in the order of tests/conftest.py.
+WORKERS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Largest difference between the losses of the ranks and of one process.
 BOUND ?= 1e-12
 

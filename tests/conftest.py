@@ -6,7 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from full import waits
+from full import LONG, waits
 from needs import ignored
 
 from colossal_bcd.testing import start_server
@@ -31,11 +31,17 @@ collect_ignore = ignored()
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     mark_full(items)
+    # Workers take files in this order: none is left with a long one when the others have ended.
+    items.sort(key=lambda item: LONG.index(file) if (file := file_of(item)) in LONG else len(LONG))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+def file_of(item):
+    return item.nodeid.partition("::")[0].removeprefix("tests/")
 
 
 def mark_full(items):

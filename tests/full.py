@@ -1,4 +1,4 @@
-"""What runs in `make test-full` only: cases of a test whose claim other cases keep in `make test`.
+"""What runs in `make test-full` only: cases of a test whose claim other cases keep in `make test`; and what runs first.
 
 Each kind of mesh (one rank, ZeRO with and without a remainder, tensor parallelism, both, pipelines, DDP) and each rule
 stays in the quick suite at least once; what is named here repeats a claim on one more mesh of the same kind, or a rule
@@ -19,6 +19,9 @@ FULL: dict[str, tuple[str, ...]] = {
     "optim/test_quantized.py::test_moments_on_meshes_stay_within_the_bound_and_replicas_are_equal": ("tp1-zero3",),
     "optim/test_rounding.py::test_meshes_and_replicas_draw_the_same_bits": ("tp2-zero1", "tp1-zero3"),
     "optim/test_edges.py::test_edges_equal_the_textbook_on_every_mesh": ("tp2 and zero2",),
+    "optim/test_bitsandbytes.py::test_every_optimizer_equals_itself_on_one_process_or_is_refused_by_name": (
+        "tensor-parallel",
+    ),
     "optim/test_bitsandbytes.py::test_every_optimizer_goes_on_on_another_mesh_as_on_one_process": ("1",),
     "optim/test_state_kinds.py::test_state_of_every_kind_comes_back_on_another_mesh": ("1",),
     "sharding/test_canonical.py::test_state_of_every_mesh_is_that_of_one_process": ("tp1-zero1", "tp2-zero1"),
@@ -131,6 +134,30 @@ FULL: dict[str, tuple[str, ...]] = {
     ),
 }
 """By test, or by class of tests, below this folder: patterns of the ids of its cases that wait, as of `fnmatch`."""
+
+LONG = (
+    "checkpoint/test_checkpoints.py",
+    "booster/test_correction_plugins.py",
+    "booster/test_plugins.py",
+    "booster/test_outside.py",
+    "booster/test_thaw.py",
+    "optim/test_conformance.py",
+    "optim/test_bitsandbytes.py",
+    "booster/test_block_plugins.py",
+    "block/test_graph_compile.py",
+    "checkpoint/test_checkpoint_errors.py",
+    "checkpoint/test_checkpoint_launched.py",
+    "examples/test_golore_example.py",
+    "examples/test_example.py",
+    "examples/test_short_programs.py",
+    "booster/test_galore_plugins.py",
+    "booster/test_graph_plugins.py",
+    "engine/test_faults.py",
+    "engine/test_replicas.py",
+    "test_types.py",
+    "test_nan.py",
+)
+"""The files that take longest, which begin first."""
 
 
 def waits(nodeid: str) -> tuple[str, str] | None:

@@ -143,17 +143,42 @@ before = world()
 """
 
 
-@pytest.mark.parametrize(
-    "name", ["colossal_bcd", "colossal_bcd.sharding", "colossal_bcd.optim", "colossal_bcd.testing"]
-)
-def test_import_loads_torch_alone_and_takes_no_action(name):
+def test_import_loads_torch_alone_and_takes_no_action():
+    names = ["colossal_bcd", "colossal_bcd.sharding", "colossal_bcd.optim", "colossal_bcd.testing"]
+    imports = "\n".join(f"import {name}\nassert world() == before, {name!r}" for name in names)
     code = (
-        f"{WATCHED}\nimport {name}\nassert world() == before\n"
+        f"{WATCHED}\n{imports}\n"
         "libraries = ('colossalai', 'transformers', 'peft', 'bitsandbytes', 'click', 'rich', 'torch.distributed.run', "
         "'torch.distributed.launch', 'torch.distributed.elastic.agent')\n"
         "print([library for library in libraries if library in sys.modules])"
     )
     assert run_python(code) == "[]\n"
+
+
+ASKED_FOR = """
+import sys, torch, colossal_bcd
+from colossal_bcd import CAME, Adafactor, AdamW, GaLoreLion, Lamb, Lion, compat
+def loaded():
+    return sorted({"colossalai", "transformers", "bitsandbytes"} & set(sys.modules))
+def step(cls, **options):
+    param = torch.nn.Parameter(torch.ones(3, 3))
+    param.grad = torch.ones_like(param)
+    cls([param], **options).step()
+for cls in (AdamW, Lamb, CAME, Lion):
+    step(cls, lr=1e-3)
+step(Adafactor)
+print(GaLoreLion.__name__, colossal_bcd.estimate(AdamW(torch.nn.Linear(4, 4).parameters())).state, loaded())
+step(CAME, lr=1e-3, moment_bits=8)
+print(loaded())
+"""
+
+
+def test_no_library_is_loaded_before_it_is_asked_for():
+    """Neither by optimizers, their steps and their estimate nor by the names of originals."""
+    pytest.importorskip("bitsandbytes")
+    asked = f"{ASKED_FOR}\ncompat.BAdamCallback\nprint('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.splitlines() == ["GaLoreLion 160 []", "['bitsandbytes']", "True"]
 
 
 def test_import_of_the_package_defers_its_parts():

@@ -52,7 +52,8 @@ def local_values(tensor: Tensor) -> Tensor:
         Of a DTensor the local one, in its own shape and without padding (`Layout.num_local` values); else the tensor.
     """
     if not is_dtensor(tensor):
-        return tensor.detach()
+        # ColossalAI's tensor-parallel weights have a method of their own that copies what they know of their mesh.
+        return Tensor.detach(tensor)
     # With gradients enabled the local tensor would be a node of the graph.
     with torch.no_grad():
         return tensor.to_local().detach()

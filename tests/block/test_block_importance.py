@@ -17,7 +17,7 @@ from test_optim import NoHostSync
 from colossal_bcd import estimate
 from colossal_bcd.testing import run_ranks
 
-TURNS = 3 * LAYERS
+TURNS = 2 * LAYERS + 1
 STEPS = PERIOD * TURNS
 WHOLE, STAGES = [(0, LAYERS)], [(0, 2), (2, LAYERS)]
 

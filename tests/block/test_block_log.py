@@ -2,16 +2,14 @@
 
 import copy
 import logging
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from block_net import Net, train, wrap
 
 from colossal_bcd.block import BlockOptimizerRatio
 from colossal_bcd.block.log import active_line
+from colossal_bcd.testing import run_ranks
 
 SWITCHES = ["step 0: block 0 (layers.0) of 3 is active", "step 2: block 1 (layers.1) of 3 is active"]
 
@@ -102,22 +100,14 @@ def test_block_log_names_the_stages_of_each_block():
     assert active_line(4, [0], names, stages) == "step 4: stages 0, 1 train block 0 (embed) of 3"
 
 
-def test_block_log_of_a_pipeline_is_written_once():
-    """What the launcher of a script that leaves logging alone shows: each stage's block, once for all ranks."""
+def test_block_log_of_a_pipeline_is_written_once(tmp_path):
+    """What a launcher shows of a script that leaves logging alone: each stage's block, once for all ranks."""
     pytest.importorskip("colossalai")
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests.parent), str(tests / "support"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(tests / "support" / "log_script.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith(("--", "colossal_bcd: step"))]
+    import log_cases
+
+    run_ranks(2, log_cases.show, str(tmp_path / "shown"))
+    shown = (tmp_path / "shown").read_text()
+    lines = [line for line in shown.splitlines() if line.startswith(("--", "colossal_bcd: step"))]
     assert lines == [
         "-- per stage",
         "colossal_bcd: step 0: block 0 (model.layers.0) of 4 is active",

@@ -39,7 +39,7 @@ def test_reached_blocks_are_silent(make: Any, caplog: pytest.LogCaptureFixture) 
 
 def test_reached_says_once_which_block_has_no_gradient(caplog: pytest.LogCaptureFixture) -> None:
     """An image tower, for example, whose blocks come first: later blocks train, so that this is no error."""
-    model = Region(range(2))
+    model = Region(range(LAYERS - 1))
     optimizer = graph_cases.block(model, active_modules=["lm_head."])
     graph_cases.train(model, optimizer, 2 * PERIOD * LAYERS)
     (line,) = warnings_of(caplog)
@@ -52,7 +52,7 @@ def test_reached_no_block_at_all_is_an_error(caplog: pytest.LogCaptureFixture) -
     model = Region(range(LAYERS))
     optimizer = graph_cases.block(model, active_modules=["lm_head."])
     graph_cases.train(model, optimizer, PERIOD * LAYERS - 1)
-    with pytest.raises(ValueError, match="3 blocks was active, and none got a gradient in any step"):
+    with pytest.raises(ValueError, match=f"{LAYERS} blocks was active, and none got a gradient in any step"):
         graph_cases.train(model, optimizer, 1)
     assert len(warnings_of(caplog)) == 1
 
@@ -62,7 +62,7 @@ def test_reached_no_layer_of_the_ratio_form_is_an_error() -> None:
     optimizer = graph_cases.ratio(model)
     assert isinstance(optimizer, BlockOptimizerRatio)
     graph_cases.train(model, optimizer, PERIOD - 1)
-    with pytest.raises(ValueError, match="3 layers was active, and none got a gradient in any step"):
+    with pytest.raises(ValueError, match=f"{LAYERS} layers was active, and none got a gradient in any step"):
         graph_cases.train(model, optimizer, 1)
 
 

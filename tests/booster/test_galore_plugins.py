@@ -23,14 +23,14 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
 def test_galore_plugin_step_equals_one_process(case: str) -> None:
     """With random bases, which are equal bit for bit, the masters differ by float32 rounding alone.
 
-    Each of the 20 steps rounds the weight (below 4 in magnitude) once, and its update (below 0.02) some 64 times: two
+    Each step rounds the weight (below 4 in magnitude) once, and its update (below 0.02) some 64 times: two
     products of rank 4 and Adam's ten operations, over sums of up to 96 values.
     """
     num_ranks, plugin, options = CASES[case]
     # Averages of these gradients are exact in bf16, those of their images are not.
     options = {**options, "communication_dtype": torch.float32}
     reports = run_ranks(num_ranks, galore_plugin_cases.injected, plugin, options, {"svd_method": "random"})
-    bound = 20 * 2**-24 * (4 + 64 * 0.02 * 96**0.5)
+    bound = galore_plugin_cases.STEPS * 2**-24 * (4 + 64 * 0.02 * 96**0.5)
     assert all(report["error"] <= bound for report in reports)
     assert all(report["replicas"] for report in reports)
 
@@ -41,7 +41,7 @@ def test_galore_plugin_step_of_other_rules_equals_one_process(case: str, rule: s
     """As above; their updates are below 0.02, too, and have no more operations."""
     num_ranks, plugin, options = CASES[case]
     options = {**options, "communication_dtype": torch.float32}
-    bound = 20 * 2**-24 * (4 + 64 * 0.02 * 96**0.5)
+    bound = galore_plugin_cases.STEPS * 2**-24 * (4 + 64 * 0.02 * 96**0.5)
     for report in run_ranks(num_ranks, galore_plugin_cases.injected, plugin, options, {"svd_method": "random"}, rule):
         assert report["error"] <= bound
         assert report["replicas"]

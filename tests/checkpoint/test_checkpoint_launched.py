@@ -1,4 +1,4 @@
-"""The main job under its launcher: interrupted, killed and resumed, it ends at the losses of a run that was not."""
+"""The main job, interrupted under its launcher, killed and resumed, ends at the losses of a run that was not."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
+import pytest
+import torch.distributed as dist
 from compare_losses import read_losses
 from main import main, settings_of
 
-from colossal_bcd.testing import run_ranks
+from colossal_bcd.testing import RankError, run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune" / "main.py"
 FLAGS = [
@@ -28,11 +30,11 @@ EARLY = 8
 class Launched:
     """A run on two ranks, in a session of its own, as of a terminal."""
 
-    def __init__(self, output: Path, *flags: str) -> None:
+    def __init__(self, output: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         self.log = (output.parent / "log").open("a+")
         self.process = subprocess.Popen(
-            [*command, str(SCRIPT), *FLAGS, "--output", str(output), *flags],
+            [*command, str(SCRIPT), *FLAGS, "--output", str(output)],
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -53,14 +55,14 @@ class Launched:
         """Ctrl-C: the terminal tells all processes."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def kill_one(self) -> None:
-        ranks = [child for child in psutil.Process(self.process.pid).children() if str(SCRIPT) in child.cmdline()]
-        assert len(ranks) == 2
-        ranks[1].kill()
-
     def text(self) -> str:
         self.log.seek(0)
         return self.log.read()
+
+
+def written(output: Path, step: int) -> Path:
+    """The file that is there as soon as the step's checkpoint is complete."""
+    return output / "checkpoints" / f"step-{step:08}" / "checkpoint.json"
 
 
 def newest(output: Path) -> int:
@@ -79,19 +81,32 @@ def train(flags: list[str]) -> None:
     run(settings_of(main.make_context("main.py", flags).params, world_size=2), started=0.0)
 
 
+def train_and_die(flags: list[str], when: str) -> None:
+    """The same, but the second rank is killed as soon as a file is there, wherever it is then."""
+    if dist.get_rank() == 1:
+        threading.Thread(target=kill_this_process, args=(Path(when),), daemon=True).start()
+    train(flags)
+
+
+def kill_this_process(when: Path) -> None:
+    while not when.exists():
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_run_that_is_interrupted_and_killed_goes_on_to_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
     straight = losses(tmp_path / "straight")
     output = tmp_path / "stopped"
 
     run = Launched(output)
-    assert run.ended_by(run.interrupt, output / "checkpoints" / f"step-{EARLY:08}" / "checkpoint.json") != 0
+    assert run.ended_by(run.interrupt, written(output, EARLY)) != 0
     taken = newest(output)
     assert EARLY <= taken < 40, "the last checkpoint is that of the interruption"
     assert "has what --resume goes on from" in run.text()
 
-    run = Launched(output, "--resume")
     following = taken // EARLY * EARLY + EARLY
-    assert run.ended_by(run.kill_one, output / "checkpoints" / f"step-{following:08}" / "checkpoint.json") != 0
+    with pytest.raises(RankError, match="rank 1\nthe process ended without a result"):
+        run_ranks(2, train_and_die, [*FLAGS, "--output", str(output), "--resume"], str(written(output, following)))
     assert following <= newest(output) < 48
 
     assert losses(output, "--resume") == straight

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from colossal_bcd.testing import run_ranks
 
 QUICK = ["lamb", "came", "golore", "badam", "ratio"]
+REPEATED = {"adamw", "galore", "galore-adafactor", "golore-sgd", "adamw-8bit", "came-8bit", "ratio-adjacent"}
+"""Optimizers whose state is of kinds that others have, too."""
 SAMPLE = {
-    ("zero2 x2", "zero2 x2"): OPTIMIZERS,
+    ("zero2 x2", "zero2 x2"): [name for name in OPTIMIZERS if name not in REPEATED],
     ("tp2+zero2 x4", "tp2+zero2 x4"): QUICK,
     ("tp2+zero2 x4", "zero2 x3"): QUICK,
     ("zero2 x2", "pp2"): QUICK,
@@ -39,7 +41,6 @@ PAIRS = [
         )
         for source in MESHES
         for target in MESHES
-        if SAMPLE.get((source, target)) != OPTIMIZERS
     ),
 ]
 TOLERANCE = 0.02
@@ -166,5 +167,5 @@ def test_files_honour_the_size_limit(saved: Any) -> None:
     by_file: dict[str, list[int]] = {}
     for key, said in index["entries"].items():
         by_file.setdefault(said["file"], []).append(tensors[key].nbytes)
-    assert all(sum(sizes) <= 0.05 * 2**20 or len(sizes) == 1 for sizes in by_file.values())
+    assert all(sum(sizes) <= cases.SHARD * 2**20 or len(sizes) == 1 for sizes in by_file.values())
     assert sorted(path.name for path in folder.iterdir()) == sorted([*index["files"], "optimizer_index.json"])

@@ -22,7 +22,7 @@ def expected():
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_state_of_every_mesh_is_that_of_one_process(sizes, expected):
-    ranks = run_ranks(sizes.tp * sizes.zero, cases.sharded_each, sizes)
+    ranks = run_ranks(sizes.tp * sizes.zero, cases.sharded_each, sizes, expected)
     for optimizer, states in expected.items():
         for index, whole in enumerate(states):
             # Rows of a low-rank image need no mean: one of its vectors is whole everywhere.

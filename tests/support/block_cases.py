@@ -15,7 +15,7 @@ from colossal_bcd import CAME, Adafactor, BlockOptimizer, Lamb
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
 PLUGINS = {"zero": LowLevelZeroPlugin, "hybrid": HybridParallelPlugin, "ddp": TorchDDPPlugin}
-PERIOD = 3
+PERIOD = 2
 LAYERS = 3
 
 

@@ -108,6 +108,6 @@ def sharded(sizes: Sizes, name: str, expected: list[dict[str, Tensor]]) -> list[
     return found
 
 
-def sharded_each(sizes: Sizes) -> dict[str, list[dict[str, Any]]]:
+def sharded_each(sizes: Sizes, expected: dict[str, list[dict[str, Tensor]]]) -> dict[str, list[dict[str, Any]]]:
     """`sharded` of every optimizer."""
-    return {name: sharded(sizes, name, alone(name)) for name in MAKE}
+    return {name: sharded(sizes, name, states) for name, states in expected.items()}

@@ -18,9 +18,11 @@ from colossal_bcd.block import MomentumCorrection, OptimizerCorrection
 from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin
 
 LR = 1e-3
-BEFORE, AFTER = 5, 4
-"""Steps before the checkpoint, and after it; blocks switch every three, so it lies in the middle of one."""
-PERIOD = 3
+BEFORE, AFTER = 3, 2
+"""Steps before the checkpoint, and after it; blocks switch every two, so it lies in the middle of the second."""
+PERIOD = 2
+SHARD = 0.2
+"""MiB of tensors in one file of a checkpoint, which has several."""
 BATCH = 12
 """Divisible by 1, 2, 3, 4: sequences of a step over all data-parallel ranks."""
 
@@ -40,7 +42,7 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
 def projected(model: nn.Module, cls: Any, **options: Any) -> Any:
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "layers" not in name]
-    groups = [{"params": matrices, "rank": 4, "update_proj_gap": 4}, {"params": others}]
+    groups = [{"params": matrices, "rank": 4, "update_proj_gap": 2}, {"params": others}]
     return cls(groups, lr=LR, **options)
 
 
@@ -51,11 +53,11 @@ MAKE: dict[str, Any] = {
     "adafactor": lambda model: colossal_bcd.Adafactor(model.parameters(), lr=LR, relative_step=False, beta1=0.9),
     "came": lambda model: colossal_bcd.CAME(model.parameters(), lr=LR),
     "galore": lambda model: projected(model, colossal_bcd.GaLoreAdamW),
-    "golore": lambda model: projected(model, colossal_bcd.GoLoreAdamW, random_from_step=3),
+    "golore": lambda model: projected(model, colossal_bcd.GoLoreAdamW, random_from_step=2),
     "galore-adafactor": lambda model: projected(
         model, colossal_bcd.GaLoreAdafactor, relative_step=False, beta1=0.9, proj_type="reverse_std"
     ),
-    "golore-sgd": lambda model: projected(model, colossal_bcd.GoLoreSGD, momentum=0.9, random_from_step=3),
+    "golore-sgd": lambda model: projected(model, colossal_bcd.GoLoreSGD, momentum=0.9, random_from_step=2),
     "adamw-8bit": lambda model: colossal_bcd.AdamW(model.parameters(), lr=LR, moment_bits=8),
     "galore-8bit": lambda model: projected(model, colossal_bcd.GaLoreAdamW, moment_bits=8),
     "came-8bit": lambda model: colossal_bcd.CAME(model.parameters(), lr=LR, moment_bits=8),
@@ -67,7 +69,7 @@ MAKE: dict[str, Any] = {
         model,
         torch.optim.AdamW(model.parameters(), lr=LR),
         sgd_mode="all",
-        correction=OptimizerCorrection(colossal_bcd.GaLoreSGD, rank=4, update_proj_gap=4, momentum=0.9),
+        correction=OptimizerCorrection(colossal_bcd.GaLoreSGD, rank=4, update_proj_gap=2, momentum=0.9),
     ),
     "bread-adafactor-8bit": lambda model: blocks(
         model,
@@ -81,7 +83,7 @@ MAKE: dict[str, Any] = {
     "badam-came": lambda model: blocks(model, colossal_bcd.CAME(model.parameters(), lr=LR)),
     "ratio": lambda model: ratio(model, "scatter"),
     "ratio-adjacent": lambda model: ratio(model, "adjacent"),
-    # In the third of the blocks adapters of the first two wait, which train again before the run ends.
+    # When it is saved, in the third of the blocks, adapters of the first two wait; they train again before it ends.
     "bread-lora": lambda model: blocks(
         model,
         torch.optim.AdamW(model.parameters(), lr=LR),
@@ -177,7 +179,7 @@ class Run:
 
     def save(self, folder: str, shard: bool = True) -> None:
         self.booster.save_model(self.model, f"{folder}/model", shard=True, use_safetensors=True)
-        self.booster.save_optimizer(self.engine, f"{folder}/optimizer", shard=shard, size_per_shard=0.05)
+        self.booster.save_optimizer(self.engine, f"{folder}/optimizer", shard=shard, size_per_shard=SHARD)
         self.booster.save_lr_scheduler(self.scheduler, f"{folder}/scheduler")
         dist.barrier()
 
@@ -187,13 +189,22 @@ class Run:
         self.booster.load_lr_scheduler(self.scheduler, f"{folder}/scheduler")
 
 
+def before(optimizer: str) -> int:
+    """Steps before the checkpoint; of models with adapters until the third block trains."""
+    return BEFORE + PERIOD * (optimizer in ADAPTERS)
+
+
+def goes_on(run: Run, optimizer: str) -> list[float | None]:
+    return [run.step(before(optimizer) + step) for step in range(AFTER)]
+
+
 def train_and_save(mesh: str, optimizer: str, folder: str, shard: bool = True, **overrides: Any) -> list[float | None]:
     """Save after `BEFORE` steps, and go on: the losses after the checkpoint."""
     run = Run(mesh, optimizer, **overrides)
-    for step in range(BEFORE):
+    for step in range(before(optimizer)):
         run.step(step)
     run.save(folder, shard)
-    return [run.step(BEFORE + step) for step in range(AFTER)]
+    return goes_on(run, optimizer)
 
 
 def resume(mesh: str, optimizer: str, folder: str, again: str = "", **overrides: Any) -> list[float | None]:
@@ -202,7 +213,7 @@ def resume(mesh: str, optimizer: str, folder: str, again: str = "", **overrides:
     run.load(folder)
     if again:
         run.save(again)
-    return [run.step(BEFORE + step) for step in range(AFTER)]
+    return goes_on(run, optimizer)
 
 
 def train_and_save_each(mesh: str, optimizers: list[str], folder: str) -> dict[str, list[float | None]]:

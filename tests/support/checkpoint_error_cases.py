@@ -310,16 +310,15 @@ def ddp(optimizer: str, folder: str) -> list[list[float]]:
         checkpoints = CheckpointFolder(folder)
         if resume:
             checkpoints.load(booster, model, engine)
-        for step in range(4 if resume else 0, 7):
+        kept: list[float] = []
+        for step in range(3 if resume else 0, 5):
             loss = models.loss(model, models.tokens(2 * step + dist.get_rank(), vocab=250))
             booster.backward(loss, engine)
             engine.step()
             engine.zero_grad()
-            if step == 3:
-                checkpoints.save(booster, model, engine, step=4)
-                losses.append([])
-            if step == 4 and resume:
-                losses.append([])
-            if step > 3:
-                losses[-1].append(loss.item())
+            if step >= 3:
+                kept.append(loss.item())
+            if step == 2:
+                checkpoints.save(booster, model, engine, step=3)
+        losses.append(kept)
     return losses

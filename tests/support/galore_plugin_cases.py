@@ -16,13 +16,14 @@ from colossal_bcd import BlockOptimizer, GaLoreAdafactor, GaLoreAdamW, GaLoreAda
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 from support.errors import largest_error
 
-STEPS = 20
+STEPS = 8
+GAP = 3
 
 
 def groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "layers" not in name]
-    return [{"params": matrices, "rank": 4, "update_proj_gap": 7, **options}, {"params": others}]
+    return [{"params": matrices, "rank": 4, "update_proj_gap": GAP, **options}, {"params": others}]
 
 
 def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
@@ -91,13 +92,15 @@ def inside_blocks(world: int, options: dict[str, Any] | None = None, rule: str =
     """Losses of block coordinate descent with GaLore as base; a period spans a refresh."""
     model = models.llama(layers=2)
     base = RULES[rule](groups(model, **(options or {"svd_method": "random"})))
-    wrapped = BlockOptimizer(base, model.named_parameters(), switch_block_every=8, switch_mode="ascending", verbose=0)
+    wrapped = BlockOptimizer(
+        base, model.named_parameters(), switch_block_every=GAP + 1, switch_mode="ascending", verbose=0
+    )
     booster, engine = None, wrapped
     if world > 1:
         booster = Booster(plugin=LowLevelZeroPlugin(stage=2, precision="fp32"))
         model, engine, *_ = booster.boost(model, wrapped)
     losses = []
-    for step in range(18):
+    for step in range(2 * GAP + 4):
         loss = models.loss(model, models.tokens(step))
         loss.backward() if booster is None else booster.backward(loss, engine)
         engine.step()

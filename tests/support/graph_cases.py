@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from colossal_bcd import AdamW, BlockOptimizer, BlockOptimizerRatio
 from colossal_bcd.compat import SparseGradOptimizer
 
-LAYERS, PERIOD = 3, 2
+LAYERS, PERIOD = 2, 2
 
 
 class Layer(nn.Module):
