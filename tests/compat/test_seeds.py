@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from colossalai.booster import Booster
+from on_ranks import equal_on_ranks, heard
 from seed_code import (
     BADAM_ASCENDING,
     BADAM_MATRICES,
@@ -110,13 +111,10 @@ def boosted_badam(case: str) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    largest = torch.cat([param.detach().float().view(-1) for param in model.parameters()])
-    mine = largest.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return {
         "active": set(optimizer.optim.active_names()),
         "changed": changed(before, model.unwrap()),
-        "equal": torch.equal(mine, largest),
+        "equal": equal_on_ranks(model.parameters()),
         "finite": all(map(torch.isfinite, map(torch.tensor, losses))),
     }
 
@@ -139,17 +137,6 @@ TINY = {
 }
 
 
-class Records(logging.Handler):
-    """Keeps the warnings of the package."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def tutorial(optimizer: str, port: int) -> dict[str, Any]:
     """The tutorial with this package's optimizer and plugin; its model of 7 billion parameters becomes a tiny one."""
     code = renamed(TUTORIAL).replace("DistributedAdaFactor", optimizer)
@@ -161,10 +148,9 @@ def tutorial(optimizer: str, port: int) -> dict[str, Any]:
     dist.barrier()
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    records = Records()
-    logging.getLogger("colossal_bcd").addHandler(records)
     names: dict[str, Any] = {}
-    exec(code, names)
+    with heard(logging.WARNING) as messages:
+        exec(code, names)
     torch.manual_seed(1024)  # what launch_from_torch() does
     untrained = transformers.LlamaModel(names["configuration"])
     with torch.no_grad():
@@ -175,7 +161,7 @@ def tutorial(optimizer: str, port: int) -> dict[str, Any]:
         "steps": {state["step"] for state in engine.optim.state.values()},
         "precision": names["plugin"].precision,
         "kernels": names["plugin"].shard_config.enable_flash_attention,
-        "warnings": records.messages,
+        "warnings": messages,
         "loss": names["loss"].item(),
         "start": start.item(),
     }

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from on_ranks import equal_on_ranks
 from seed_code import RATIO, SPARSE, renamed
 
 from colossal_bcd import BlockOptimizerRatio, compat
@@ -67,10 +68,7 @@ def boosted(case: str) -> dict[str, Any]:
         booster.backward(model(input_ids=tokens, labels=tokens).loss, engine)
         engine.step()
         engine.zero_grad()
-    largest = torch.cat([param.detach().float().view(-1) for param in model.parameters()])
-    mine = largest.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return {"equal": torch.equal(mine, largest), "shares": shares(model.unwrap(), before)}
+    return {"equal": equal_on_ranks(model.parameters()), "shares": shares(model.unwrap(), before)}
 
 
 @pytest.mark.parametrize("case", CASES)

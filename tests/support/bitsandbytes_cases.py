@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
-from colossalai.shardformer.policies.base_policy import Policy
+from on_ranks import gradient, heard
 from torch import Tensor, nn
+from undivided import Undivided
 
 from colossal_bcd import BlockOptimizer
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
@@ -71,29 +71,7 @@ class Net(nn.Module):
                 param.copy_(torch.randn(param.shape, generator=generator))
 
 
-class Undivided(Policy):
-    """Leaves a model as it is."""
-
-    def config_sanity_check(self) -> None:
-        pass
-
-    def preprocess(self) -> nn.Module:
-        return self.model
-
-    def module_policy(self) -> dict[Any, Any]:
-        return {}
-
-    def postprocess(self) -> nn.Module:
-        return self.model
-
-
 BLOCKS = [["wide."], ["square.", "small."], ["last."]]
-
-
-def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
-    """By name and step, the same on all ranks: multiples of 3/32 of every size that bfloat16 averages exactly."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}{step}".encode()))
-    return torch.randint(-40, 41, shape, generator=generator) * (3 / 32)
 
 
 def clean() -> Any:
@@ -231,32 +209,15 @@ def difference(name: str, mesh: str, blocks: bool, override: str | None = None, 
     return worst
 
 
-class Warnings(logging.Handler):
-    """What this package warns of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def walk(mesh: str, blocks: bool, chosen: list[str]) -> dict[str, Any]:
     """Of each optimizer its differences, or the text of its refusal; and what was warned of."""
     found: dict[str, Any] = {}
-    log = Warnings()
-    logger = logging.getLogger("colossal_bcd")
-    logger.addHandler(log)
-    try:
-        for name in chosen:
-            log.texts.clear()
+    for name in chosen:
+        with heard(logging.WARNING) as warned:
             try:
-                found[name] = difference(name, mesh, blocks), list(log.texts)
+                found[name] = difference(name, mesh, blocks), warned
             except ValueError as error:
                 found[name] = str(error), []
-    finally:
-        logger.removeHandler(log)
     return found
 
 

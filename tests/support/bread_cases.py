@@ -12,6 +12,7 @@ import models
 import torch
 import torch.distributed as dist
 from bread_rules import RULES
+from on_ranks import equal_on_ranks
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,14 +26,10 @@ def options_of(rule: str, **options: Any) -> dict[str, Any]:
 
 def replicas_equal(engine: Any) -> bool:
     """Whether every parameter is bitwise equal on all ranks that hold the same part of it."""
-    groups = [*engine.config.data_groups]
-    for param, layout in engine.layouts.items():
-        for group in [*groups, *([engine.tp_pg] if engine.tp_pg is not None and layout.split is None else [])]:
-            largest = param.detach().double().clone()
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            if not torch.equal(largest, param.detach().double()):
-                return False
-    return True
+    undivided = [param for param, layout in engine.layouts.items() if layout.split is None]
+    pairs = [*((engine.layouts, group) for group in engine.config.data_groups)]
+    pairs += [] if engine.tp_pg is None else [(undivided, engine.tp_pg)]
+    return min([equal_on_ranks(params, group) for params, group in pairs], default=True)
 
 
 def losses(

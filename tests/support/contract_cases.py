@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias
 import torch.distributed as dist
 from block_net import Net, tokens, wrap
 from colossalai.booster import Booster
-from colossalai.shardformer.policies.base_policy import Policy
 from foreign_optimizers import make, verdict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW
+from undivided import Undivided
 
 from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
 from colossal_bcd.booster.casts.registry import cast
@@ -38,26 +38,11 @@ CASES: dict[tuple[str, bool], Resumed] = {
 """Plugin and whether in blocks -> by what the last step is repeated in new objects."""
 
 
-class WholePolicy(Policy):
-    """Divides nothing."""
-
-    def config_sanity_check(self) -> None: ...
-
-    def preprocess(self) -> nn.Module:
-        return self.model
-
-    def module_policy(self) -> dict[Any, Any]:
-        return {}
-
-    def postprocess(self) -> nn.Module:
-        return self.model
-
-
 PLUGINS: dict[str, Any] = {
     "zero1": lambda: LowLevelZeroPlugin(stage=1, precision="fp32"),
     "zero2": lambda: LowLevelZeroPlugin(stage=2, precision="fp32"),
     "hybrid0": lambda: HybridParallelPlugin(
-        tp_size=1, pp_size=1, zero_stage=0, precision="fp32", custom_policy=WholePolicy()
+        tp_size=1, pp_size=1, zero_stage=0, precision="fp32", custom_policy=Undivided()
     ),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from colossalai.amp.naive_amp.grad_scaler import DynamicGradScaler
 from colossalai.booster import Booster
 from colossalai.shardformer import GradientCheckpointConfig
 from colossalai.shardformer.policies.llama import LlamaForCausalLMPolicy
+from on_ranks import heard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,23 +32,6 @@ SCALING = {
     "max_scale": 16.0,
 }
 OVERFLOWS = (False, False, True, True, True, True, False)
-
-
-class Listening(logging.Handler):
-    """What the package logs inside."""
-
-    def __enter__(self) -> list[str]:
-        self.messages: list[str] = []
-        logger = logging.getLogger("colossal_bcd")
-        logger.addHandler(self)
-        logger.setLevel(logging.INFO)
-        return self.messages
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-    def __exit__(self, *_: Any) -> None:
-        logging.getLogger("colossal_bcd").removeHandler(self)
 
 
 class Net(nn.Module):
@@ -190,7 +173,7 @@ def says_overflow(plugin: str, options: dict[str, Any]) -> list[str]:
     """What is logged of a skipped step."""
     model, engine, booster = boosted(plugin, {**options, "precision": "fp16", "initial_scale": 8.0})
     booster.backward(loss_of(model) * float("inf"), engine)
-    with Listening() as seen:
+    with heard() as seen:
         engine.step()
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, [message for message in seen if "overflow" in message])
@@ -264,7 +247,7 @@ def on_model(read: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def kernels(plugin: str, options: dict[str, Any]) -> str:
     """Whether a kernel that this machine lacks is switched off, and said to be, on rank 0."""
-    with Listening() as seen:
+    with heard() as seen:
         made = PLUGINS[plugin](**options)
     (name,) = options.keys() - HYBRID.keys()
     assert any(name in message for message in seen)
@@ -314,7 +297,7 @@ def plain_losses(layers: int = 4) -> list[float]:
 
 def logged(plugin: str, options: dict[str, Any]) -> list[str]:
     """What is said of arguments without effect when the plugin is made."""
-    with Listening() as seen:
+    with heard() as seen:
         PLUGINS[plugin](**options)
     return [message for message in seen if "without effect" in message]
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import LR, Run
 from colossalai.booster import Booster
+from on_ranks import heard
 
 from colossal_bcd import AdamW, BlockOptimizer
 from colossal_bcd.booster import CheckpointFolder, LowLevelZeroPlugin
@@ -177,13 +178,10 @@ def slow_writer(path: str) -> float:
 
 def limits_twice() -> tuple[list[str], float]:
     """What is logged where a second plugin is given another limit, and seconds until the default group gives up."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("colossal_bcd").addHandler(handler)
-    for seconds in ("2", "2", "40"):
-        os.environ[TIMEOUT] = seconds
-        LowLevelZeroPlugin(stage=2)
+    with heard(logging.WARNING) as messages:
+        for seconds in ("2", "2", "40"):
+            os.environ[TIMEOUT] = seconds
+            LowLevelZeroPlugin(stage=2)
     began = time.monotonic()
     if dist.get_rank() == 1:
         time.sleep(15)
@@ -200,7 +198,3 @@ def wrong_limit() -> str:
     except ValueError as error:
         return str(error)
     return "no error"
-
-
-def leftovers(folder: str) -> list[str]:
-    return sorted(path.name for path in Path(folder).iterdir())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from on_ranks import equal_on_ranks, gradient
 from torch import Tensor, nn
 
 from colossal_bcd import BlockOptimizer, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD
@@ -24,12 +24,6 @@ def groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "layers" not in name]
     return [{"params": matrices, "rank": 4, "update_proj_gap": GAP, **options}, {"params": others}]
-
-
-def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
-    """Small multiples of 3/32, so that low-precision averages over 1 to 4 ranks are exact."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}{step}".encode()))
-    return torch.randint(-40, 41, shape, generator=generator) * (3 / 32)
 
 
 RULES: dict[str, Any] = {
@@ -77,10 +71,7 @@ def injected(
         errors = (master.view(-1)[data] - goal).abs()
         missed, way = missed + errors.square().sum().item(), way + (goal - begin).square().sum().item()
         worst = max(worst, largest_error(master.view(-1)[data], goal))
-        group = getattr(booster.plugin, "dp_group", dist.group.WORLD)
-        largest = param.detach().float().clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        equal &= torch.equal(largest, param.detach().float())
+        equal &= equal_on_ranks([param], getattr(booster.plugin, "dp_group", dist.group.WORLD))
     states = engine.optim.state
     held = sum(state[name].numel() for state in states.values() for name in ("exp_avg", "exp_avg_sq") if name in state)
     codes = sum(entry.dtype == torch.uint8 for state in states.values() for entry in state.values()

@@ -10,6 +10,7 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from on_ranks import equal_on_ranks
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -127,14 +128,7 @@ def trained(
 
 def replicas(engine: Any, booster: Booster) -> bool:
     """Whether the working weights of all data-parallel ranks are bitwise equal."""
-    group = getattr(booster.plugin, "dp_group", dist.group.WORLD)
-    for param in engine.layouts:
-        largest, smallest = param.detach().float().clone(), param.detach().float().clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
-        if not torch.equal(largest, smallest):
-            return False
-    return True
+    return equal_on_ranks(engine.layouts, getattr(booster.plugin, "dp_group", dist.group.WORLD))
 
 
 def compared(*args: Any, low_rank: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:

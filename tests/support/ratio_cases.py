@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from on_ranks import equal_on_ranks, gradient
 from torch import Tensor
 
 from colossal_bcd import BlockOptimizerRatio
@@ -26,12 +26,6 @@ def optimizer_of(model: Any, mode: Any, **options: Any) -> BlockOptimizerRatio:
         list(model.named_parameters()), update_ratio=0.3, switch_every=3, mask_mode=mode, lr=1e-2, verbose=0,
         include_lm_head=True, **options,
     )  # fmt: skip
-
-
-def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
-    """Small multiples of 3/32, so that low-precision averages over 1 to 4 ranks are exact."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}{step}".encode()))
-    return torch.randint(-40, 41, shape, generator=generator) * (3 / 32)
 
 
 def plugin_of(kind: str, options: dict[str, Any]) -> Any:
@@ -72,12 +66,7 @@ def injected(kind: str, options: dict[str, Any], mode: Any) -> dict[str, Any]:
         data, goal = slice(0, part.num_local), part.shard(want[names[id(param)]]).view(-1)
         worst = max(worst, largest_error(master.view(-1)[data], goal[data]))
         group = getattr(booster.plugin, "dp_group", dist.group.WORLD)
-        largest = param.detach().float().clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        equal &= torch.equal(largest, param.detach().float())
-        if engine.layouts[param].split is None:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-            equal &= torch.equal(largest, param.detach().float())
+        equal &= equal_on_ranks([param], None if engine.layouts[param].split is None else group)
     frozen = [name for name, param in model.unwrap().named_parameters() if param not in engine.masters.of]
     return {"error": worst, "equal": equal, "bytes": held, "frozen": frozen}
 

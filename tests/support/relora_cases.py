@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from on_ranks import equal_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,15 +121,10 @@ def distributed(plugin: str, kind: str, random_from: int) -> dict[str, Any]:
         if plugin == "zero1-overlap":
             engine._force_wait_all_gather()  # the last step's weights arrive when they are used
     got, want = result(inner), alone(kind, random_from, ddp)
-    equal = True
-    for value in got.values():
-        largest = value.double()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        equal &= torch.equal(largest, value.double())
     held = sum(value.numel() for state in states.values() for value in state.values() if isinstance(value, Tensor))
     return {
         "error": largest_error({name: got[name] for name in want}, want),
-        "equal": equal,
+        "equal": equal_on_ranks(got.values()),
         "held": held,
         "same_names": set(got) == set(want),
     }
@@ -182,11 +178,7 @@ def low_precision(precision: str) -> dict[str, Any]:
         engine.step()
         engine.zero_grad()
         losses.append(loss.item())
-    equal = True
-    for value in result(inner).values():
-        largest = value.double()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        equal &= torch.equal(largest, value.double())
+    equal = equal_on_ranks(result(inner).values())
     return {"equal": equal, "first": losses[0], "last": losses[-1], "dtype": inner.layers()[0][1].weight.dtype}
 
 

@@ -11,8 +11,8 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
-from colossalai.shardformer.policies.base_policy import Policy
 from torch import Tensor, nn
+from undivided import Undivided
 
 import colossal_bcd
 from colossal_bcd import BlockOptimizer
@@ -23,23 +23,7 @@ BATCH = 2
 LR = 1e-2
 
 
-class Whole(Policy):
-    """Shards nothing: ColossalAI knows models of libraries only."""
-
-    def config_sanity_check(self) -> None:
-        """There is nothing to check."""
-
-    def preprocess(self) -> nn.Module:
-        return self.model
-
-    def postprocess(self) -> nn.Module:
-        return self.model
-
-    def module_policy(self) -> dict[Any, Any]:
-        return {}
-
-
-HYBRID: dict[str, Any] = {"custom_policy": Whole(), "tp_size": 1, "pp_size": 1, "precision": "fp32"}
+HYBRID: dict[str, Any] = {"custom_policy": Undivided(), "tp_size": 1, "pp_size": 1, "precision": "fp32"}
 PLUGINS: dict[str, Callable[[], Any]] = {
     "zero1": lambda: LowLevelZeroPlugin(stage=1, precision="fp32"),
     "zero1-no-overlap": lambda: LowLevelZeroPlugin(stage=1, precision="fp32", overlap_communication=False),
