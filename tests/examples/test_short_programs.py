@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from colossal_bcd.testing import run_ranks
-from examples import badam, bread, fsdp_booster, galore, quickstart, resume, tensor_parallel
+from examples import badam, bread, fsdp_booster, galore, resume, tensor_parallel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -20,7 +20,7 @@ def test_example_has_fewer_than_60_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60
 
 
-@pytest.mark.parametrize("program", [quickstart, badam, bread, galore], ids=lambda program: program.__name__)
+@pytest.mark.parametrize("program", [badam, bread, galore], ids=lambda program: program.__name__)
 def test_example_on_one_process_trains(program) -> None:
     losses = program.main()
     assert losses[-1] < 0.8 * losses[0]
@@ -47,8 +47,11 @@ def test_example_goes_on_where_it_stopped_on_another_number_of_ranks(tmp_path: P
     assert resumed == pytest.approx(mean, abs=0.03)
 
 
-def test_quickstart_runs_as_a_program_without_colossalai() -> None:
-    code = "import sys; sys.modules['colossalai'] = None; import quickstart; quickstart.main()"
+def test_quickstart_trains_as_a_program_without_colossalai() -> None:
+    code = (
+        "import sys; sys.modules['colossalai'] = None; import quickstart; losses = quickstart.main(); "
+        "assert losses[-1] < 0.8 * losses[0], losses"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES)])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
 

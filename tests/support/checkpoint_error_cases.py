@@ -47,7 +47,7 @@ def damage(folder: Path, how: str) -> None:
     """Harm one tensor file, or the index."""
     index = folder / "optimizer_index.json"
     said = json.loads(index.read_text())
-    path = folder / sorted(said["files"])[1]
+    path = folder / sorted(said["files"])[-1]
     if how == "missing":
         path.unlink()
     elif how == "truncated":
