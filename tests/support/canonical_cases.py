@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
@@ -108,6 +109,9 @@ def sharded(sizes: Sizes, name: str, expected: list[dict[str, Tensor]]) -> list[
     return found
 
 
-def sharded_each(sizes: Sizes, expected: dict[str, list[dict[str, Tensor]]]) -> dict[str, list[dict[str, Any]]]:
-    """`sharded` of every optimizer."""
-    return {name: sharded(sizes, name, states) for name, states in expected.items()}
+def sharded_each(sizes: Sizes, expected: bytes) -> dict[str, list[dict[str, Any]]]:
+    """`sharded` of every optimizer; what is expected of them as `torch.save` has written it."""
+    return {
+        name: sharded(sizes, name, states)
+        for name, states in torch.load(io.BytesIO(expected), weights_only=True).items()
+    }

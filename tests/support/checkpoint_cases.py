@@ -103,7 +103,7 @@ MAKE["bread-lora-came"] = lambda model: blocks(
     switch_block_every=2,
 )
 MAKE["badam-ascending"] = lambda model: blocks(
-    model, torch.optim.AdamW(model.parameters(), lr=LR), switch_mode="ascending", start_block=1
+    model, torch.optim.AdamW(model.parameters(), lr=LR), switch_mode="ascending", start_block=1, switch_block_every=3
 )
 
 

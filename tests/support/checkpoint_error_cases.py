@@ -134,11 +134,10 @@ def full_disk(folder: str) -> dict[str, Any]:
     """Files may grow to 60 kB on the writing rank: a save fails on all ranks, and the one before stays."""
     run = Run("tp2", "badam")
     checkpoints = CheckpointFolder(folder)
-    run.step(0)
     checkpoints.save(run.booster, run.model, run.engine, run.scheduler, step=1)
     run.booster.save_optimizer(run.engine, f"{folder}/alone", shard=True)
     before = sorted(path.name for path in Path(folder, "alone").iterdir())
-    run.step(1)
+    run.step(0)
     if dist.get_rank() == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))

@@ -30,7 +30,7 @@ def bytes_by_phase(stage: int, precision: str = "bf16") -> dict[str, float]:
     """Bytes beyond the weights, divided by the active block's (padded) values on this rank, by phase of a step."""
     model = block_cases.build(dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     before = live_bytes()
-    wrapped = block_cases.wrap(model)
+    wrapped = block_cases.wrap(model, block={"switch_block_every": 3})
     booster = Booster(plugin=LowLevelZeroPlugin(stage=stage, precision=precision))
     with PeakBytes() as boosting:
         model, engine, *_ = booster.boost(model, wrapped)
