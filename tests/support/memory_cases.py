@@ -37,7 +37,7 @@ def held(case: str) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of masters, of all beyond the weights between steps, at most in a step; and the estimate of them."""
     _, name, options = CASES[case]
     model: Any = block_cases.build()
-    optimizer = block_cases.wrap(model, "came") if name == "blocks" else MAKE[name](model)
+    optimizer = block_cases.wrap(model, "came", {"switch_block_every": 3}) if name == "blocks" else MAKE[name](model)
     booster = Booster(plugin=(LowLevelZeroPlugin if "stage" in options else HybridParallelPlugin)(**options))
     engine: Any
     model, engine, *_ = booster.boost(model, optimizer)
