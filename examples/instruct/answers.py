@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,12 @@ from typing import Any
 
 import torch
 from docstrings import is_held_out, pairs
+from records import DataError, objects_of, text_of
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of what has no loss, as transformers has it."""
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +57,9 @@ def read_records(path: Path | None) -> tuple[list[dict[str, Any]], list[dict[str
             [record for record in found if is_held_out(record["module"])],
         )
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: got no JSON ({error.msg}), expected one object a line.") from None
+    for where, record in objects_of(path):
         for field in ("instruction", "output"):
-            if not isinstance(record, dict) or not isinstance(record.get(field), str) or not record[field]:
-                raise DataError(
-                    f"{path}, line {number}: got no text in {field!r}, expected Alpaca's fields: instruction, output, "
-                    "and maybe input."
-                )
+            text_of(where, record, field, "Alpaca's fields: instruction, output, and maybe input")
         found.append(record)
     if len(found) < 10:
         raise DataError(f"{path}: got {len(found)} records, expected ten or more, of which every tenth is held out.")
