@@ -14,7 +14,7 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
-from on_ranks import gradient, heard
+from on_ranks import gradient, heard, message_of
 from torch import Tensor, nn
 from undivided import Undivided
 
@@ -334,11 +334,7 @@ def limited() -> str:
     model = Net()
     base = make("Adam", list(model.parameters()))
     manager.override_config(model.square.weight, "max_unorm", 0.5)
-    try:
-        Booster(plugin=LowLevelZeroPlugin(**MESHES["zero1"])).boost(model, base)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return message_of(lambda: Booster(plugin=LowLevelZeroPlugin(**MESHES["zero1"])).boost(model, base))
 
 
 def load_tensor_parallel(path: str) -> str:
@@ -347,8 +343,4 @@ def load_tensor_parallel(path: str) -> str:
     model = models.llama()
     booster = Booster(plugin=LowLevelZeroPlugin(**MESHES["zero1"]))
     model, engine, *_ = booster.boost(model, make("Adam8bit", list(model.parameters())))
-    try:
-        booster.load_optimizer(engine, path)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return message_of(lambda: booster.load_optimizer(engine, path))

@@ -12,7 +12,7 @@ import models
 import torch
 import torch.distributed as dist
 from bread_rules import RULES
-from on_ranks import equal_on_ranks
+from on_ranks import equal_on_ranks, message_of
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -185,11 +185,11 @@ def refused_sequence_parallelism(mode: str) -> str:
     """What boosting says where gradients are parts of a sum within backward."""
     options = {"tp_size": 2, "pp_size": 1, "zero_stage": 0, "precision": "fp32"}
     options |= {"enable_sequence_parallelism": True, "sequence_parallelism_mode": "split_gather"}
-    try:
-        block_cases.boosted("hybrid", options, model=block_cases.build(dtype=torch.float32), block={"sgd_mode": mode})
-    except ValueError as error:
-        return str(error)
-    return ""
+    return message_of(
+        lambda: block_cases.boosted(
+            "hybrid", options, model=block_cases.build(dtype=torch.float32), block={"sgd_mode": mode}
+        )
+    )
 
 
 def partial_accumulation(stage: int) -> float:

@@ -8,6 +8,7 @@ import models
 import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
+from on_ranks import message_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -88,11 +89,7 @@ def refused_by_division(tp_size: int, pp_size: int) -> str:
     options = {"tp_size": tp_size, "pp_size": pp_size, "precision": "fp32"}
     booster = Booster(plugin=HybridParallelPlugin(**options, **({"num_microbatches": 2} if pp_size > 1 else {})))
     model = peft_model(torch.float32)
-    try:
-        booster.boost(model, wrap(model, "all"))
-    except ValueError as error:
-        return str(error)
-    return ""
+    return message_of(lambda: booster.boost(model, wrap(model, "all")))
 
 
 def boosted(mode: str, plugin: str, steps: int, by_booster: bool) -> dict[str, Any]:

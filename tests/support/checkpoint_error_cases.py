@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import Run
 from colossalai.booster import Booster
+from on_ranks import message_of
 from torch import Tensor
 
 from colossal_bcd.booster import CheckpointError, CheckpointFolder, TorchDDPPlugin
@@ -22,12 +24,8 @@ from colossal_bcd.optim.state.filed import filed_like
 from colossal_bcd.testing import PeakBytes
 
 
-def message(call: Any) -> str:
-    try:
-        call()
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
+def message(call: Callable[[], Any]) -> str:
+    return message_of(call, (CheckpointError,))
 
 
 def snapshot(run: Run) -> list[Tensor]:

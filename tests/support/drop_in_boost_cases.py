@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
 from colossalai.quantization import BnbQuantizationConfig
+from on_ranks import message_of
 from torch import nn
 
 import colossal_bcd
@@ -82,11 +83,7 @@ def boost(plugin: str, extra: dict[str, Any]) -> str:
     model = models.llama() if plugin.startswith("hybrid") else nn.Linear(3, 3)
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), **extra}], lr=0.1)
     booster = Booster(plugin=PLUGINS[plugin]())
-    try:
-        booster.boost(model, optimizer)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return message_of(lambda: booster.boost(model, optimizer))
 
 
 def param_groups() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from block_cases import PERIOD
 from colossalai.booster import Booster
 from engine_cases import advance
+from on_ranks import message_of
 
 from colossal_bcd import BlockOptimizer, Lamb
 from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
@@ -24,14 +25,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hybrid": {"tp_size": 1, "pp_size": 1, "zero_stage": 1, "precision": "bf16"},
     "ddp": {},
 }
-
-
-def message(call: Any) -> str:
-    try:
-        call()
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return "no error"
 
 
 def loads_weights(plugin: str, folder: str) -> bool:
@@ -126,11 +119,11 @@ def different_frozen_weights() -> bool:
 def clipping_calls() -> list[str]:
     _, engine, _ = block_cases.boosted("zero", OPTIONS["zero"])
     with engine.no_sync():
-        within = message(lambda: engine.clip_grad_by_value(1.0))
+        within = message_of(lambda: engine.clip_grad_by_value(1.0))
     return [
-        message(lambda: engine.clip_grad_by_norm(1.0, norm_type=1)),
+        message_of(lambda: engine.clip_grad_by_norm(1.0, norm_type=1)),
         within,
-        message(lambda: engine.get_grad_norm(norm_type=1)),
+        message_of(lambda: engine.get_grad_norm(norm_type=1)),
     ]
 
 
@@ -141,7 +134,7 @@ def failed_boost() -> bool:
     before = [param.requires_grad for param in model.parameters()]
     plugin = LowLevelZeroPlugin(**OPTIONS["zero"])
     model.to = lambda *_: (_ for _ in ()).throw(ValueError("no room"))  # type: ignore[method-assign]
-    assert message(lambda: Booster(plugin=plugin).boost(model, wrapped)) == "no room"
+    assert message_of(lambda: Booster(plugin=plugin).boost(model, wrapped)) == "no room"
     return before == [param.requires_grad for param in model.parameters()]
 
 
@@ -168,7 +161,7 @@ def copies(name: str) -> list[str]:
     model = models.llama()
     optimizer = BlockOptimizer(Lamb(model.parameters(), lr=1e-3), list(model.named_parameters()), verbose=0)
     model, engine, *_ = booster.boost(model, optimizer)
-    found = [message(lambda make=make: make(engine)) for make in (copy.copy, copy.deepcopy, pickle.dumps)]
+    found = [message_of(lambda make=make: make(engine)) for make in (copy.copy, copy.deepcopy, pickle.dumps)]
     advance(model, engine, booster, 0)
     assert optimizer.num_steps == 1
     return found

@@ -18,6 +18,7 @@ from colossalai.booster import Booster
 from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, hybrid_parallel_plugin
 from colossalai.nn import optimizer as colossalai_optimizers
 from colossalai.zero.low_level import LowLevelZeroOptimizer
+from on_ranks import message_of
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
@@ -173,11 +174,7 @@ def refused(what: str) -> str:
     elif what == "lars":
         optimizer = colossalai_optimizers.Lars(model.parameters(), lr=1e-3)
     booster = Booster(plugin=plugin_of(options))
-    try:
-        booster.boost(model, optimizer)
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
+    return message_of(lambda: booster.boost(model, optimizer))
 
 
 def without_install() -> dict[str, Any]:

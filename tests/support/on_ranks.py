@@ -1,11 +1,12 @@
-"""What many tests do on ranks: gradients that are given, replicas that are compared, messages that are listened to."""
+"""What many tests do on ranks: give gradients, compare replicas, and read errors and messages."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,15 @@ def equal_on_ranks(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = 
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         equal &= torch.equal(largest, mine)
     return equal
+
+
+def message_of(call: Callable[[], Any], errors: tuple[type[Exception], ...] = (ValueError, TypeError)) -> str:
+    """What an error of these kinds that a call raises says; "no error" where it raises none."""
+    try:
+        call()
+    except errors as error:
+        return str(error)
+    return "no error"
 
 
 @contextlib.contextmanager

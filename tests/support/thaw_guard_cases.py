@@ -12,21 +12,13 @@ from colossalai.booster import Booster
 from colossalai.booster.plugin import HybridParallelPlugin as StockHybridParallelPlugin
 from colossalai.booster.plugin import LowLevelZeroPlugin as StockLowLevelZeroPlugin
 from colossalai.booster.plugin import TorchDDPPlugin as StockTorchDDPPlugin
+from on_ranks import message_of
 from thaw_cases import HYBRID, LR, OPTIMIZERS, PLUGINS, Net, batch, first_step_of, group
 from torch import Tensor, nn
 
 from colossal_bcd import BlockOptimizer
 from colossal_bcd.booster import TorchDDPPlugin, install
 from colossal_bcd.testing import CollectiveCounter
-
-
-def message(call: Callable[[], Any]) -> str:
-    """The error that a call raises."""
-    try:
-        call()
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return "no error"
 
 
 def _change(event: str, head: nn.Linear, model: Any, engine: Any, booster: Booster) -> None:
@@ -77,12 +69,12 @@ def differing(plugin: str) -> dict[str, str]:
         engine.state_dict()
 
     return {
-        "thawed on one rank": message(thawed_on({1: 1})),
-        "the first to be trained, on one rank": message(thawed_on({0: 1}, trained=False)),
-        "others": message(thawed_on({0: 1, 1: 2})),
-        "added on one rank": message(added_on_one),
-        "before a checkpoint": message(saved),
-        "the same": message(thawed_on({0: 1, 1: 1})),
+        "thawed on one rank": message_of(thawed_on({1: 1})),
+        "the first to be trained, on one rank": message_of(thawed_on({0: 1}, trained=False)),
+        "others": message_of(thawed_on({0: 1, 1: 2})),
+        "added on one rank": message_of(added_on_one),
+        "before a checkpoint": message_of(saved),
+        "the same": message_of(thawed_on({0: 1, 1: 1})),
     }
 
 
@@ -145,11 +137,11 @@ def refusals() -> dict[str, str]:
     plain = Net()
     plain.head.requires_grad_(False)
     model, engine, *_ = booster.boost(plain, OPTIMIZERS["AdamW"](plain.parameters()))
-    found["in a group"] = message(lambda: engine.add_param_group({"params": plain.vision.weight}))
-    found["frozen in a group"] = message(lambda: engine.add_param_group({"params": plain.head.parameters()}))
-    found["not in the model"] = message(lambda: engine.add_param_group({"params": nn.Linear(2, 2).parameters()}))
+    found["in a group"] = message_of(lambda: engine.add_param_group({"params": plain.vision.weight}))
+    found["frozen in a group"] = message_of(lambda: engine.add_param_group({"params": plain.head.parameters()}))
+    found["not in the model"] = message_of(lambda: engine.add_param_group({"params": nn.Linear(2, 2).parameters()}))
     engine.optim.add_param_group({"params": list(nn.Linear(2, 2).parameters())})
-    found["not in the model, inner"] = message(lambda: _advance(model, engine, booster, 0))
+    found["not in the model, inner"] = message_of(lambda: _advance(model, engine, booster, 0))
     for where in ("wrapper", "inner", "base"):
         booster = Booster(plugin=PLUGINS["zero1"]())
         plain = Net()
@@ -160,7 +152,7 @@ def refusals() -> dict[str, str]:
         target = {"wrapper": engine, "inner": engine.optim, "base": engine.optim.base_optimizer}[where]
 
         head = list(plain.head.parameters())
-        found[f"blocks, {where}"] = message(partial(_add, target, head, model, engine, booster))
+        found[f"blocks, {where}"] = message_of(partial(_add, target, head, model, engine, booster))
     return found
 
 
@@ -187,5 +179,5 @@ def other_engines() -> dict[str, str]:
             booster = Booster(plugin=make())
             model, engine, *_ = booster.boost(plain, torch.optim.AdamW(params, lr=LR))
 
-            found[f"{name}, {event}"] = message(partial(_change, event, plain.head, model, engine, booster))
+            found[f"{name}, {event}"] = message_of(partial(_change, event, plain.head, model, engine, booster))
     return found
