@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from comparison import table
-from glue import Glue, blocks_of, linear, main, method_of, options_of
+from glue import Glue, Texts, blocks_of, linear, main, method_of, options_of
 from interrupt import stop_request
 from pretrained import classifier, toy_bert, word_tokenizer
 from records import DataError
 from support.errors import largest_error
 from tasks import METRICS, TASKS, Record, constant_answer, read
-from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import AutoTokenizer, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 from tuning import batch_of
 
 from colossal_bcd.testing import run_ranks
@@ -443,23 +443,47 @@ def test_choices_and_numbers_are_learnt(tmp_path: Path) -> None:
     assert found["stsb"]["held_out"]["40"]["spearman"] > 0.9
 
 
-@pytest.mark.parametrize("plugin", ["zero", "fsdp"])
-def test_two_ranks_equal_one_in_float64(plugin: str, tmp_path: Path) -> None:
-    """Without dropout, which differs between the ranks' records."""
+def without_dropout(folder: Path) -> list[str]:
+    """Flags of SGD in float64 on a model without dropout, which differs between the ranks' records."""
     torch.manual_seed(0)
     config = toy_bert(20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    BertForSequenceClassification(config).bert.double().save_pretrained(tmp_path / "model")
-    word_tokenizer(["the film was so very long awful great"]).save_pretrained(tmp_path / "model")
-    data = str(sentiment(tmp_path / "data"))
-    flags = ["--task", "sst2", "--data", data, "--model", str(tmp_path / "model"), "--method", "sgd", "--lr", "0.1"]
-    runs = {"sgd": [*flags, "--precision", "fp64", "--steps", "6", "--eval-every", "3", "--batch-size", "6"]}
-    runs["sgd"] += ["--plugin", plugin]
-    one, two = (run_ranks(n, results_of, runs, str(tmp_path / str(n)))[0]["sgd"] for n in (1, 2))
+    BertForSequenceClassification(config).bert.double().save_pretrained(folder / "model")
+    word_tokenizer(["the film was so very long awful great"]).save_pretrained(folder / "model")
+    flags = ["--task", "sst2", "--data", str(sentiment(folder / "data")), "--model", str(folder / "model")]
+    flags += ["--method", "sgd", "--lr", "0.1", "--precision", "fp64", "--steps", "6", "--eval-every", "3"]
+    return [*flags, "--batch-size", "6"]
+
+
+@pytest.mark.parametrize("plugin", ["zero", "fsdp", "hybrid --tp 2"])
+def test_two_ranks_equal_one_in_float64(plugin: str, tmp_path: Path) -> None:
+    runs = {"sgd": [*without_dropout(tmp_path), "--plugin", *plugin.split()]}
+    one_rank = {"sgd": without_dropout(tmp_path)} if "tp" in plugin else runs
+    one, two = (
+        run_ranks(n, results_of, each, str(tmp_path / str(n)))[0]["sgd"] for n, each in ((1, one_rank), (2, runs))
+    )
     losses = [torch.tensor(list(each["losses"].values()), dtype=torch.float64) for each in (one, two)]
     assert losses[0][0] - losses[0][-1] > 1e-3
     assert largest_error(*losses) < 1e-12
     held_out = [torch.tensor([each["held_out"][step]["loss"] for step in ("0", "3", "6")]) for each in (one, two)]
     assert largest_error(*held_out) < 1e-12
+
+
+def test_other_plugins_learn_and_leave_a_model(tmp_path: Path) -> None:
+    """The folder is all that transformers needs, with the names of the labels; and the figures are its own."""
+    common = [*TOY, "--task", "sst2", "--data", str(sentiment(tmp_path / "data")), "--steps", "20", "--lr", "5e-3"]
+    runs = {name: [*common, "--save", "--plugin", name] for name in ("zero", "fsdp", "hybrid")}
+    found = run_ranks(2, results_of, runs, str(tmp_path))[0]
+    _, held_out = read(TASKS["sst2"], tmp_path / "data")
+    for name, results in found.items():
+        folder = tmp_path / name / "model"
+        model = BertForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa")
+        texts = Texts(held_out["dev"], AutoTokenizer.from_pretrained(folder), 16)
+        inputs, labels = texts.batch(range(24))
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model.eval()(**inputs).logits, labels.long())
+        assert loss.item() == pytest.approx(results["held_out"]["20"]["loss"], rel=1e-4), name
+        assert results["held_out"]["20"]["loss"] < 0.9 * results["held_out"]["0"]["loss"], name
+        assert model.config.label2id == {"0": 0, "1": 1}
 
 
 def interrupted(flags: list[str], folder: str) -> list[dict[str, Any]]:
@@ -493,6 +517,19 @@ def refused(flags: list[str], others: list[str], output: str) -> list[str]:
             trained(*flags, *more, "--output", output)
         told.append(str(raised.value))
     return told
+
+
+def refused_dropout(flags: list[str]) -> str:
+    with pytest.raises(DataError) as raised:
+        trained(*flags)
+    return str(raised.value)
+
+
+def test_tensor_parallel_ranks_refuse_dropout(tmp_path: Path) -> None:
+    """ColossalAI's layers of BERT draw a mask of its own on each rank for what all ranks have; LayerNorms drifted."""
+    flags = [*TOY, "--task", "sst2", "--data", str(sentiment(tmp_path)), "--plugin", "hybrid", "--tp", "2"]
+    for told in run_ranks(2, refused_dropout, [*flags, "--output", str(tmp_path / "run")]):
+        assert "copies of a weight would drift apart. Use --tp 1" in told
 
 
 def test_checkpoints_of_another_run_are_neither_lost_nor_gone_on_from(tmp_path: Path) -> None:
