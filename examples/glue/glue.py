@@ -33,12 +33,13 @@ from tuning import CONTEXT, Run, batch_of, entry, launch, shared_options, tensor
 from colossal_bcd.names import role_of
 
 DEFAULT_LR = {
-    "adamw": 5e-5, "badam": 2e-4, "galore": 2e-4, "golore": 2e-4, "came": 5e-5, "adafactor": 5e-4, "lamb": 2e-3,
-    "sgd": 2e-2,
+    "adamw": 5e-5, "badam": 1e-5, "galore": 5e-5, "golore": 5e-5, "came": 2e-5, "adafactor": 1e-3, "lamb": 5e-3,
+    "sgd": 1e-2,
 }  # fmt: skip
+"""Those of the papers' programs, for large encoders, as far as these have the method."""
 ONE_MATRIX = (r".*\.(query|q_proj)\.weight",)
 ALL_MATRICES = (r".*\.(query|key|value|[qkvo]_proj|intermediate\.dense|output\.dense|(up|gate|down)_proj)\.weight",)
-"""What the seed projects with and without --lora_all_modules."""
+"""What the paper's program projects with and without --lora_all_modules."""
 ONLY = {
     "lora_all_modules": PROJECTED, "lora_r": PROJECTED, "scale": PROJECTED, "update_proj_gap": PROJECTED,
     "rand_ratio": GOLORE, "switch_every": ("badam",), "switch_mode": ("badam",), "train_last_layer": ("badam",),
@@ -237,7 +238,7 @@ def method_of(flags: dict[str, Any]) -> str:
 
 
 def options_of(method: str, model: Any, flags: dict[str, Any], steps: int) -> Options:
-    """Hyper-parameters, with the seeds' values where a flag is left out."""
+    """Hyper-parameters, with the values of the papers' programs where a flag is left out."""
 
     def given(flag: str, otherwise: Any) -> Any:
         return otherwise if flags[flag] is None else flags[flag]
@@ -262,7 +263,7 @@ def options_of(method: str, model: Any, flags: dict[str, Any], steps: int) -> Op
 
 
 def blocks_of(model: nn.Module) -> tuple[list[list[str]], list[str]]:
-    """The seed's blocks, as prefixes: each layer and what else is between them and the head; and the head's prefixes.
+    """The paper's blocks, as prefixes: each layer and what else is between them and the head; and the head's prefixes.
 
     Embeddings are in no block.
     """

@@ -13,9 +13,9 @@ import click
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 def main(folders: tuple[Path, ...]) -> None:
-    """Print the results below FOLDERS, outputs of runs, as a table in Markdown."""
+    """Print the results of FOLDERS, outputs of runs, as a table in Markdown; what has none is left out."""
     try:
         click.echo("\n".join(table([folder for folder in folders if (folder / "results.json").is_file()])))
     except ValueError as error:

@@ -35,7 +35,7 @@ MESH = ("plugin", "tp", "output", "resume", "checkpoint_every", "save")
 
 
 def dashed(word: str) -> str:
-    """A flag or a choice as the seeds write it, with underscores, or with dashes: both are taken."""
+    """A flag or a choice as the papers' programs have it, with underscores, or with dashes: both are taken."""
     return word.replace("_", "-")
 
 

@@ -232,12 +232,12 @@ class WinoGrande(Run):
 
 
 def constant(step: int) -> float:
-    """Factor of the learning rate: the seed's stays."""
+    """Factor of the learning rate, which stays."""
     return 1.0
 
 
 def options_of(flags: dict[str, Any], steps: int) -> Options:
-    """Hyper-parameters, with the seed's values where a flag is left out."""
+    """Hyper-parameters, with the values of the paper's program where a flag is left out."""
 
     def given(flag: str, otherwise: Any) -> Any:
         return otherwise if flags[flag] is None else flags[flag]

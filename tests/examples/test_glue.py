@@ -311,7 +311,8 @@ def test_flags_of_the_seeds_are_what_they_ask_for(tmp_path: Path) -> None:
     flags = flags_of(*common, *badam.split())
     assert method_of(flags) == "badam"
     options = options_of("badam", encoder(), flags, steps=60)
-    assert (options.period, options.switch_mode, options.always) == (100, "ascending", ("classifier",))
+    assert (options.lr, options.period, options.switch_mode) == (1e-5, 100, "ascending")
+    assert options.always == ("classifier",)
     assert options.blocks == blocks_of(encoder())[0]
     without = options_of("badam", encoder(), {**flags, "train_last_layer": None}, steps=60)
     assert without == dataclasses.replace(options, always=(), blocks=[*blocks_of(encoder())[0], ["classifier"]])
