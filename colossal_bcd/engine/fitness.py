@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch.distributed as dist
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.optim import ShardedOptimizer
@@ -35,7 +35,8 @@ def require_fit(optimizer: Optimizer, given: Given, subject: str, remedy: str) -
     """
     trained = trained_of(optimizer)
     base, plain = trained.base_optimizer, trained.plan.is_whole
-    if isinstance(base, ShardedOptimizer) or (given == "parameters" and plain):
+    as_it_is = given == "parameters" and plain and not isinstance(base, SparseAdam)  # no gradients are sparse
+    if isinstance(base, ShardedOptimizer) or as_it_is:
         return
     contract = examine(base) if plain else trained.active_set.contract
     contract.require_exchangeable(subject)

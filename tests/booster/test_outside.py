@@ -162,6 +162,8 @@ def test_outside_saved_masters_follow_weights() -> None:
         "zero1": {"plugin": "zero", "stage": 1, "precision": "bf16"},
         "zero2-blocks": {"plugin": "zero", "stage": 2, "precision": "bf16", "blocks": True},
         "hybrid0": {**HYBRID, "zero_stage": 0, "precision": "bf16"},
+        "fsdp2": {"plugin": "fsdp", "precision": "bf16"},
+        "fsdp2-blocks": {"plugin": "fsdp", "precision": "bf16", "blocks": True},
     }
     for result in run_ranks(2, outside_cases.each, outside_cases.saved_masters, configs):
         assert result == {config: {"clamp_": True, "data.mul_": True} for config in configs}
@@ -174,6 +176,7 @@ def test_outside_groups_written_by_hand_count() -> None:
         "zero2": {"plugin": "zero", "stage": 2, "precision": "fp32"},
         "hybrid0": {**HYBRID, "zero_stage": 0},
         "ddp": {"plugin": "ddp", "dtype": torch.float32},
+        "fsdp2": {"plugin": "fsdp", "precision": "fp32"},
     }
     for result in run_ranks(2, outside_cases.each, outside_cases.groups_by_hand, configs):
         wrong = [(c, n, e) for c, errors in result.items() for n, e in errors.items() if not e <= GRADIENTS]

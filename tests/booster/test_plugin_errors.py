@@ -18,6 +18,8 @@ MESSAGES = {
     "no_optimizer": r"TypeError: boost: got an optimizer of type str, expected a torch\.optim\.Optimizer",
     "base_is_no_optimizer": r"TypeError: base_optimizer",
     "sparse_embedding": r"ValueError: module '0' has sparse gradients, expected dense ones",
+    "sparse_adam": r"ValueError: boost: got torch's SparseAdam, which cannot step tensors by their gradients alone",
+    "sparse_adam_under_ddp": r"ValueError: boost: got torch's SparseAdam, which cannot step tensors by their gradients",
     "overlap_allgather_with_tp": r"ValueError: overlap_allgather=True with tp_size=2",
     "fp8_communication": r"ValueError: fp8_communication=True is not supported",
     "unknown_plugin_argument": r"TypeError: .*'sage'",

@@ -18,9 +18,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW
 from undivided import Undivided
 
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
+from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.booster.casts.registry import cast
 from colossal_bcd.checkpoint import CheckpointError
+from colossal_bcd.fsdp.weights import WholeTensors
 from colossal_bcd.optim.foreign.contract import examine
 from support.errors import largest_error
 
@@ -34,6 +35,10 @@ CASES: dict[tuple[str, bool], Resumed] = {
     ("zero2", True): "file",
     ("hybrid0", False): None,
     ("hybrid0", True): None,
+    # Without blocks torch's DDP steps the user's optimizer as it is.
+    ("ddp", True): "file",
+    ("fsdp2", False): "file",
+    ("fsdp2", True): "state dict",
 }
 """Plugin and whether in blocks -> by what the last step is repeated in new objects."""
 
@@ -44,6 +49,8 @@ PLUGINS: dict[str, Any] = {
     "hybrid0": lambda: HybridParallelPlugin(
         tp_size=1, pp_size=1, zero_stage=0, precision="fp32", custom_policy=Undivided()
     ),
+    "ddp": TorchDDPPlugin,
+    "fsdp2": lambda: FSDP2Plugin(precision="fp32"),
 }
 
 
@@ -83,6 +90,12 @@ def train(booster: Booster, model: Any, optimizer: Any, steps: Iterable[int]) ->
         optimizer.zero_grad()
 
 
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """Whole weights by name; all of the model's state."""
+    whole = WholeTensors(model.unwrap().state_dict())
+    return {name: whole[name].clone() for name in whole}
+
+
 def outcome(name: str, booster: Booster, in_blocks: bool, resumed: Resumed) -> tuple[str, Any]:
     """("refused", the message), or ("errors", the largest of weights after the steps, and a resume).
 
@@ -95,7 +108,7 @@ def outcome(name: str, booster: Booster, in_blocks: bool, resumed: Resumed) -> t
         return "refused", str(error)
     total = STEPS[in_blocks]
     train(booster, model, optimizer, range(total - 1))
-    weights, saved = {key: value.clone() for key, value in model.unwrap().state_dict().items()}, None
+    weights, saved = weights_of(model), None
     unsaved = None
     try:
         if resumed == "file":
@@ -106,7 +119,7 @@ def outcome(name: str, booster: Booster, in_blocks: bool, resumed: Resumed) -> t
         unsaved, resumed = str(error), None
     train(booster, model, optimizer, [total - 1])
     want = expected(name, in_blocks)
-    errors = [largest_error(list(model.unwrap().parameters()), want)]
+    errors = [largest_error(list(weights_of(model).values()), want)]
     if resumed is not None:
         model = Net(layers=LAYERS, width=5)
         model.load_state_dict(weights)
@@ -116,7 +129,7 @@ def outcome(name: str, booster: Booster, in_blocks: bool, resumed: Resumed) -> t
         else:
             optimizer.load_state_dict(saved)
         train(booster, model, optimizer, [total - 1])
-        errors.append(largest_error(list(model.unwrap().parameters()), want))
+        errors.append(largest_error(list(weights_of(model).values()), want))
     return ("errors", errors) if unsaved is None else ("unsaved", (errors, unsaved))
 
 

@@ -12,7 +12,7 @@ from colossalai.booster import Booster
 from torch import nn
 
 from colossal_bcd import BlockOptimizer, Lamb
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossal_bcd.testing import CollectiveCounter
 
 ZERO = {"stage": 2, "precision": "bf16"}
@@ -62,6 +62,14 @@ def base_is_no_optimizer() -> None:
 def sparse_embedding() -> None:
     model = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 4))
     boost(LowLevelZeroPlugin(stage=2, precision="fp32"), lambda model: Lamb(model.parameters()), model)
+
+
+def sparse_adam() -> None:
+    boost(FSDP2Plugin(), lambda model: torch.optim.SparseAdam(list(model.parameters())))
+
+
+def sparse_adam_under_ddp() -> None:
+    boost(TorchDDPPlugin(), lambda model: torch.optim.SparseAdam(list(model.parameters())))
 
 
 def overlap_allgather_with_tp() -> None:

@@ -218,6 +218,10 @@ def written_weights(options: dict[str, Any]) -> dict[str, float]:
     return errors
 
 
+def whole(param: Any) -> Tensor:
+    return (param.full_tensor() if is_dtensor(param) else param).detach()
+
+
 def placed(values: Tensor, param: Parameter, layout: Layout) -> Tensor:
     """A shard, or slice, of a full tensor as a gradient of the parameter."""
     if not is_dtensor(param):
@@ -484,10 +488,10 @@ def saved_masters(options: dict[str, Any]) -> dict[str, bool]:
         engine.zero_grad()
         module = model.unwrap()
         WRITES[name](module, list(module.parameters()))
-        state, weights = engine.state_dict(), dict(module.named_parameters())
+        state, weights = engine.state_dict(), {key: whole(param) for key, param in module.named_parameters()}
         masters = {key.removesuffix(f".{MASTER}"): value for key, value in state["others"].items() if MASTER in key}
         assert masters
-        result[name] = all(torch.equal(value.to(torch.bfloat16), weights[key].data) for key, value in masters.items())
+        result[name] = all(torch.equal(value.to(torch.bfloat16), weights[key]) for key, value in masters.items())
     return result
 
 
@@ -527,9 +531,7 @@ def _by_hand(options: dict[str, Any], make: Callable[[Any], torch.optim.Optimize
             optimizer.zero_grad()
         _write_groups(step, engine.param_groups[0], given[0].param_groups[0], schedulers)
         _write_groups(step, plain.param_groups[0], plain.param_groups[0], theirs)
-    pairs = zip(model.unwrap().parameters(), reference.parameters(), strict=True)
-    errors = torch.cat([(a.detach() - b.detach()).abs().view(-1) for a, b in pairs])
-    return errors.max().item() if errors.isfinite().all() else float("inf")
+    return largest_error(list(map(whole, model.unwrap().parameters())), list(reference.parameters()))
 
 
 def _write_groups(step: int, boosted: dict[str, Any], given: dict[str, Any], schedulers: Sequence[Any]) -> None:
@@ -557,6 +559,8 @@ RATE_PLUGINS: dict[str, dict[str, Any]] = {
     "zero2-blocks": {"plugin": "zero", "stage": 2, "precision": "bf16", "blocks": True},
     "hybrid0": {"plugin": "hybrid", "zero_stage": 0, "tp_size": 1, "pp_size": 1, "precision": "fp32"},
     "ddp": {"plugin": "ddp", "dtype": torch.float32},
+    "fsdp2": {"plugin": "fsdp", "precision": "fp32"},
+    "fsdp2-blocks": {"plugin": "fsdp", "precision": "bf16", "blocks": True},
 }
 
 
@@ -582,5 +586,5 @@ def _rated(options: dict[str, Any], make: Callable[[Any, Any], torch.optim.Optim
         engine.step()
         engine.zero_grad()
         scheduler.step()
-    weights = [param.detach().double().view(-1) for param in model.unwrap().parameters()]
+    weights = [local_values(param).double().view(-1) for param in model.unwrap().parameters()]
     return torch.cat([*weights, torch.tensor([float(group["lr"]) for group in engine.param_groups])])
