@@ -256,11 +256,11 @@ class Loading:
             region = _region(trained.layout, said)
             assert region is not None
             lead = region.lead if isinstance(region, StackedRegion) else ()
-            shape = (num_chunks(trained.layout),) if said["kind"] == "chunks" else tuple(tensor.shape)
+            shape = (num_chunks(tensor.numel()),) if said["kind"] == "chunks" else tuple(tensor.shape)
             values = self._checkpoint.pick(full_name, region)
             tensors[name] = torch.zeros(lead + shape, dtype=values.dtype, device=tensor.device)
             region.write(tensors[name], values)
-        return completed(base, put_together(tensors, numbers), trained.layout)
+        return completed(base, put_together(tensors, numbers), tensor, trained.layout)
 
 
 def check_path(boosted: Boosted, path: Path, index: str) -> Loading:

@@ -124,7 +124,14 @@ def test_a_limit_by_whole_norms_is_refused_where_weights_are_divided() -> None:
     assert "Leave it at 0" in text
 
 
-CHECKPOINTS = [("zero2", True), ("zero1-bf16", False), ("hybrid0", True), ("tp2", False)]
+CHECKPOINTS = [
+    ("zero2", True),
+    ("zero1-bf16", False),
+    ("hybrid0", True),
+    ("tp2", False),
+    ("fsdp2", True),
+    ("fsdp2-rows", False),
+]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +161,16 @@ def test_every_optimizer_goes_on_on_another_mesh_as_on_one_process(num_ranks: in
         for name in chosen:
             assert not isinstance(rank[name], str), rank[name]
             assert not any(rank[name].values()), (name, rank[name])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_chunks_of_whole_rows_go_on_under_fsdp2_and_zero(num_ranks: int, saved: Any) -> None:
+    """The last rank of FSDP2 has fewer rows and no padding: it raised alone, and the others waited."""
+    chosen, folder = ["Adam8bit", "AdEMAMix8bit"], f"{saved[0]}/fsdp2-rows"
+    for mesh in ("fsdp2-rows", "zero1-rows"):
+        for rank in run_ranks(num_ranks, cases.goes_on, mesh, False, chosen, folder, timeout=600):
+            for name in chosen:
+                assert rank[name] == {"wide.weight": 0.0, "last.weight": 0.0}, (mesh, rank[name])
 
 
 def test_chunks_of_shards_load_on_the_same_shards_only(saved: Any) -> None:

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from colossalai.booster import Booster
 from on_ranks import gradient, heard, message_of
+from outside_cases import placed
 from torch import Tensor, nn
 from undivided import Undivided
 
 from colossal_bcd import BlockOptimizer
-from colossal_bcd.booster import HybridParallelPlugin, LowLevelZeroPlugin
+from colossal_bcd.booster import FSDP2Plugin, HybridParallelPlugin, LowLevelZeroPlugin
+from colossal_bcd.sharding.dtensor import local_values
 from support.errors import largest_error
 
 LR = 1e-2
@@ -37,6 +39,9 @@ MESHES: dict[str, dict[str, Any]] = {
     "hybrid0": {"tp_size": 1, **HYBRID},
     "hybrid1": {"tp_size": 1, **HYBRID, "precision": "bf16", "zero_stage": 1},
     "tp2": {"tp_size": 2, **HYBRID},
+    "fsdp2": {"precision": "fp32"},
+    "fsdp2-rows": {"precision": "fp32"},
+    "zero1-rows": {"stage": 1, "precision": "fp32"},
 }
 
 
@@ -69,6 +74,20 @@ class Net(nn.Module):
         with torch.no_grad():
             for param in self.parameters():
                 param.copy_(torch.randn(param.shape, generator=generator))
+
+
+class Rows(nn.Module):
+    """Matrices of which every row is a number of quantisation chunks, and neither two nor three ranks divide the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.last = nn.Linear(256, 67, bias=False), nn.Linear(512, 35, bias=False)
+
+
+def net_of(mesh: str) -> nn.Module:
+    model = models.llama() if mesh == "tp2" else Rows() if mesh.endswith("rows") else Net()
+    return model.bfloat16() if MESHES[mesh]["precision"] == "bf16" else model
 
 
 BLOCKS = [["wide."], ["square.", "small."], ["last."]]
@@ -134,31 +153,36 @@ class Boosted:
 
     def __init__(self, name: str, mesh: str, blocks: bool, override: str | None = None, **options: Any) -> None:
         manager = clean()
-        settings = MESHES[mesh]
-        model = models.llama() if settings.get("tp_size", 1) > 1 else Net()
-        if settings["precision"] == "bf16":
-            model = model.bfloat16()
+        settings, model = MESHES[mesh], net_of(mesh)
         base = self.base(name, model, **options)
         if override is not None:
             OVERRIDES[override](model, manager)
-        self.names = {id(param): key for key, param in model.named_parameters()}
         made = base
         if blocks:
             made = block_optimizer(base, model)
         plugin = LowLevelZeroPlugin if "stage" in settings else HybridParallelPlugin
+        self.is_fsdp = mesh.startswith("fsdp2")
+        if self.is_fsdp:
+            plugin = FSDP2Plugin
         if isinstance(model, Net) and plugin is HybridParallelPlugin:
             settings = {**settings, "custom_policy": Undivided()}
         self.booster = Booster(plugin=plugin(**settings))
         self.model, self.engine, *_ = self.booster.boost(model, made)
+        self.names = {id(param): key for key, param in self.model.unwrap().named_parameters()}
+        self.layouts = (self.engine.engine if self.is_fsdp else self.engine).layouts
 
     def base(self, name: str, model: nn.Module, **options: Any) -> Any:
         return make(name, list(model.parameters()), **options)
 
     def step(self, step: int) -> None:
         for param in self.engine.masters.of:
-            layout = self.engine.layouts[param]
+            layout = self.layouts[param]
             grad = gradient(self.names[id(param)], layout.shape, step)
-            param.grad = layout.shard(grad).to(param.dtype)
+            param.grad = placed(layout.shard(grad).to(param.dtype), param, layout)
+        if self.is_fsdp:
+            self.engine.step()
+            self.engine.zero_grad()
+            return
         self.engine.sync_dp_grads()
         self.engine.load_gradients()
         self.engine.optim.step()
@@ -180,10 +204,7 @@ def block_optimizer(base: Any, model: nn.Module) -> BlockOptimizer:
 
 
 def reference(mesh: str) -> nn.Module:
-    model = models.llama() if mesh == "tp2" else Net()
-    if MESHES[mesh]["precision"] == "bf16":
-        model = model.bfloat16()
-    return model if mesh.endswith("low") else model.float()
+    return net_of(mesh) if mesh.endswith("low") else net_of(mesh).float()
 
 
 def difference(name: str, mesh: str, blocks: bool, override: str | None = None, **options: Any) -> dict[str, float]:
@@ -235,7 +256,7 @@ def bits(run: Boosted) -> dict[str, dict[str, Any]]:
         count = run.engine.masters.layout(param).num_local
 
         def data(value: Any, size: int = master.numel(), count: int = count) -> Any:
-            if isinstance(value, Tensor) and value.numel() % size == 0:
+            if isinstance(value, Tensor) and size and value.numel() % size == 0:
                 value = value.reshape(-1, size)[:, :count]
             return value.clone() if isinstance(value, Tensor) else value
 
@@ -307,9 +328,10 @@ def goes_on(mesh: str, blocks: bool, chosen: list[str], folder: str) -> dict[str
         run = Boosted(name, mesh, blocks)
         # Weights of other blocks have been trained before; the active ones come from the masters in the file.
         with torch.no_grad():
-            for param in run.engine.layouts:
+            for param, layout in run.layouts.items():
                 want = dict(model.named_parameters())[run.names[id(param)]]
-                param.copy_(run.engine.layouts[param].shard(want.detach()).view_as(param))
+                part = local_values(param).view(-1)
+                part.copy_(layout.shard(want.detach()).view(-1)[: part.numel()])
         run.engine.update_master_params(run.model)
         try:
             run.booster.load_optimizer(run.engine, str(Path(folder, name)))
@@ -322,9 +344,10 @@ def goes_on(mesh: str, blocks: bool, chosen: list[str], folder: str) -> dict[str
         wanted = {key: param.detach() for key, param in model.named_parameters()}
         found[name] = {
             run.names[id(param)]: largest_error(
-                param.detach().view(-1), run.engine.layouts[param].shard(wanted[run.names[id(param)]]).view(-1)
+                local_values(param).view(-1),
+                layout.shard(wanted[run.names[id(param)]]).view(-1)[: local_values(param).numel()],
             )
-            for param in run.engine.layouts
+            for param, layout in run.layouts.items()
         }
     return found
 

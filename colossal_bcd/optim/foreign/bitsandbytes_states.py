@@ -232,21 +232,29 @@ def describe_misaligned(optimizer: Any, params: Sequence[Parameter], names: Mapp
 def scale_region(name: str, tensor: Tensor, layout: Layout) -> Region | None:
     """Which scales of the whole weight a rank's [*, number of its chunks] are; None: of none."""
     cut = chunks(layout, CHUNK)
-    if name not in SCALES or cut is None or tensor.shape[-1] != num_chunks(layout):
+    # Ranks store padding, or none, as under FSDP2.
+    counts = (num_chunks(layout.max_local), num_chunks(layout.num_local))
+    if name not in SCALES or cut is None or tensor.shape[-1] not in counts:
         return None
     return StackedRegion.of(cut, tuple(tensor.shape[:-1]))
 
 
-def num_chunks(layout: Layout) -> int:
-    """Chunks of a rank's part, padding included."""
-    return -(-math.prod(layout.local_shape) // CHUNK)
+def num_chunks(numel: int) -> int:
+    """Chunks of so many values."""
+    return -(-numel // CHUNK)
 
 
-def completed(optimizer: Any, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def completed(optimizer: Any, state: Mapping[str, Any], master: Tensor, layout: Layout) -> dict[str, Any]:
     """State of a weight as a file has it, with what no file has; only that of bitsandbytes' optimizers changes.
 
     The optimizer's own table takes the place of an equal one, and the padding gets the code of zero: code 0 is the
     largest negative value of a chunk, which would be the scale of the data beside it.
+
+    Args:
+        optimizer: whose state it is.
+        state: of the weight.
+        master: of the weight, with the layout's padding or without.
+        layout: of both.
     """
     if not is_bitsandbytes(optimizer):
         return dict(state)
@@ -254,7 +262,7 @@ def completed(optimizer: Any, state: Mapping[str, Any], layout: Layout) -> dict[
     for name, table in CODES.items():
         codes = result.get(name)
         if isinstance(codes, Tensor) and codes.dtype == torch.uint8 and table in result:
-            flat = codes.view(-1, math.prod(layout.local_shape))
+            flat = codes.view(-1, master.numel())
             flat[:, layout.num_local :] = result[table].abs().argmin()
     for name, kind in TABLES.items():
         if isinstance(result.get(name), Tensor):
