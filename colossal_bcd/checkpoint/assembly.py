@@ -48,6 +48,8 @@ class LocalPart:
     words: str = ""
     """The region of undeclared state in words; see `words_of`."""
     local_shape: tuple[int, ...] = ()
+    has_values: bool = True
+    """Whether the rank has values of the parameter, which undeclared state is known by; True of declared state."""
     """Shape of this rank's tensor of undeclared state."""
     digest: str = ""
     """Digest of undeclared state that should be the same on all ranks; see `digest_of`."""
@@ -135,7 +137,9 @@ class LocalTensors:
         group = boosted.groups()[trained.group]
         files = filed_tensors(self._base, tensor, trained.layout, group, state, self._constant, trained.key)
         for number, filed in enumerate(files, start=1):
-            self._announce(trained.name, filed, state, (trained.key, number), words=words)
+            self._announce(
+                trained.name, filed, state, (trained.key, number), words=words, has_values=trained.layout.num_local > 0
+            )
 
     def _add_contributor(self, boosted: Boosted, contributor: str, source: Contributor) -> None:
         number = LATER
@@ -154,9 +158,10 @@ class LocalTensors:
         order: tuple[int, int],
         contributor: str | None = None,
         words: str = "",
+        has_values: bool = True,
     ) -> None:
         before = "" if contributor is None else f"{contributor}."
-        same = bool(words) and filed.kind == "whole" and num_ranks() > 1
+        same = bool(words) and filed.kind in ("whole", "part") and num_ranks() > 1
         part = LocalPart(
             parameter=parameter,
             state=f"{before}{filed.name}",
@@ -169,6 +174,7 @@ class LocalTensors:
             kept=filed.kept,
             words=words,
             local_shape=tuple(state[filed.name].shape) if words else (),
+            has_values=has_values or not words,
             digest=digest_of(state[filed.name]) if same else "",
         )
         self._filed[part.name] = filed, state
@@ -233,9 +239,14 @@ def make_assembly(local: LocalTensors) -> Assembly:
 def _apart(tensors: Iterable[list[tuple[int, LocalPart]]]) -> Iterator[list[tuple[int, LocalPart]]]:
     """Make state that ranks cannot put together a tensor of its own for every region."""
     for parts in tensors:
-        first = parts[0][1]
-        if first.kind != "part" and all((one.kind, one.digest) == (first.kind, first.digest) for _, one in parts):
-            yield parts
+        # Without values of the parameter a rank cannot tell what is empty because it is one value for each of these.
+        told = [(rank, part) for rank, part in parts if part.has_values] or parts
+        kinds, contents = {part.kind for _, part in told}, {(part.local_shape, part.digest) for _, part in told}
+        if kinds == {"whole", "part"} and len(contents) == 1:
+            # Nor can one that has values of one parameter alone tell that this shape is that of all parameters.
+            told, kinds = [(rank, dataclasses.replace(part, kind="whole")) for rank, part in told], {"whole"}
+        if len(kinds) == 1 and "part" not in kinds and len({part.digest for _, part in told}) == 1:
+            yield told
             continue
         regions: dict[str, list[tuple[int, LocalPart]]] = {}
         for rank, part in parts:

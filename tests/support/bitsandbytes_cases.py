@@ -77,7 +77,7 @@ class Net(nn.Module):
 
 
 class Rows(nn.Module):
-    """Matrices of which every row is a number of quantisation chunks, and neither two nor three ranks divide the rows."""
+    """Matrices whose rows are whole quantisation chunks; neither two nor three ranks divide the rows evenly."""
 
     def __init__(self) -> None:
         super().__init__()

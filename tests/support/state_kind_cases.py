@@ -14,6 +14,7 @@ import torch.distributed as dist
 from bitsandbytes_cases import BLOCKS, PERIOD, SAVED, STEPS, Boosted, Net, block_optimizer, gradient, same
 from torch import Tensor, nn
 
+from colossal_bcd.fsdp.weights import WholeTensors
 from support.errors import largest_error
 
 BOUND = 2**-18
@@ -104,7 +105,7 @@ OPTIMIZERS: dict[str, Any] = {
     "part": lambda params: EveryKind(params, part=True),
     "madgrad": lambda params: pytorch_optimizer.MADGRAD(params, lr=1e-2),
 }
-MESHES = [("zero1", False), ("zero2", True), ("hybrid0", True), ("zero1-bf16", False)]
+MESHES = [("zero1", False), ("zero2", True), ("hybrid0", True), ("zero1-bf16", False), ("fsdp2", True)]
 CASES = [
     (name, mesh, blocks)
     for name in OPTIMIZERS
@@ -146,9 +147,8 @@ def groups_of(optimizer: Any) -> list[dict[str, Any]]:
 
 def without_padding(value: Any, size: int, count: int) -> Any:
     if isinstance(value, Tensor):
-        return (
-            value.reshape(-1, size)[:, :count].clone() if value.numel() and not value.numel() % size else value.clone()
-        )
+        has_padding = size and value.numel() and not value.numel() % size
+        return value.reshape(-1, size)[:, :count].clone() if has_padding else value.clone()
     if isinstance(value, dict):
         return {key: without_padding(item, size, count) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -173,8 +173,9 @@ def resumed(name: str, mesh: str, blocks: bool, source: Any, model: nn.Module) -
     """A new run with the weights of a model and the optimizer of a folder, a file or a state dict."""
     run = Run(name, mesh, blocks)
     with torch.no_grad():
-        for param, saved in zip(run.engine.layouts, model.parameters(), strict=True):
-            param.copy_(saved)
+        ours = dict(run.model.unwrap().named_parameters())
+        for key, saved in model.named_parameters():
+            ours[key].copy_(saved)
     run.engine.update_master_params(run.model)
     if isinstance(source, str):
         run.booster.load_optimizer(run.engine, source)
@@ -193,11 +194,13 @@ def saves(folder: str) -> dict[str, bool]:
         path = Path(folder, f"{name} {mesh}")
         run.booster.save_optimizer(run.engine, str(path), shard=True)
         run.booster.save_optimizer(run.engine, f"{path}.bin")
+        whole = WholeTensors(run.model.unwrap().state_dict())
+        weights = {key: whole[key] for key in whole}
         if dist.get_rank() == 0:
-            torch.save(run.engine.model.module.state_dict(), f"{path}.model")
+            torch.save(weights, f"{path}.model")
         dist.barrier()
         again = [
-            resumed(name, mesh, blocks, source, run.engine.model.module)
+            resumed(name, mesh, blocks, source, run.model.unwrap())
             for source in (str(path), f"{path}.bin", run.engine.state_dict())
         ]
         kept = run.kept()

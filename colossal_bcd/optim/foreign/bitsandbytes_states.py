@@ -8,7 +8,6 @@ weight: slices begin with a chunk, and `GlobalOptimManager` is asked about the w
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
