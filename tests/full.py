@@ -12,6 +12,27 @@ from fnmatch import fnmatchcase
 FULL: dict[str, tuple[str, ...]] = {
     # Each host with one optimizer is "sample"; these are all cells of the page.
     "benchmarks/test_compatibility.py::test_cells_are_what_runs_show": ("[0-7]",),
+    # Every mesh and every kind of optimizer stays.
+    "cli/test_estimates.py::test_bytes_and_traffic_are_what_ranks_measure": (
+        "*, golore*",
+        "*, adamw-8bit",
+        "*, lion",
+        "*, sgd",
+        "zero2, adamw",
+        "tp2, adamw",
+        "one rank, [cl]a*",
+        "one rank, galore?*",
+        "one rank, adafactor",
+        "zero1, [abcg]*",
+        "zero1, lora",
+        "tp2, [bcgl]*",
+        "fsdp2, galore*",
+        "fsdp2, [acl]*",
+        "zero2, galore-8bit",
+        "zero2, galoread*w*",
+        "zero2, galore[ls]*",
+        "zero2, lamb",
+    ),
     # Ragged slices are tp1-zero3 and fsdp3, divided matrices tp2-zero1, both tp2-zero2 and tp2-fsdp2.
     "optim/test_conformance.py::TestMesh": ("tp1-zero[124]-*", "tp2-zero[34]-*", "fsdp[24]-*"),
     "optim/test_conformance.py::TestMeshAndRow": ("tp1-zero[124]-*", "tp2-zero[34]-*", "fsdp[24]-*"),

@@ -59,6 +59,8 @@ class Job:
         choice = choice_of(self.optimizer)
         if not self.masters and (self.mesh.sharded_weights or (choice.blocks if self.blocks is None else self.blocks)):
             raise ValueError("--no-masters: got it with blocks or --sharded-weights, which have masters. Leave it out.")
+        if choice.lora and self.mesh.tp > 1:
+            raise ValueError("--tp: got it with lora, whose adapters the plugins do not divide. Leave one of them out.")
         longest = self.model.longest
         if longest is not None and self.length > longest:
             raise ValueError(f"--length: got {self.length}, expected at most the {longest} positions of the model.")

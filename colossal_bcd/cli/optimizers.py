@@ -112,5 +112,5 @@ def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
     except ModuleNotFoundError:
         raise ImportError("lora needs peft. Run: pip install 'colossal_bcd[trainer]'") from None
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
-    adapted: nn.Module = get_peft_model(model, config)
+    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
     return adapted

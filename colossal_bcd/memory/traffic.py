@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,13 +16,24 @@ from colossal_bcd.low_rank.projection import is_projected, low_rank_layout
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.optim import ShardedOptimizer, State
 from colossal_bcd.optim.state.storage import as_seen
-from colossal_bcd.sharding import Collect, Layout, Mesh, ShardView, resolve
+from colossal_bcd.sharding import Collect, Layout, Mesh, Rounds, ShardView, resolve
+from colossal_bcd.sharding.rounds import Request
 
 Communicates = Callable[[tuple[str, ...]], bool]
 """Whether a sum over these axes needs another rank."""
 
 
-@torch.no_grad()
+@dataclass
+class _Waiting:
+    """A rule that has asked, for parameters that ask alike."""
+
+    rule: Rounds
+    layout: Layout
+    count: int
+    """Number of these parameters."""
+    requests: tuple[Request, ...]
+
+
 def rounds_of(
     base: ShardedOptimizer[Any], layout: Layout, hyper: Any, communicates: Communicates, *, reduced: bool = False
 ) -> list[Counter[str]]:
@@ -35,43 +48,7 @@ def rounds_of(
     Returns:
         Of each round that needs another rank, the bytes of this parameter that travel over each axis.
     """
-    if reduced and isinstance(base, ReducedGradientOptimizer) and is_projected(layout, hyper):
-        given = torch.empty(low_rank_layout(layout, hyper).local_shape, device="meta")
-        base.take_low_rank = lambda key: given  # type: ignore[method-assign]
-        try:
-            return _rounds(base, layout, hyper, communicates)
-        finally:
-            del base.take_low_rank
-    return _rounds(base, layout, hyper, communicates)
-
-
-def _rounds(base: ShardedOptimizer[Any], layout: Layout, hyper: Any, communicates: Communicates) -> list[Counter[str]]:
-    param = torch.empty(layout.local_shape, device="meta")
-    view = ShardView(layout, param, torch.empty_like(param), keys=(-1,))
-    specs = base.state_spec(layout, hyper)
-    state = State(2, {name: 0 for name, spec in specs.items() if spec.kind == "scalar"})
-    for name, spec in specs.items():
-        stored = spec.allocate(param)
-        if isinstance(stored, Tensor):
-            state[name] = as_seen(spec, view, stored)
-    rule, mesh, rounds = base.update(view, state, hyper), Mesh(), list[Counter[str]]()
-    sent = Counter[str]()
-    mesh.communicates = communicates  # type: ignore[method-assign, assignment]
-    mesh.all_reduce = lambda buffer, axis: sent.update({axis: buffer.nbytes})  # type: ignore[method-assign, assignment]
-    with suppress(StopIteration):
-        requests = next(rule)
-        while True:
-            # The bases that are sought at a refresh would be decomposed by the owner of the whole: here nobody is.
-            sums = [request for request in requests if not isinstance(request, Collect)]
-            sent = Counter()
-            totals = iter(resolve(sums, mesh))
-            answers = tuple(None if isinstance(request, Collect) else next(totals) for request in requests)
-            if len(sums) < len(requests) and communicates(layout.axes):
-                sent.update(dict.fromkeys(layout.axes, 0))
-            if sent:
-                rounds.append(sent)
-            requests = rule.send(answers)
-    return rounds
+    return _rounds(base, [(layout, hyper, 1)], communicates, reduced)
 
 
 def rounds_of_all(
@@ -91,15 +68,83 @@ def rounds_of_all(
         members: parameters of each of its groups, training or not.
         reduced: as of `rounds_of`.
     """
-    together: list[Counter[str]] = []
-    known: dict[tuple[int, Layout], list[Counter[str]]] = {}
-    for index, (group, params) in enumerate(zip(base.param_groups, members, strict=True)):
-        hyper = base.hyper_of(group)
-        for layout in (layouts[param] for param in params if param in layouts):
-            key = index, layout
-            if key not in known:
-                known[key] = rounds_of(base, layout, hyper, communicates, reduced=reduced)
-            together += [Counter[str]() for _ in range(len(known[key]) - len(together))]
-            for total, each in zip(together, known[key], strict=False):
-                total.update(each)
-    return together
+    alike = Counter(
+        (index, layouts[param]) for index, params in enumerate(members) for param in params if param in layouts
+    )
+    hypers = [base.hyper_of(group) for group in base.param_groups]
+    return _rounds(
+        base, [(layout, hypers[index], count) for (index, layout), count in alike.items()], communicates, reduced
+    )
+
+
+@torch.no_grad()
+def _rounds(
+    base: ShardedOptimizer[Any], kinds: Sequence[tuple[Layout, Any, int]], communicates: Communicates, reduced: bool
+) -> list[Counter[str]]:
+    """Rounds of rules that advance together, as the runner lets them."""
+    mesh, sent, rounds = Mesh(), Counter[str](), list[Counter[str]]()
+    mesh.communicates = communicates  # type: ignore[method-assign, assignment]
+    mesh.all_reduce = lambda buffer, axis: sent.update({axis: buffer.nbytes})  # type: ignore[method-assign, assignment]
+    with _handed_over(base, kinds) if reduced else nullcontext():
+        pending = [
+            _Waiting(rule, layout, count, ())
+            for rule, (layout, _, count) in zip(_rules(base, kinds), kinds, strict=True)
+        ]
+        answers: list[tuple[Any, ...] | None] = [None] * len(pending)
+        while pending := [each for each, answer in zip(pending, answers, strict=True) if _asks(each, answer)]:
+            # The bases that are sought at a refresh would be decomposed by the owner of the whole: here nobody is.
+            sums = [[request for request in each.requests if not isinstance(request, Collect)] for each in pending]
+            totals = iter(
+                resolve([x for each, asked in zip(pending, sums, strict=True) for x in asked * each.count], mesh)
+            )
+            answers = []
+            for each, asked in zip(pending, sums, strict=True):
+                mine = iter(list(islice(totals, len(asked) * each.count))[: len(asked)])
+                answers.append(tuple(None if isinstance(x, Collect) else next(mine) for x in each.requests))
+                if len(asked) < len(each.requests) and communicates(each.layout.axes):
+                    sent.update(dict.fromkeys(each.layout.axes, 0))
+            if sent:
+                rounds.append(sent.copy())
+                sent.clear()
+    return rounds
+
+
+def _asks(waiting: _Waiting, answer: tuple[Any, ...] | None) -> bool:
+    """Resume a rule; whether it asks again."""
+    try:
+        waiting.requests = next(waiting.rule) if answer is None else waiting.rule.send(answer)
+    except StopIteration:
+        return False
+    return True
+
+
+def _rules(base: ShardedOptimizer[Any], kinds: Sequence[tuple[Layout, Any, int]]) -> Iterator[Rounds]:
+    """Each of a parameter whose number is -1, -2, and so on."""
+    for number, (layout, hyper, _) in enumerate(kinds, 1):
+        param = torch.empty(layout.local_shape, device="meta")
+        view = ShardView(layout, param, torch.empty_like(param), keys=(-number,))
+        specs = base.state_spec(layout, hyper)
+        state = State(2, {name: 0 for name, spec in specs.items() if spec.kind == "scalar"})
+        for name, spec in specs.items():
+            stored = spec.allocate(param)
+            if isinstance(stored, Tensor):
+                state[name] = as_seen(spec, view, stored)
+        yield base.update(view, state, hyper)
+
+
+@contextmanager
+def _handed_over(base: ShardedOptimizer[Any], kinds: Sequence[tuple[Layout, Any, int]]) -> Iterator[None]:
+    """Low-rank gradients of what is projected, as of an engine that has averaged them."""
+    if not isinstance(base, ReducedGradientOptimizer):
+        yield
+        return
+    given = {
+        -number: torch.empty(low_rank_layout(layout, hyper).local_shape, device="meta")
+        for number, (layout, hyper, _) in enumerate(kinds, 1)
+        if is_projected(layout, hyper)
+    }
+    base.take_low_rank = given.get  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del base.take_low_rank

@@ -155,6 +155,7 @@ def test_explain_counts_the_bytes_of_estimate(config: str) -> None:
         (["estimate", "{config}", "--precision", "int4"], "See: "),
         (["estimate"], "Missing argument 'MODEL'"),
         (["estimate", "{config}", "--blocks", "9", "--no-masters"], "Leave it out"),
+        (["estimate", "{config}", "-o", "lora", "--gpus", "2", "--tp", "2"], "Leave one of them out"),
         (["estimate", "roberta-large", "--gpus", "2", "--tp", "2"], "without a plan of tensor parallelism"),
         (["estimate", "{config}", "--plot", "memory.docx"], "docx"),
         (["partition", "{config}", "--blocks", "0"], "--blocks"),
