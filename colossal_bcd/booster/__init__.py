@@ -17,6 +17,7 @@ The engine under ColossalAI
     zero           `ZeroOptimizer`: backward, average, step and gather of what trains now
     gradients      what loss scale, sequence parallelism and clipping do to averages
     stock_surface  what user code reads from ColossalAI's wrappers
+    dropout        one mask on all ranks where they have the same activations
     pipeline       stages that train nothing, or something else than the others
     checkpoint_io  `booster.save_optimizer` and `save_model`
     cpu_accelerator   ColossalAI on CPUs with gloo

@@ -33,6 +33,7 @@ from colossal_bcd.booster.boosting import configured_by_stock, ready_to_boost, s
 from colossal_bcd.booster.casts.registry import names_of, shapes_of
 from colossal_bcd.booster.checkpoint_io import checkpoint_io
 from colossal_bcd.booster.cpu_accelerator import install_cpu_accelerator
+from colossal_bcd.booster.dropout import share_masks
 from colossal_bcd.booster.layouts import shard_layouts
 from colossal_bcd.booster.pipeline import HybridModule, keep_output_differentiable, plan_stages, tied_elsewhere
 from colossal_bcd.booster.stock_surface import param_info_of
@@ -197,7 +198,7 @@ class HybridParallelPlugin(EnginePlugin, StockHybridParallelPlugin):
     def _wrap(self, model: nn.Module) -> HybridModule:
         if self.zero_stage == 0 and self.dp_size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.mixed_dp_group)
-        return HybridModule(
+        wrapped = HybridModule(
             model,
             precision=self.precision,
             shard_config=self.shard_config,
@@ -210,6 +211,9 @@ class HybridParallelPlugin(EnginePlugin, StockHybridParallelPlugin):
             overlap_allgather=self.zero_stage > 0 and self.zero_config["overlap_allgather"],
             use_fp8=self.use_fp8,
         )
+        if self.tp_size > 1 and not self.enable_sequence_parallelism:
+            share_masks(wrapped, self.tp_group)
+        return wrapped
 
     def _given(self) -> Given:
         return "parts" if self.zero_stage > 0 or self.tp_size > 1 or self.pp_size > 1 else "wholes"

@@ -48,9 +48,9 @@ class LocalPart:
     words: str = ""
     """The region of undeclared state in words; see `words_of`."""
     local_shape: tuple[int, ...] = ()
+    """Shape of this rank's tensor of undeclared state."""
     has_values: bool = True
     """Whether the rank has values of the parameter, which undeclared state is known by; True of declared state."""
-    """Shape of this rank's tensor of undeclared state."""
     digest: str = ""
     """Digest of undeclared state that should be the same on all ranks; see `digest_of`."""
 

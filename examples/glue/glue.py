@@ -115,11 +115,6 @@ class Glue(Run):
         torch.manual_seed(flags["seed"])
         toy = [text for record in train for text in (record.first, *record.second)] if flags["toy"] else None
         model, self.tokenizer = classifier(flags["model"], toy, flags["precision"], self.task.outputs)
-        if flags["tp"] > 1 and any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-            raise DataError(
-                "--tp: ranks that divide a layer would draw other dropout each for values that all of them have, so "
-                "that copies of a weight would drift apart. Use --tp 1, or a model whose config.json has dropout of 0."
-            )
         self.train_texts = Texts(train, self.tokenizer, flags["length"])
         self.held_out = {
             name: Texts(found[: flags["held_out"]], self.tokenizer, flags["length"]) for name, found in held_out.items()
