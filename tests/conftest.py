@@ -66,3 +66,10 @@ def pytest_collection_finish(session):
     start_server(
         *(name for name, file in files.items() if file and Path(file).is_relative_to(here) and name != "conftest")
     )
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """Numbers below 2^-126 are numbers: what a test compiles may link a library that takes them for zeros, for good."""
+    yield
+    torch.set_flush_denormal(False)

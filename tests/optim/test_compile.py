@@ -57,7 +57,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     lazy._compiled.cache_clear()
     torch._dynamo.reset()
-    torch.set_flush_denormal(False)  # what a test compiles itself may have changed it
 
 
 def weights(dtype: torch.dtype = torch.float64, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:
