@@ -125,9 +125,12 @@ class Residuals:
 def _lost_bits(master: Tensor, weight: Tensor, bits: int) -> Tensor:
     """[n] residual; zero where the weight is not the rounded master, or no finite number."""
     rounded = (master.to(weight.dtype) == weight) & weight.isfinite()
-    distance = _ordinal(master, weight.dtype) - _ordinal(weight.float(), weight.dtype)
+    ordinal = _ordinal(master, weight.dtype)
+    distance = ordinal - _ordinal(weight.float(), weight.dtype)
+    # Below 2^-14 masters of float16 lie between ordinals: the side decides where that is half a unit.
+    side = (master.abs() - _value(ordinal, weight.dtype)).sign_()
     # At most 2^15, which float32 holds; half a unit goes to the even neighbour.
-    units = distance.mul(_per_unit(weight.dtype, bits)).round_()
+    units = side.mul_(0.25).add_(distance).mul_(_per_unit(weight.dtype, bits)).round_()
     # Half way to the next weight and beyond would round to that one.
     limit = 2.0 ** (min(bits, _NEIGHBOURS[weight.dtype]) - 1) - 1
     signed = units.clamp_(-limit, limit).mul_(_sign(weight))
