@@ -85,8 +85,13 @@ def ready(
         model = _with_adapters(model, rank)
     params: Any = [param for param in model.parameters() if param.requires_grad]
     if issubclass(cls, ReducedGradientOptimizer):
-        logging.getLogger("colossal_bcd.low_rank.param_groups").setLevel(logging.WARNING)
-        params = colossal_bcd.param_groups(model, rank=rank, clamp=True)
+        said = logging.getLogger("colossal_bcd.low_rank.param_groups")
+        level = said.level
+        said.setLevel(logging.WARNING)
+        try:
+            params = colossal_bcd.param_groups(model, rank=rank, clamp=True)
+        finally:
+            said.setLevel(level)
     options = dict(choice.options or {})
     if "relative_step" in inspect.signature(cls).parameters:
         options["relative_step"] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -86,3 +87,9 @@ def test_bytes_and_traffic_are_what_ranks_measure(case: str) -> None:
         assert stepped["all_reduce"] == said.traffic["rounds"].collectives + said.traffic["norm"].collectives
         small = said.traffic["rounds"].bytes + said.traffic["norm"].bytes
         assert stepped_bytes["all_reduce"] == pytest.approx(small, rel=0.02)
+
+
+def test_an_estimate_of_galore_leaves_the_log_as_it_was() -> None:
+    """Later calls of param_groups said nothing in its process."""
+    budget_cases.job_of("one rank, galore").ready(nn.Sequential(nn.Linear(16, 16)))
+    assert logging.getLogger("colossal_bcd.low_rank.param_groups").level == logging.NOTSET
