@@ -44,7 +44,7 @@ def explain(optimizer: Any) -> str:
         layout, rounds, state = _describe(optimizer, base, param, group)
         master = 0 if param.data_ptr() in weights else param.nbytes
         cost, total = "?" if state is None else str(state + master), total + (state or 0) + master
-        rows.append((name, type(base).__name__, _text(layout), str(rounds), cost, f"{group['lr']:g}"))
+        rows.append((name, type(base).__name__, _text(layout), str(rounds), cost, _rate(group["lr"])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     if not trained.plan.is_whole:
@@ -109,6 +109,11 @@ def _describe(optimizer: Any, base: Optimizer, param: Tensor, group: dict[str, A
     layout = of.masters.layout(of.master_to_working_param[id(param)]) if of else Layout.whole(tuple(param.shape))
     state = [value.nbytes for value in base.state.get(param, {}).values() if isinstance(value, Tensor)]
     return layout, 0, sum(state) if param in base.state else None
+
+
+def _rate(lr: float | None) -> str:
+    """The learning rate; Adafactor has none where its steps are relative to the weights."""
+    return "relative" if lr is None else f"{lr:g}"
 
 
 def _text(layout: Layout) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from colossal_bcd import AdamW, BlockOptimizer, Lamb
+from colossal_bcd import Adafactor, AdamW, BlockOptimizer, Lamb
 from colossal_bcd.booster import explain
 from colossal_bcd.testing import run_ranks
 
@@ -28,6 +28,12 @@ def test_explain_of_a_plain_optimizer_has_a_row_per_parameter() -> None:
     assert rows(text) == {"0": ["Lamb", "3x4", "0", "96", "0.001"], "1": ["Lamb", "scalar", "0", "16", "0.25"]}
     assert text.endswith("2 parameters, 112 bytes of states and masters on this rank")
     assert not optimizer.state
+
+
+def test_explain_of_an_adafactor_without_a_rate_says_that_steps_are_relative() -> None:
+    """It ended in a TypeError about None, which Adafactor's learning rate is by default."""
+    optimizer = Adafactor([torch.nn.Parameter(torch.ones(3, 4))])
+    assert rows(explain(optimizer)) == {"0": ["Adafactor", "3x4", "0", "32", "relative"]}
 
 
 def test_explain_of_another_packages_optimizer_learns_its_state_from_the_first_step() -> None:
