@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from golore_nonconvergence import GAP, INNERS, METHODS, Point, Problem, Run, main, noises, trace
+from nonconvergence import main
+from quadratic import GAP, INNERS, METHODS, Point, Problem, Run, noises, trace
 from torch import Tensor
 
 STEPS = {"adamw": 3000, "sgd": 3000}
@@ -96,6 +97,50 @@ def test_nonconvergence_carried_moment_helps_golore() -> None:
     """Without it, as in the code published with the paper, AdamW's moment is in the old bases' coordinates."""
     carried, left = ends("adamw", "golore"), ends("adamw", "golore", reproject=False)
     assert carried[-1].gap < 0.9 * left[-1].gap
+
+
+PAGE = Path(__file__).parents[2] / "docs/golore.md"
+ROWS = {
+    cells[0]: [cell.strip("*") for cell in cells[1:]]
+    for line in PAGE.read_text().splitlines()
+    if line.startswith("| ") and len(cells := [cell.strip() for cell in line.strip("|").split(" | ")]) == 7
+}
+"""Of the table of figures: first cell -> the others."""
+
+
+def figures(inner: str, method: str, reproject: bool = True) -> list[float]:
+    """The figures of a run of the paper's length."""
+    run = Run(inner=inner, method=method, steps=INNERS[inner].steps, seed=42, reproject=reproject)
+    last = trace(run, lambda point: None)[-1]
+    return [last.gap, last.gradient, last.singular]
+
+
+def of_the_page(title: str, inner: str) -> list[float]:
+    return [float(cell) for cell in (ROWS[title][:3] if inner == "adamw" else ROWS[title][3:])]
+
+
+def test_nonconvergence_figures_of_sgd_on_all_parameters_are_those_of_the_page() -> None:
+    """These have a closed form, and the page has two digits of them."""
+    problem, steps = Problem(42), INNERS["sgd"].steps
+    start = problem.point(0)
+    factor = (1 - 3e-5) ** steps
+    expected = [start.gap * factor**2, start.gradient * factor, start.singular * factor]
+    assert of_the_page("full parameters", "sgd") == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_nonconvergence_figures_are_those_of_the_page(inner: str, method: str) -> None:
+    # Two or three digits; the last ones are the machine's.
+    expected = of_the_page(METHODS[method].title, inner)
+    assert figures(inner, method) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.full
+def test_nonconvergence_figures_without_the_carried_moment_are_those_of_the_page() -> None:
+    expected = of_the_page("GoLore, moment not carried over", "adamw")
+    assert figures("adamw", "golore", reproject=False) == pytest.approx(expected, rel=0.03)
 
 
 def test_nonconvergence_program_leaves_csv_and_picture(tmp_path: Path) -> None:
