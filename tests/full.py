@@ -169,6 +169,7 @@ LONG = (
     "checkpoint/test_checkpoint_errors.py",
     "checkpoint/test_checkpoint_launched.py",
     "examples/test_golore_example.py",
+    "examples/test_tutorial.py",
     "examples/test_example.py",
     "examples/test_short_programs.py",
     "booster/test_galore_plugins.py",
