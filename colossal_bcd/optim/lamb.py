@@ -19,6 +19,7 @@ from colossal_bcd.optim.math import (
 from colossal_bcd.optim.options import Storage, require, require_adam
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
+from colossal_bcd.optim.state.stack import FEW_CALLS
 from colossal_bcd.sharding import Lazy, Number, Rounds, ShardView
 from colossal_bcd.sharding.lazy import add_
 
@@ -69,8 +70,7 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
         yield from view.subtract(first, lr=lr)
         return
     kept = first.kept()
-    asked = view.square_sum(view.param), view.square_sum(kept)
-    weight, length = yield asked
+    weight, length = yield view.norms_of_update(kept)
     ratio = torch.where((weight > 0) & (length > 0), weight.sqrt() / length.sqrt(), torch.ones_like(weight))
     # Once the gradients are zeros the direction shrinks to 1e-39 and its ratio grows past float32; its root does not.
     root = ratio.sqrt_().to(moments[0].dtype)
@@ -121,6 +121,7 @@ class Lamb(ShardedOptimizer[LambHyper]):
     hyper_type = LambHyper
     temporary_bytes = 4
     stacks = True
+    stack_bytes = FEW_CALLS
 
     def state_spec(self, layout: Shaped, hyper: LambHyper) -> dict[str, StateSpec]:
         moment = StateSpec.like(layout)

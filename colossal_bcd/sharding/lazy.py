@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 2**18
 """Values of a chunk on a CPU: with its temporaries it stays in the cache, and is long beside a call's overhead."""
+COMPILED_CHUNK = 2**20
+"""The same of compiled kernels, which have no temporaries and cost more to call."""
 SQUARED = 2**15
 """Values squared at once in float64 on a CPU."""
 WHOLE = 2**62
@@ -85,8 +87,8 @@ class Lazy:
     """What an elementwise function makes of tensors, without making it.
 
     Args:
-        function: takes chunks of the operands, in float32 or wider, and the numbers; it may write those in place that
-            are no wider, and returns new values.  What is written once must be consumed once.
+        function: takes chunks of the operands, in float32 or wider, and the numbers, and returns new values.  One whose
+            name ends with "_" writes operands in place, which are no wider then; it must be consumed once.
         operands: [n] or [b, n], at least one; `Rows` and `Columns` where a consumer knows the matrices.
         numbers: Python numbers, or tensors of one value for each parameter, [1] or [b, 1].
     """
@@ -147,7 +149,8 @@ class Lazy:
         given, own = self.numbers, numbers
         if first.dim() > 1:
             given, own = ({name: _expanded(x, dims) for name, x in of.items()} for of in (given, own))
-        size = max((CHUNK if on_cpu else WHOLE) // max(members, 1), 1)
+        chunk = COMPILED_CHUNK if _is_compiled else CHUNK
+        size = max((chunk if on_cpu else WHOLE) // max(members, 1), 1)
         if not _is_compiled:
             return _eager(self.function, consume, given, own), size
         tensors = [operand if isinstance(operand, Tensor) else operand.values for operand in self.operands]
@@ -351,7 +354,9 @@ def row_and_column_sums(values: Tensor | Lazy, runs: Runs, shape: tuple[int, int
         [k] and [m, c], or [b, k] and [b, m, c].
     """
     lazy, (k, m, c) = as_lazy(values), shape
-    parts = lazy.each(_both_sums, runs)
+    # Two sums are two loops of a kernel, and on torch 2.5 the second one computes with what the first one has written.
+    split = _is_compiled and lazy.function.__name__.endswith("_")
+    parts = ((run, _both_sums(x)) for run, x in lazy.each(unchanged, runs)) if split else lazy.each(_both_sums, runs)
     lead, dtype = lazy.first.shape[:-1], wide(lazy.first.dtype)
     over_columns = lazy.first.new_zeros(*lead, k, dtype=dtype)
     over_rows = lazy.first.new_zeros(*lead, m, c, dtype=dtype)
@@ -386,6 +391,18 @@ def square_sum(values: Tensor | Lazy, runs: Runs | None = None) -> Tensor:
     return _total(parts) if parts else lazy.first.new_zeros(*lazy.first.shape[:-1], 1, dtype=torch.float64)
 
 
+def square_sums(values: Tensor | Lazy, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """`square_sum` of values without rows and columns and of a tensor of their shape, which is read along with them."""
+    if isinstance(values, Tensor) or not beside.numel():
+        return square_sum(values), square_sum(beside)
+    first, second = zip(*values.each_flat(_squares_of_both, (beside,)), strict=True)
+    return _total(list(first)), _total(list(second))
+
+
+def _squares_of_both(values: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+    return _squares(values), _squares(beside)
+
+
 def _total(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True)
 
@@ -402,10 +419,16 @@ def _squares(values: Tensor) -> Tensor:
 
 
 def _wide_squares(values: Tensor) -> Tensor:
+    if values.dim() == 1:
+        widened = values.double()
+        return widened.dot(widened).view(1)
     return torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float64).square_()
 
 
 def _squares_of_runs(values: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Not flattened: compilers do not vectorize what divides an index by the number of columns.
+        return values.to(torch.float64).square().sum((-3, -2, -1)).unsqueeze(-1)
     return _squares(values.flatten(-3))
 
 

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.sharding.layout import Layout
-from colossal_bcd.sharding.lazy import Columns, Lazy, Number, Rows, Run, Runs, as_lazy, square_sum, subtract_, wide
+from colossal_bcd.sharding.lazy import (
+    Columns,
+    Lazy,
+    Number,
+    Rows,
+    Run,
+    Runs,
+    as_lazy,
+    square_sum,
+    square_sums,
+    subtract_,
+    wide,
+)
 from colossal_bcd.sharding.matrix import Matrices, matrices_of
 from colossal_bcd.sharding.rounds import Combined, Rounds, Sum
 
@@ -169,6 +181,12 @@ class ShardView:
             Request that resolves to [1] or [b, 1], float64.
         """
         return sum_of_squares(x, self.layout.axes, self._runs)
+
+    def norms_of_update(self, direction: Tensor | Lazy) -> tuple[Sum, Sum]:
+        """Squared Euclidean norms of the whole parameter and of its update's direction, as of `square_sum`."""
+        exact = as_lazy(direction).first.dtype == torch.float64
+        of_direction, of_weight = square_sums(direction, self.param)
+        return Sum(of_weight, self.layout.axes, exact=exact), Sum(of_direction, self.layout.axes, exact=exact)
 
     def subtract(
         self, step: Tensor | Lazy, *, lr: Number = 1.0, decay: Number = 0.0, decay_first: bool = True
