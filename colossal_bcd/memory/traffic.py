@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -84,7 +85,7 @@ def _rounds(
     """Rounds of rules that advance together, as the runner lets them."""
     mesh, sent, rounds = Mesh(), Counter[str](), list[Counter[str]]()
     mesh.communicates = communicates  # type: ignore[method-assign, assignment]
-    mesh.all_reduce = lambda buffer, axis: sent.update({axis: buffer.nbytes})  # type: ignore[method-assign, assignment]
+    mesh.begin_all_reduce = partial(_count, sent)  # type: ignore[method-assign]
     with _handed_over(base, kinds) if reduced else nullcontext():
         pending = [
             _Waiting(rule, layout, count, ())
@@ -107,6 +108,11 @@ def _rounds(
                 rounds.append(sent.copy())
                 sent.clear()
     return rounds
+
+
+def _count(sent: Counter[str], buffer: Tensor, axis: str) -> Callable[[], None]:
+    sent.update({axis: buffer.nbytes})
+    return lambda: None
 
 
 def _asks(waiting: _Waiting, answer: tuple[Any, ...] | None) -> bool:

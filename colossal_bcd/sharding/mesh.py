@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -41,11 +41,24 @@ class Mesh:
 
     def all_reduce(self, tensor: Tensor, axis: str) -> None:
         """Sum `tensor` in place over the ranks of `axis`."""
+        self.begin_all_reduce(tensor, axis)()
+
+    def begin_all_reduce(self, tensor: Tensor, axis: str) -> Callable[[], None]:
+        """Begin `all_reduce` and return what ends it, before which nobody may read or write the tensor."""
         sent = tensor if self._device is None else tensor.to(self._device)
+        works: list[dist.Work] = []
         for group in self._members(axis):
-            dist.all_reduce(sent, group=group)
-        if sent is not tensor:
-            tensor.copy_(sent)
+            for work in works:
+                work.wait()
+            works = [dist.all_reduce(sent, group=group, async_op=True)]
+
+        def end() -> None:
+            for work in works:
+                work.wait()
+            if sent is not tensor:
+                tensor.copy_(sent)
+
+        return end
 
     def size(self, axis: str) -> int:
         """Number of ranks on `axis`."""

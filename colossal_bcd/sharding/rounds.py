@@ -12,9 +12,10 @@ total is the sum of the slots, scaled back.  n: values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch import Tensor
 from colossal_bcd.sharding.layout import Layout
 from colossal_bcd.sharding.mesh import Mesh
 from colossal_bcd.sharding.packing import pack
+
+T = TypeVar("T")
 
 WAVE_BYTES = 256 * 2**20
 """Default budget for the temporaries of the rules that advance together, in bytes."""
@@ -84,10 +87,28 @@ class Task:
 
 def resolve(requests: Sequence[Request], mesh: Mesh) -> list[Any]:
     """Answer the requests of one round: one all-reduce per distinct axis, and one exchange if tensors are collected."""
+    return _run(_resolve(requests, mesh))
+
+
+Travelling: TypeAlias = Generator[None, None, T]
+"""Yields where a collective has begun, of which it needs the result when it goes on."""
+
+
+def _run(travelling: Travelling[T]) -> T:
+    """Run to the end, and wait for each collective at once."""
+    while True:
+        try:
+            next(travelling)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def _resolve(requests: Sequence[Request], mesh: Mesh) -> Travelling[list[Any]]:
     collects = [request for request in requests if isinstance(request, Collect)]
     whole = iter(_collect(collects, mesh) if collects else ())
     parts = [_sums(request) for request in requests]
-    totals = iter(_add_up([part for sums in parts for part in sums], mesh))
+    totals = iter((yield from _add_up([part for sums in parts for part in sums], mesh)))
     answers: list[Any] = []
     for request, sums in zip(requests, parts, strict=True):
         answer = tuple(next(totals) for _ in sums)
@@ -104,7 +125,7 @@ def _sums(request: Request) -> tuple[Sum, ...]:
     return (request,) if isinstance(request, Sum) else request.sums
 
 
-def _add_up(sums: list[Sum], mesh: Mesh) -> list[Tensor]:
+def _add_up(sums: list[Sum], mesh: Mesh) -> Travelling[list[Tensor]]:
     """The sums' totals, packed into one buffer per axis, of the dtype that its values need.
 
     The order of the axes and the packing follow from the requests alone, which follow from layouts; they are the same
@@ -118,7 +139,9 @@ def _add_up(sums: list[Sum], mesh: Mesh) -> list[Tensor]:
         dtype = _wire_dtype([values[i] for i in indices], [sums[i].exact for i in indices])
         packed = [_to_wire(values[i], dtype) for i in indices]
         buffer = torch.cat(packed)
-        mesh.all_reduce(buffer, axis)
+        end = mesh.begin_all_reduce(buffer, axis)
+        yield
+        end()
         for i, total in zip(indices, buffer.split([part.numel() for part in packed]), strict=True):
             values[i] = _from_wire(total, values[i])
     return values
@@ -128,31 +151,49 @@ def run_rounds(tasks: Iterable[Task], mesh: Mesh, wave_bytes: int = WAVE_BYTES) 
     """Run rules to their end.
 
     Rules that need no other rank run one at a time, so that only one rule's temporaries live.  The others advance
-    together in waves of at most `wave_bytes` (a single larger rule is a wave of its own): the number of collectives
-    is rounds x axes x waves.
+    together in waves: the number of collectives is rounds x axes x waves.  One wave has all of them, where its
+    temporaries are at most `wave_bytes`; else each has at most half of that (a single larger rule is a wave of its
+    own), and while the sums of one travel, the next one computes.
 
     Args:
-        tasks: consumed lazily, in the same order on every rank.
+        tasks: in the same order on every rank.
         mesh: groups of this rank.
         wave_bytes: budget, the same on every rank.
     """
-    for wave in pack(_communicating(tasks, mesh), lambda task: task.num_bytes, wave_bytes):
-        _advance([task.rule for task in wave], mesh)
-
-
-def _communicating(tasks: Iterable[Task], mesh: Mesh) -> Iterator[Task]:
-    """Those that need other ranks; the others are run to their end meanwhile."""
+    waiting: list[Task] = []
     for task in tasks:
         if mesh.communicates(task.axes):
-            yield task
+            waiting.append(task)
         else:
-            _advance([task.rule], mesh)
+            _run(_advance([task.rule], mesh))
+    num_bytes = sum(task.num_bytes for task in waiting)
+    under_way: deque[tuple[Travelling[None], int]] = deque()
+    for wave in pack(waiting, _bytes_of, wave_bytes if num_bytes <= wave_bytes else wave_bytes // 2):
+        size = sum(map(_bytes_of, wave))
+        while under_way and size + sum(other for _, other in under_way) > wave_bytes:
+            _turn(under_way)
+        under_way.appendleft((_advance([task.rule for task in wave], mesh), size))
+        _turn(under_way)
+    while under_way:
+        _turn(under_way)
 
 
-def _advance(rules: list[Rounds], mesh: Mesh) -> None:
+def _bytes_of(task: Task) -> int:
+    return task.num_bytes
+
+
+def _turn(waves: deque[tuple[Travelling[None], int]]) -> None:
+    """Let the first wave go on to its next collective; it is the last one then, or gone where it has ended."""
+    first, size = waves.popleft()
+    for _ in first:
+        waves.append((first, size))
+        return
+
+
+def _advance(rules: list[Rounds], mesh: Mesh) -> Travelling[None]:
     pending = _resume((rule, None) for rule in rules)
     while pending:
-        answers = iter(resolve([request for _, asked in pending for request in asked], mesh))
+        answers = iter((yield from _resolve([request for _, asked in pending for request in asked], mesh)))
         replies = [(rule, tuple(next(answers) for _ in asked)) for rule, asked in pending]
         pending = _resume(replies)
 

@@ -18,10 +18,18 @@ class MirrorMesh(Mesh):
         self._groups = {axis: (axis,) * (size > 1) for axis, size in sizes.items()}
         self.sizes = sizes
         self.sent = []
+        self.travelling, self.most = 0, 0
 
-    def all_reduce(self, tensor, axis):
+    def begin_all_reduce(self, tensor, axis):
         self.sent.append((axis, tensor.dtype, tensor.tolist()))
-        tensor.mul_(self.sizes[axis])
+        self.travelling += 1
+        self.most = max(self.most, self.travelling)
+
+        def end():
+            self.travelling -= 1
+            tensor.mul_(self.sizes[axis])
+
+        return end
 
 
 def asking(values, axes, log=None):
@@ -108,24 +116,30 @@ def test_run_rounds_gives_a_tuple_of_requests_a_tuple_of_answers():
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "budget", "waves"),
+    ("num_bytes", "budget", "waves", "at_once"),
     [
-        ([1] * 6, 6, [6]),
-        ([1] * 6, 3, [3, 3]),
-        ([1] * 5, 2, [2, 2, 1]),
-        ([5, 1, 1, 5, 1], 3, [1, 2, 1, 1]),
-        ([1] * 3, 0, [1, 1, 1]),
-        ([0] * 4, 0, [4]),
+        ([1] * 6, 6, [6], 1),
+        ([1] * 6, 5, [2, 2, 2], 2),
+        ([1] * 5, 4, [2, 2, 1], 2),
+        ([5, 1, 1, 5, 1], 4, [1, 2, 1, 1], 1),
+        ([1, 1, 1, 5, 1], 4, [2, 1, 1, 1], 2),
+        ([1] * 3, 0, [1, 1, 1], 1),
+        ([0] * 4, 0, [4], 1),
     ],
-    ids=["one", "two", "short last", "larger than the budget", "no budget", "free"],
+    ids=["one", "two at once", "short last", "larger than the budget", "larger behind two", "no budget", "free"],
 )
-def test_run_rounds_makes_waves_within_the_budget(num_bytes, budget, waves):
-    mesh = MirrorMesh(tp=2)
-    rules = [asking([float(i), -float(i)], ("tp",)) for i in range(len(num_bytes))]
+def test_run_rounds_makes_waves_within_the_budget(num_bytes, budget, waves, at_once):
+    """Where there are several, the sums of one travel while the next one computes what it asks for."""
+    mesh, count, logs = MirrorMesh(tp=2), len(num_bytes), [[] for _ in num_bytes]
+    rules = [asking([1.0 + i, -1.0 - i], ("tp",), log) for i, log in enumerate(logs)]
     run_rounds([task(rule, num_bytes=size) for rule, size in zip(rules, num_bytes, strict=True)], mesh, budget)
-    assert [len(values) for _, _, values in mesh.sent] == [size for size in waves for _ in range(2)]
-    first = [value for _, _, values in mesh.sent[::2] for value in values]
-    assert first == [float(i) for i in range(len(num_bytes))]
+    sent = [values for _, _, values in mesh.sent]
+    for sign in (1, -1):
+        of_round = [values for values in sent if values[0] * sign > 0]
+        assert [len(values) for values in of_round] == waves
+        assert [value for values in of_round for value in values] == [sign * (1.0 + i) for i in range(count)]
+    assert [[answer.item() for answer in log] for log in logs] == [[2.0 + 2 * i, -2.0 - 2 * i] for i in range(count)]
+    assert (mesh.most, mesh.travelling) == (at_once, 0)
 
 
 class Temporary:
