@@ -7,7 +7,7 @@ import functools
 import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -37,6 +37,8 @@ class Contest:
     """Takes `compile`, too."""
     originals: Mapping[str, Make]
     """By the name that tables have."""
+    floors: Mapping[str, Make] = field(default_factory=dict)
+    """Parts of a step that have to be computed, however the rest is arranged."""
     dtype: torch.dtype = torch.float32
     """Of the weights."""
 
@@ -93,6 +95,22 @@ def _drawn_projector() -> Any:
     return type("DrawnProjector", (original,), {"get_orthogonal_matrix": drawn})
 
 
+class _Products(Optimizer):
+    """The two matrix products of a GaLore step, to the low-rank gradient and back."""
+
+    def __init__(self, parameters: Parameters, rank: int) -> None:
+        matrices = [param for param in tensors(parameters) if param.dim() == 2]
+        super().__init__(matrices, {})
+        self._bases = [torch.randn(min(param.shape), rank) for param in matrices]
+
+    def step(self, closure: Any = None) -> None:
+        for param, basis in zip(self.param_groups[0]["params"], self._bases, strict=True):
+            if param.grad.shape[0] >= param.grad.shape[1]:
+                _ = param.grad @ basis @ basis.T
+            else:
+                _ = basis @ (basis.T @ param.grad)
+
+
 def _our_blocks(parameters: Parameters, rank: int, **options: Any) -> Optimizer:
     base = colossal_bcd.AdamW(tensors(parameters), lr=1e-3, **options)
     return BlockOptimizer(base, list(parameters), switch_block_every=ALWAYS, switch_mode="ascending", verbose=0)
@@ -147,7 +165,9 @@ CONTESTS: Mapping[str, Contest] = {
         originals={"transformers": _original(transformers.Adafactor, scale_parameter=True, relative_step=True)},
     ),
     "came": Contest(ours=_ours("CAME", lr=1e-3), originals={"came_pytorch": _came}),
-    "galore": Contest(ours=_our_galore, originals={"galore_torch": _their_galore}),
+    "galore": Contest(
+        ours=_our_galore, originals={"galore_torch": _their_galore}, floors={"its matrix products alone": _Products}
+    ),
     "badam": Contest(ours=_our_blocks, originals={"badam": _their_blocks}, dtype=torch.bfloat16),
 }
 """By the name that the command line takes."""

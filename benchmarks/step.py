@@ -101,6 +101,7 @@ def alone(name: str, size: str, scale: Scale, compiled: bool) -> dict[str, Measu
     options: dict[str, Any] = {"compile": True} if compiled else {}
     make: dict[str, Callable[[Any], Optimizer]] = {"ours": lambda copies: contest.ours(copies, rank, **options)}
     make |= {key: partial(build, rank=rank) for key, build in contest.originals.items()}
+    make |= {key: partial(build, rank=rank) for key, build in (contest.floors if compiled else {}).items()}
     make.setdefault(FUSED, lambda copies: fused_adamw([param for _, param in copies]))
     sides: dict[str, tuple[list[nn.Parameter], Optimizer]] = {}
     for side, build in make.items():
@@ -226,7 +227,8 @@ def rows_alone(name: str, size: str, scale: Scale, compiled: bool) -> list[list[
     if name == "badam":  # its block is a part of the weights
         del found[FUSED]
     start = [f"{name}{', compiled' * compiled}", size, "inner"]
-    against = [FUSED] if compiled and FUSED in found else CONTESTS[name].originals
+    contest = CONTESTS[name]
+    against = [FUSED, *contest.floors] if compiled and FUSED in found else contest.originals
     return [cells(start, found, theirs, least(name, size, scale)) for theirs in against]
 
 

@@ -107,7 +107,7 @@ def _compiled(written: Written) -> list[Figure]:
     return _at_most(
         written,
         "ours / fused AdamW, processor time",
-        lambda row: COMPILED.get(row["optimizer"]) if row["where"] == "large" else None,
+        lambda row: COMPILED.get(row["optimizer"]) if row["where"] == "large" and "fused" in row["against"] else None,
         lambda row: row["optimizer"].partition(",")[0],
     )
 
