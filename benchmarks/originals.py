@@ -103,7 +103,7 @@ class _Products(Optimizer):
         super().__init__(matrices, {})
         self._bases = [torch.randn(min(param.shape), rank) for param in matrices]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for param, basis in zip(self.param_groups[0]["params"], self._bases, strict=True):
             if param.grad.shape[0] >= param.grad.shape[1]:
                 _ = param.grad @ basis @ basis.T
