@@ -411,6 +411,10 @@ def _squares(values: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return values.to(torch.float64).square().sum(-1, keepdim=True)
     if values.device.type == "cpu":
+        if values.numel() <= SQUARED:
+            return _wide_squares(values)
+        if values.dim() == 2 and values.shape[1] > SQUARED // 4:
+            return torch.stack([_squares(row) for row in values])
         size = SQUARED // math.prod(values.shape[:-1])
         return _total([_wide_squares(part) for part in values.split(max(size, 1), -1)])
     # These kernels of accelerators widen values as they read them: one for all tensors, and no copy.
