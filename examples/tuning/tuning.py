@@ -13,6 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -148,6 +149,12 @@ class Run:
         """The mean loss of this rank's share of a step's records, and the number of its tokens."""
         raise NotImplementedError
 
+    def backward(self, step: int) -> tuple[float, int]:
+        """Make the gradients of a step; return what `loss` does."""
+        loss, tokens = self.loss(step)
+        self.booster.backward(loss, self.engine)
+        return loss.item(), tokens
+
     def evaluate(self) -> dict[str, float]:
         """Figures of what is held out, the same on every rank; the model is in eval mode, without gradients."""
         raise NotImplementedError
@@ -241,12 +248,11 @@ class Run:
 
     def _step(self, step: int) -> tuple[float, float, bool]:
         """The mean loss of the ranks, the tokens of all of them, and whether one was asked to stop."""
-        loss, tokens = self.loss(step)
-        self.booster.backward(loss, self.engine)
+        loss, tokens = self.backward(step)
         self.engine.step()
         self.engine.zero_grad()
         self.scheduler.step()
-        total, tokens_of_all, stops = self.total([loss.item(), tokens, stop_request.received])
+        total, tokens_of_all, stops = self.total([loss, tokens, stop_request.received])
         # A request that comes with the last step finds nothing to stop.
         return total / self.size, tokens_of_all / self.tp, stops > 0 and step < self.steps
 
@@ -299,10 +305,13 @@ def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
     found: list[int] = []
     for position in range((step - 1) * size, step * size):
         epoch, index = divmod(position, count)
-        if not found or index == 0:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        found.append(int(order[index]))
+        found.append(int(_order_of(epoch, count, seed)[index]))
     return found
+
+
+@lru_cache(maxsize=1)
+def _order_of(epoch: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def peak_bytes() -> int:

@@ -1,0 +1,176 @@
+"""Runs of several seeds as a table in Markdown and a picture: means and standard deviations.
+
+python examples/pretrain/table.py runs/* --plot pretrain.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import click
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).parents[1] / "tuning"))
+
+from records import DataError
+from tuning import entry
+
+SAME = ("dataset_path", "eval_rows", "max_length", "model_config", "num_training_steps", "total_batch_size")
+"""Flags without which runs are not to be compared."""
+COLORS = ("tab:grey", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        title: what they are called.
+        flags: of all of them.
+        losses: held-out ones, by seed and step.
+        seconds: of a step, by seed; None: the run was only resumed after its last step.
+    """
+
+    title: str
+    flags: Mapping[str, str]
+    losses: dict[str, dict[int, float]]
+    seconds: dict[str, float | None]
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The loss after the last step, by seed."""
+        return {seed: losses[max(losses)] for seed, losses in self.losses.items()}
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A picture of the losses, as PNG.")
+def main(folders: tuple[Path, ...], plot: Path | None) -> None:
+    """Compare what pretrain.py left in FOLDERS; the first of them is what the others are subtracted from."""
+    found = read(folders)
+    click.echo("\n".join(table(found)))
+    if plot is not None:
+        draw(found, plot)
+
+
+def read(folders: Sequence[Path]) -> list[Series]:
+    """Runs by what they have in common, in the order of their first folders.
+
+    Raises:
+        DataError: a folder has no finished run, runs are of different data or sizes, or one is there twice.
+    """
+    found: dict[str, Series] = {}
+    first: Mapping[str, str] = {}
+    for folder in folders:
+        results, figures = _json(folder / "results.json"), _json(folder / "figures.json")
+        run: dict[str, str] = results["run"]
+        first = first or run
+        different = [name for name in SAME if run[name] != first[name]]
+        if different:
+            raise DataError(
+                f"{folder}: got {', '.join(f'{name} {run[name]}' for name in different)}, expected "
+                f"{', '.join(f'{name} {first[name]}' for name in different)} of {folders[0]}. Leave it out."
+            )
+        losses = {int(step): each["loss"] for step, each in results["held_out"].items()}
+        if max(losses) != int(run["num_training_steps"]):
+            raise DataError(f"{folder}: the run ended after step {max(losses)}. Let it go on with --resume.")
+        flags = {name: value for name, value in run.items() if name != "seed"}
+        title = run["optimizer"] if run["tags"] == "None" else run["tags"]
+        series = found.setdefault(json.dumps(flags), Series(title, flags, {}, {}))
+        if run["seed"] in series.losses:
+            raise DataError(f"{folder}: seed {run['seed']} of {title} is there twice. Leave it out.")
+        series.losses[run["seed"]], series.seconds[run["seed"]] = losses, figures["seconds_per_step"]
+    return list(found.values())
+
+
+def table(found: Sequence[Series]) -> list[str]:
+    """Lines of the table.  The last column has differences between runs of the same seed, as far as both have it."""
+    rows = [["run", "lr", "seeds", "held-out loss", "perplexity", "seconds per step", f"loss minus {found[0].title}'s"]]
+    rows.append(["---"] * len(rows[0]))
+    for series in found:
+        common = [seed for seed in series.last if seed in found[0].last]
+        differences = [series.last[seed] - found[0].last[seed] for seed in common]
+        seconds = [each for each in series.seconds.values() if each is not None]
+        rows.append(
+            [
+                series.title, series.flags["lr"], str(len(series.last)), spread(list(series.last.values()), 3),
+                spread([math.exp(loss) for loss in series.last.values()], 1),
+                f"{median(seconds):.2f}" if seconds else "-",
+                spread(differences, 3) if series is not found[0] and common else "-",
+            ]
+        )  # fmt: skip
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation; one value has none."""
+    mean = f"{fmean(values):.{digits}f}"
+    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def draw(found: Sequence[Series], path: Path) -> None:
+    """Held-out losses over steps, and the last ones enlarged: means, and bars of a standard deviation."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    steps = sorted({step for series in found for losses in series.losses.values() for step in losses if step})
+    whole, end = figure.subplots(1, 2)
+    _curves(whole, found, steps)
+    _curves(end, found, steps[-max(len(steps) // 2, 2) :])
+    whole.set(title="Held-out loss", ylabel="nats per token")
+    end.set(title="The last half")
+    end.legend(frameon=False)
+    seeds = {len(series.last) for series in found}
+    figure.supxlabel(f"step; means of {min(seeds)} seeds, bars are a standard deviation between seeds", fontsize=9)
+    figure.savefig(path, dpi=140)
+
+
+def _curves(axes: Axes, found: Sequence[Series], steps: Sequence[int]) -> None:
+    titles = [series.title for series in found]
+    width = steps[-1] - steps[0]
+    for number, series in enumerate(found):
+        title = series.title if titles.count(series.title) == 1 else f"{series.title}, lr {series.flags['lr']}"
+        columns = [[losses[step] for losses in series.losses.values() if step in losses] for step in steps]
+        # Beside each other, where bars would cover each other.
+        shifted = [step + 0.006 * width * (number - (len(found) - 1) / 2) for step in steps]
+        axes.errorbar(
+            shifted,
+            [fmean(column) for column in columns],
+            [stdev(column) if len(column) > 1 else 0 for column in columns],
+            label=title,
+            color=COLORS[number % len(COLORS)],
+            capsize=2,
+            linewidth=1.5,
+        )
+    for ratio in {_random_from(series) for series in found} - {None}:
+        assert ratio is not None
+        if steps[0] <= ratio <= steps[-1]:
+            axes.axvline(ratio, color="tab:blue", linewidth=0.8, linestyle=":")
+            axes.text(ratio, axes.get_ylim()[1], "random bases from here ", fontsize=8, ha="right", va="top")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _random_from(series: Series) -> float | None:
+    """The step from which bases are random."""
+    if not series.flags["optimizer"].startswith("golore"):
+        return None
+    ratio = series.flags["rand_ratio"]
+    return int(series.flags["num_training_steps"]) * (0.8 if ratio == "None" else float(ratio))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{path}: got no results there, expected those of pretrain.py. Leave the folder out.") from None
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(entry(main))
