@@ -155,7 +155,7 @@ def say_made(folder: Path, manifest: dict[str, Any]) -> None:
     for split in ("train", "held_out"):
         shards = manifest[split]["shards"]
         tokens = sum(shard["tokens"] for shard in shards)
-        left_out = sum(shard["left_out"] for shard in shards)
+        left_out = manifest[split]["left_out_at_end"] + sum(shard["left_out"] for shard in shards)
         click.echo(f"{folder}: {split} {tokens:,} tokens in {len(shards)} shards; {left_out} documents left out")
 
 

@@ -34,14 +34,14 @@ from tuning import CONTEXT, Run, batch_of, entry, launch, tensor_parallel
 
 METHODS = {
     "adamw": "adamw", "galore_adamw": "galore", "golore_adamw": "golore", "sgd": "sgd", "galore_sgd": "galore-sgd",
-    "golore_sgd": "golore-sgd", "badam": "badam", "adafactor": "adafactor", "came": "came", "lamb": "lamb",
+    "golore_sgd": "golore-sgd", "adafactor": "adafactor", "came": "came", "lamb": "lamb",
 }  # fmt: skip
 """What examples/tuning calls an optimizer."""
 LOW_RANK = tuple(name for name, method in METHODS.items() if method in PROJECTED)
 RANDOM = ("golore_adamw", "golore_sgd")
 ONLY = {
     "rank": LOW_RANK, "update_proj_gap": LOW_RANK, "galore_scale": LOW_RANK, "rand_ratio": RANDOM,
-    "switch_every": ("badam",), "momentum": ("sgd", "galore_sgd", "golore_sgd"),
+    "momentum": ("sgd", "galore_sgd", "golore_sgd"),
 }  # fmt: skip
 """Flags that some optimizers alone have."""
 PRECISIONS = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64", **{name: name for name in DTYPES}}
@@ -65,7 +65,6 @@ COUNT, SHARE = click.IntRange(1), click.FloatRange(0, 1)
 @click.option("--update_proj_gap", type=COUNT, help="Steps between refreshes.  [default: 200]")
 @click.option("--galore_scale", "--scale", "galore_scale", type=click.FloatRange(0), help="[default: 0.25]")
 @click.option("--rand_ratio", type=SHARE, help="Part of the run before random bases.  [default: 0.8]")
-@click.option("--switch_every", type=COUNT, help="Steps on a block.  [default: 100]")
 @click.option("--batch_size", type=COUNT, required=True, help="Rows of a backward pass of one rank.")
 @click.option("--total_batch_size", type=COUNT, help="Rows of a step.  [default: a backward pass of each rank]")
 @click.option("--max_length", type=click.IntRange(2), default=256, help="T, tokens of a row.")
@@ -99,7 +98,7 @@ class Pretrain(Run):
         flags["precision"] = PRECISIONS[flags["dtype"]]
         steps, folder, length = flags["num_training_steps"], flags["dataset_path"], flags["max_length"]
         factor, manifest = factor_of(flags), read_manifest(folder)
-        config = config_of(flags["model_config"], manifest["made_of"]["vocabulary"], length)
+        config = config_of(flags["model_config"], manifest["made_of"]["tokenizer_size"], length)
         self.train_rows, self.held_out = Tokens(folder, "train", length), Tokens(folder, "held_out", length)
         launch()  # not before, so that wrong data are told at once
         if flags["single_gpu"] and dist.get_world_size() > 1:
@@ -202,7 +201,7 @@ def options_of(flags: dict[str, Any]) -> Options:
     return Options(
         lr=flags["lr"],
         steps=flags["num_training_steps"],
-        period=given("switch_every", 100) if flags["optimizer"] == "badam" else given("update_proj_gap", 200),
+        period=given("update_proj_gap", 200),
         rank=given("rank", 128),
         scale=given("galore_scale", 0.25),
         rand_ratio=given("rand_ratio", 0.8),
@@ -248,8 +247,8 @@ def require_divisible(total: int, micro: int, shares: int) -> None:
     if total % unit:
         near = " or ".join(str(each) for each in (total - total % unit, total - total % unit + unit) if each)
         raise DataError(
-            f"--total_batch_size {total} is no multiple of --batch_size {micro} on {shares} ranks, {unit}. Give {near}, "
-            "or another --batch_size."
+            f"--total_batch_size {total} is no multiple of --batch_size {micro} on {shares} ranks, {unit}. Give "
+            f"{near}, or another --batch_size."
         )
 
 

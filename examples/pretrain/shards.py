@@ -90,12 +90,14 @@ class Corpus:
     ) -> Iterator[tuple[str | None, Position]]:
         seen, within = hashlib.sha256(), ""
         for number, raw in self._documents(source):
-            seen.update(raw)
+            seen.update(raw or b"")
             if number <= known.document:
                 within = seen.hexdigest()
-            elif self.share is None or is_held_out(source, number, self.share) == (split == "held_out"):
-                self._compare(source, known, within)
-                text = self._text(source, number, raw)
+                continue
+            self._compare(source, known, within)
+            # Of the other split, too: what is wrong is told before anything behind it has been made.
+            text = None if raw is None else self._text(source, number, raw)
+            if self.share is None or is_held_out(source, number, self.share) == (split == "held_out"):
                 yield text, Position(file=index, document=number, before=before, within=seen.hexdigest())
         self._compare(source, known, within)
 
@@ -106,17 +108,16 @@ class Corpus:
                 "--save_dir."
             )
 
-    def _documents(self, source: Source) -> Iterator[tuple[int, bytes]]:
-        documents = raw_documents(source)
-        while True:
-            try:
-                yield next(documents)
-            except StopIteration:
-                return
-            except DataError:
-                if not self.skip_damaged:
-                    raise
-                return
+    def _documents(self, source: Source) -> Iterator[tuple[int, bytes | None]]:
+        """Documents of a file; None: one, or more, at its end that cannot be read and are left out."""
+        number = 0
+        try:
+            for number, raw in raw_documents(source):
+                yield number, raw
+        except DataError:
+            if not self.skip_damaged:
+                raise
+            yield number + 1, None
 
     def _text(self, source: Source, number: int, raw: bytes) -> str | None:
         try:
@@ -161,7 +162,7 @@ class Maker:
             "shard_tokens": shard_tokens,
             "files": {split: _names_of(sources) for split, sources in corpus.sources.items()},
             "tokenizer": tokenizer_digest(tokenizer),
-            "vocabulary": len(tokenizer),
+            "tokenizer_size": len(tokenizer),
         }
         self.manifest: dict[str, Any] = {"made_of": wanted, "train": _empty(), "held_out": _empty()}
         if (folder / MANIFEST).is_file():
@@ -181,12 +182,15 @@ class Maker:
         Raises:
             DataError: the corpus cannot be read, or has changed.
         """
-        splits: tuple[Split, Split] = ("held_out", "train")
+        splits: tuple[Split, Split] = ("train", "held_out")
         for split in splits:
             self._mend(split)
             shards = self.manifest[split]["shards"]
             for ids, position, left_out in self._shards(split, len(shards)):
-                shards.append(self._write(split, len(shards), ids, position, left_out))
+                if len(ids):
+                    shards.append(self._write(split, len(shards), ids, position, left_out))
+                else:
+                    self.manifest[split]["left_out_at_end"] = left_out
                 self._write_manifest()
             self.manifest[split]["complete"] = True
             self._write_manifest()
@@ -205,7 +209,10 @@ class Maker:
                 )
 
     def _shards(self, split: Split, index: int) -> Iterator[tuple[NDArray[Any], Position, int]]:
-        """Shards from one on: ids, where they end, and the number of documents that were left out."""
+        """Shards from one on: ids, where they end, and the number of documents that were left out.
+
+        The last one is empty where all documents after the one before were left out.
+        """
         before = self.manifest[split]["shards"][:index]
         start = Position(**before[-1]["ends"]) if before else Position()
         total, most = sum(shard["tokens"] for shard in before), self._most[split]
@@ -226,8 +233,8 @@ class Maker:
                 total, parts, tokens, left_out = total + tokens, [], 0, 0
             if full:
                 return
-        if parts:
-            yield np.concatenate(parts), position, left_out
+        if parts or left_out:
+            yield np.concatenate([np.empty(0, self._dtype), *parts]), position, left_out
 
     def _encoded(self, split: Split, start: Position) -> Iterator[tuple[NDArray[Any] | None, Position]]:
         batch, characters = list[tuple[str | None, Position]](), 0
@@ -312,7 +319,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _ = [[shard["tokens"] for shard in found[split]["shards"]] for split in ("train", "held_out")]
-        _ = found["made_of"]["vocabulary"]
+        _ = found["made_of"]["tokenizer_size"]
     except OSError:
         raise DataError(f"{path}: got no such file, expected one of pretokenize.py. Run that first.") from None
     except (ValueError, KeyError, TypeError):
@@ -361,4 +368,4 @@ def _digest(ids: NDArray[Any]) -> str:
 
 
 def _empty() -> dict[str, Any]:
-    return {"shards": [], "complete": False}
+    return {"shards": [], "left_out_at_end": 0, "complete": False}
