@@ -17,7 +17,7 @@ import click
 
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
-from corpus import Split, installed, sources_of
+from corpus import LINES, Split, installed, sources_of
 from interrupt import stop_request
 from records import DataError
 from shards import MANIFEST, Corpus, Maker, Position
@@ -92,8 +92,8 @@ def corpus_of(flags: dict[str, Any]) -> Corpus:
     names, held_out, share = flags["corpus"], flags["held_out"], flags["held_out_share"]
     if held_out and share is not None:
         raise DataError("--held_out and --held_out_share say both what is held out. Give one.")
-    if "installed" in names and (len(names) > 1 or held_out or flags["text_field"]):
-        raise DataError("--corpus installed goes alone, without --held_out and --text_field. Leave them out.")
+    if "installed" in names and (len(names) > 1 or held_out):
+        raise DataError("--corpus installed goes alone, without others and --held_out. Leave them out.")
     if flags["tokenizer"] and (flags["vocabulary"] or flags["tokenizer_characters"]):
         raise DataError(
             "--vocabulary and --tokenizer_characters are about a tokenizer that is trained here, got --tokenizer. "
@@ -101,8 +101,11 @@ def corpus_of(flags: dict[str, Any]) -> Corpus:
         )
     alone = names == ("installed",)
     sources = installed() if alone else sources_of([Path(name) for name in names])
+    evaluated = sources_of(held_out) if held_out else sources
+    if flags["text_field"] and not any(source.name.endswith(LINES) for source in (*sources, *evaluated)):
+        raise DataError(f"--text_field is about {', '.join(LINES)}, and no file is one. Leave it out.")
     return Corpus(
-        sources={"train": sources, "held_out": sources_of(held_out) if held_out else sources},
+        sources={"train": sources, "held_out": evaluated},
         field=flags["text_field"] or "text",
         share=None if held_out else share or 0.01,
         # Packages have files that are meant to be wrong.

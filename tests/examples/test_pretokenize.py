@@ -303,6 +303,7 @@ def test_a_corpus_that_has_changed_where_it_was_read_is_refused(tokens: list[str
         ("--corpus a.csv", r"a\.csv: expected a name that ends with \.json\.gz"),
         ("--corpus empty", r"empty: got no file there that ends with"),
         ("--corpus installed --corpus a.txt", r"--corpus installed goes alone"),
+        ("--corpus a.txt --text_field content", r"--text_field is about \.json\.gz, .*Leave it out"),
         ("--corpus a.txt --held_out a.txt --held_out_share 0.1", r"say both what is held out"),
         ("--corpus a.txt --tokenizer empty --vocabulary 400", r"got --tokenizer\. Leave them out"),
         ("--corpus a.txt --tokenizer empty", r"empty: got no tokenizer there"),
