@@ -25,7 +25,7 @@ from tuning import entry
 
 SAME = ("dataset_path", "eval_rows", "max_length", "model_config", "num_training_steps", "total_batch_size")
 """Flags without which runs are not to be compared."""
-COLORS = ("tab:grey", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
+COLORS = ("tab:red", "tab:blue", "tab:grey", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
 
 
 @dataclass(frozen=True)
@@ -117,43 +117,46 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def draw(found: Sequence[Series], path: Path) -> None:
-    """Held-out losses over steps, and the last ones enlarged: means, and bars of a standard deviation."""
+    """Held-out losses over steps, as means with bars of a standard deviation, and the last ones of all seeds."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    steps = sorted({step for series in found for losses in series.losses.values() for step in losses if step})
-    whole, end = figure.subplots(1, 2)
-    _curves(whole, found, steps)
-    _curves(end, found, steps[-max(len(steps) // 2, 2) :])
-    whole.set(title="Held-out loss", ylabel="nats per token")
-    end.set(title="The last half")
-    end.legend(frameon=False)
-    seeds = {len(series.last) for series in found}
-    figure.supxlabel(f"step; means of {min(seeds)} seeds, bars are a standard deviation between seeds", fontsize=9)
+    curves, ends = figure.subplots(1, 2, width_ratios=(2, 1))
+    for number, (title, series) in enumerate(zip(_titles(found), found, strict=True)):
+        color, last = COLORS[number % len(COLORS)], list(series.last.values())
+        _curve(curves, series, title, color)
+        mean = fmean(last)
+        ends.plot([number] * len(last), last, "o", color=color, alpha=0.5)
+        ends.errorbar(number, mean, stdev(last) if len(last) > 1 else 0, color=color, fmt="_", capsize=8, markersize=24)
+        ends.annotate(f"{mean:.3f}", (number, mean), (14, 0), textcoords="offset points", va="center", fontsize=9)
+    for step in {_random_from(series) for series in found} - {None}:
+        assert step is not None
+        curves.axvline(step, color="tab:blue", linewidth=0.8, linestyle=":")
+        curves.text(step, curves.get_ylim()[1], "random bases from here ", fontsize=8, ha="right", va="top")
+    counts = sorted({len(series.last) for series in found})
+    curves.set(title="Held-out loss: mean and standard deviation", xlabel="step", ylabel="nats per token")
+    curves.legend(frameon=False)
+    ends.set(title=f"After the last step: {' or '.join(map(str, counts))} seeds", xlim=(-0.5, len(found) - 0.3))
+    ends.set_xticks(range(len(found)), _titles(found), fontsize=9)
+    for axes in (curves, ends):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
 
 
-def _curves(axes: Axes, found: Sequence[Series], steps: Sequence[int]) -> None:
-    titles = [series.title for series in found]
-    width = steps[-1] - steps[0]
-    for number, series in enumerate(found):
-        title = series.title if titles.count(series.title) == 1 else f"{series.title}, lr {series.flags['lr']}"
-        columns = [[losses[step] for losses in series.losses.values() if step in losses] for step in steps]
-        # Beside each other, where bars would cover each other.
-        shifted = [step + 0.006 * width * (number - (len(found) - 1) / 2) for step in steps]
-        axes.errorbar(
-            shifted,
-            [fmean(column) for column in columns],
-            [stdev(column) if len(column) > 1 else 0 for column in columns],
-            label=title,
-            color=COLORS[number % len(COLORS)],
-            capsize=2,
-            linewidth=1.5,
-        )
-    for ratio in {_random_from(series) for series in found} - {None}:
-        assert ratio is not None
-        if steps[0] <= ratio <= steps[-1]:
-            axes.axvline(ratio, color="tab:blue", linewidth=0.8, linestyle=":")
-            axes.text(ratio, axes.get_ylim()[1], "random bases from here ", fontsize=8, ha="right", va="top")
-    axes.spines[["top", "right"]].set_visible(False)
+def _titles(found: Sequence[Series]) -> list[str]:
+    """What runs are called, with the rate where that alone tells them apart."""
+    every = [series.title for series in found]
+    return [
+        series.title if every.count(series.title) == 1 else f"{series.title}\nlr {series.flags['lr']}"
+        for series in found
+    ]
+
+
+def _curve(axes: Axes, series: Series, title: str, color: str) -> None:
+    # Without the first loss, which is the same for all and far above.
+    steps = sorted({step for losses in series.losses.values() for step in losses if step})
+    columns = [[losses[step] for losses in series.losses.values() if step in losses] for step in steps]
+    means = [fmean(column) for column in columns]
+    deviations = [stdev(column) if len(column) > 1 else 0 for column in columns]
+    axes.errorbar(steps, means, deviations, label=title.replace("\n", ", "), color=color, capsize=2, linewidth=1.5)
 
 
 def _random_from(series: Series) -> float | None:
