@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,6 +191,16 @@ def test_the_command_of_the_paper_is_understood(tmp_path: Path) -> None:
     assert [getattr(options, name) for name in names] == [1e-3, 10000, 200, 128, 0.25, 0.8]
     assert [factor_of(flags)(step) for step in (0, 499, 999)] == [1e-3, 0.5, 1]
     require_divisible(512, 128, 2)
+
+
+def test_every_flag_of_the_page_is_one_of_the_program() -> None:
+    page = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = {"pretrain": main, "pretokenize": pretokenize.main, "table": table.main}
+    given = re.findall(r"examples/pretrain/(\w+)\.py (.*)", page) + re.findall(r"    run (\w+)-\S+ (.*)", page)
+    assert len(given) >= 9
+    for program, words in given:
+        known = {name for param in commands.get(program, main).params for name in param.opts}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", words)) - known == set(), words
 
 
 @pytest.mark.parametrize(
