@@ -113,6 +113,14 @@ def test_runs_are_those_of_the_examples(title: str) -> None:
     assert {key: cells for key, cells in table.items() if key in theirs} == theirs
 
 
+def test_losses_of_pretraining_are_those_of_the_example() -> None:
+    theirs = rows(
+        (ROOT / "examples/pretrain/README.md").read_text().split("## What a small run reaches")[1].split("!")[0]
+    )
+    assert rows(section("Llama-60M on C4")) == theirs
+    assert len(theirs) > 3
+
+
 def test_losses_of_bread_are_those_of_its_page() -> None:
     theirs = rows((ROOT / "docs/bread.md").read_text().split("## Measured")[1])
     assert rows(section("BREAD")) == {name: cells[1:2] for name, cells in theirs.items()}
@@ -136,8 +144,7 @@ def test_errors_and_collectives_are_those_of_the_readme() -> None:
 
 
 def test_programs_of_the_table_are_there() -> None:
-    """But for examples/pretrain, which comes with its README."""
     table = PAGE.split("\n## ")[0]
     paths = re.findall(r"`((?:examples|benchmarks)/[\w/.]+)`", table)
     assert len(paths) >= 8
-    assert [path for path in paths if not (ROOT / path).exists()] in ([], ["examples/pretrain"])
+    assert all((ROOT / path).exists() for path in paths)
