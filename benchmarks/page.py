@@ -101,8 +101,9 @@ SECTIONS: Mapping[str, Section] = {
         "Compiled steps",
         ("step.py", "--size", "large", "--compile", "--optimizer", "lamb", "--optimizer", "came", "--optimizer",
          "adafactor", "--optimizer", "galore"),
-        "The same on large tensors with `compile=True`, against torch's fused AdamW on the same values. GaLore's matrix "
-        "products alone are no less than its step can take: on a CPU they need many more operations than bytes.",
+        "The same on large tensors with `compile=True`, against torch's fused AdamW on the same values. GaLore's "
+        "matrix products alone are the least that its step can take: on a CPU they need many more operations than "
+        "bytes.",
     ),
     "sides": Section(
         "Weights of the originals",
