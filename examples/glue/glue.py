@@ -24,8 +24,9 @@ from torch.nn import functional
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
 from methods import GOLORE, PROJECTED, WITH_MOMENTUM, Options, optimizer_of, refuse_flags
+from predecessors import refuse_without_original
 from pretrained import classifier
-from records import DataError
+from records import DataError, without_every_tenth
 from tasks import METRICS, TASKS, Record, constant_answer, read
 from transformers import PreTrainedTokenizerBase
 from tuning import CONTEXT, Run, batch_of, entry, launch, shared_options, tensor_parallel
@@ -107,7 +108,11 @@ class Glue(Run):
         if per_device and flags["batch_size"]:
             raise DataError("--batch-size and --per_device_train_batch_size say the same. Give one.")
         train, held_out = read(self.task, flags["data"], flags["skip_incomplete"])
+        if flags["validation"]:
+            train, part = without_every_tenth(train)
+            held_out = {"validation": part}
         launch()  # not before, so that wrong data are told at once
+        refuse_without_original(flags)
         ranks = torch.distributed.get_world_size() // tensor_parallel(flags)
         self.batch = per_device * ranks if per_device else flags["batch_size"] or 16
         steps = flags["steps"] or math.ceil(flags["epochs"] * len(train) / self.batch)
@@ -254,6 +259,7 @@ def options_of(method: str, model: Any, flags: dict[str, Any], steps: int) -> Op
         momentum=given("momentum", 0.9),
         weight_decay=flags["weight_decay"],
         seed=flags["seed"],
+        implementation=flags["implementation"],
     )
 
 

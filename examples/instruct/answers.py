@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from docstrings import is_held_out, pairs
-from records import DataError, objects_of, text_of
+from records import DataError, objects_of, text_of, without_every_tenth
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -63,8 +63,7 @@ def read_records(path: Path | None) -> tuple[list[dict[str, Any]], list[dict[str
         found.append(record)
     if len(found) < 10:
         raise DataError(f"{path}: got {len(found)} records, expected ten or more, of which every tenth is held out.")
-    train = [record for index, record in enumerate(found) if index % 10]
-    return train, found[::10]
+    return without_every_tenth(found)
 
 
 def prompt_of(record: dict[str, Any]) -> str:

@@ -20,8 +20,9 @@ sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
 from answers import IGNORED, encode, read_records
 from methods import ADAPTED, Options, optimizer_of, with_adapters
+from predecessors import refuse_without_original
 from pretrained import causal
-from records import DataError
+from records import DataError, without_every_tenth
 from tuning import Run, entry, launch, shared_options, tensor_parallel
 
 DEFAULT_LR = {
@@ -39,6 +40,7 @@ WORDS = 32
 @click.option("--data", type=click.Path(path_type=Path), help="Alpaca's JSON lines.")
 @click.option("--records", type=click.IntRange(1), help="Records to train on at most.")
 @click.option("--held-out", type=click.IntRange(1), default=64, help="Held-out records at most.")
+@click.option("--answers", type=click.IntRange(0), default=2, help="Answers generated before and after.")
 @click.option("--steps", type=click.IntRange(1), default=200)
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Records per step, all ranks together.")
 @click.option("--length", type=click.IntRange(8), default=256, help="Tokens of a record at most.")
@@ -57,9 +59,12 @@ class Instruct(Run):
     """One rank of a run."""
 
     def __init__(self, **flags: Any) -> None:
+        refuse_without_original(flags)
         if tensor_parallel(flags) > 1 and flags["method"] in ADAPTED:
             raise DataError("--tp: adapters do not go with tensor parallelism. Use --tp 1.")
         records, held_out = read_records(flags["data"])
+        if flags["validation"]:
+            records, held_out = without_every_tenth(records)
         model, self.tokenizer = causal(flags["model"], flags["toy"], flags["precision"])
         self.answers = encode(records[: flags["records"]], self.tokenizer, flags["length"])
         self.held_out = encode(held_out, self.tokenizer, flags["length"])
@@ -69,6 +74,7 @@ class Instruct(Run):
             rank=flags["rank"],
             period=flags["period"],
             steps=flags["steps"],
+            implementation=flags["implementation"],
         )
         super().__init__(
             flags,
@@ -116,10 +122,10 @@ class Instruct(Run):
 
     @torch.no_grad()
     def generate(self) -> list[str]:
-        """Greedy answers to the first two held-out prompts; all ranks make the same forward passes."""
+        """Greedy answers to the first held-out prompts; all ranks make the same forward passes."""
         self.boosted.eval()
         found = []
-        for prompt in self.held_out.prompts[:2]:
+        for prompt in self.held_out.prompts[: self.flags["answers"]]:
             ids = list(prompt)
             while len(ids) < len(prompt) + WORDS:
                 logits = self.boosted(input_ids=torch.tensor([ids], device=self.device)).logits[0, -1]

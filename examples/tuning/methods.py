@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from predecessors import original_of
 from records import DataError
 from torch import nn
 from torch.optim import Optimizer
@@ -63,6 +64,8 @@ class Options:
     """Of the same."""
     weight_decay: float = 0.0
     seed: int = 0
+    implementation: str = "ours"
+    """Or "original": the package that ours replaces, as of `predecessors.py`."""
 
 
 def refuse_flags(
@@ -108,6 +111,8 @@ def optimizer_of(method: str, model: nn.Module, options: Options) -> Optimizer:
         model: with adapters, where the method has some.
         options: its hyper-parameters.
     """
+    if options.implementation == "original":
+        return original_of(method, model, options)
     if method in BLOCKWISE:
         return _blockwise(method, model, options)
     if method == "ratio":

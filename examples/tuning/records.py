@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -46,6 +48,11 @@ def objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(found, dict):
             raise DataError(f"{where}: got {line[:40]!r}, expected an object. Mend the line.")
         yield where, found
+
+
+def without_every_tenth(records: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Records but every tenth, and these, from the first on."""
+    return [record for index, record in enumerate(records) if index % 10], list(records[::10])
 
 
 def text_of(where: str, record: dict[str, Any], field: str, expected: str) -> str:

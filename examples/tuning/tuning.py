@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import socket
 import time
@@ -15,14 +14,15 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
 import torch
 import torch.distributed as dist
+from figures import StepFigures, formula_of, peak_bytes
 from interrupt import stop_request
 from methods import plugin_of
+from predecessors import Unboosted
 from records import DataError
 from torch import Tensor
 from torch.optim import Optimizer
@@ -50,6 +50,17 @@ def shared_options(output: str) -> Callable[[Any], Any]:
     options = [
         click.option("--plugin", type=click.Choice(["zero", "hybrid", "fsdp"]), default="zero"),
         click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks (hybrid)."),
+        click.option(
+            "--validation",
+            is_flag=True,
+            help="Evaluate on every tenth record of those to train on, which then does not train: to search rates.",
+        ),
+        click.option(
+            "--implementation",
+            type=click.Choice(["ours", "original"]),
+            default="ours",
+            help="Or the package that ours replaces, to be compared with.",
+        ),
         click.option("--toy", is_flag=True, help="A tiny model from random weights."),
         click.option("--checkpoint-every", type=click.IntRange(1), default=50),
         click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, on any number of ranks."),
@@ -137,11 +148,15 @@ class Run:
             )
         self.optimizer: Any = optimizer
         self.device = get_current_device()
-        self.booster = Booster(plugin=plugin_of(flags["plugin"], flags["precision"], self.tp))
+        self.is_original = flags["implementation"] == "original"
+        self.booster: Any = Unboosted()
+        if not self.is_original:
+            self.booster = Booster(plugin=plugin_of(flags["plugin"], flags["precision"], self.tp))
         self.boosted: Any
         self.boosted, self.engine, _, _, self.scheduler = self.booster.boost(
             model, optimizer, lr_scheduler=LambdaLR(optimizer, factor)
         )
+        self.figures = StepFigures(self.boosted, optimizer)
         # Dropout differs between shares of a batch; ranks that divide a layer draw the same.
         torch.manual_seed(flags.get("seed", 0) * 1000 + self.rank // self.tp)
 
@@ -175,42 +190,42 @@ class Run:
         else:
             self.folder.load(self.booster, self.boosted, self.engine, self.scheduler, step=saved.step)
             results = saved.extra["results"]
-        taken, seconds = 0 if saved is None else saved.step, list[float]()
+        taken = 0 if saved is None else saved.step
         # The bar is for people: it stays away from files and from the other ranks.
         bar = tqdm(range(taken + 1, self.steps + 1), disable=True if self.rank else None, leave=False)
         stop_request.training = True
         for step in bar:
-            began, block = time.monotonic(), self.block()
-            loss, tokens, stop = self._step(step)
-            seconds.append(time.monotonic() - began)
+            block = self.block()
+            loss, tokens, stop = self._step(step, block)
             results["losses"][str(step)] = loss
-            now = f"{block}  {tokens / seconds[-1]:.0f} tokens/s  {peak_bytes() / 2**20:.0f} MiB"
+            now = f"{block}  {tokens / self.figures.seconds[-1]:.0f} tokens/s  {peak_bytes() / 2**20:.0f} MiB"
             bar.set_postfix_str(f"loss {loss:.3f}  {now}")
             if (step % self.eval_every == 0 or step == self.steps) and not stop:
                 results["held_out"][str(step)] = self._evaluated()
                 held_out = _written(results["held_out"][str(step)])
                 self.say(f"step {step}/{self.steps}  loss {loss:.3f}, {held_out}  {now}")
-            if stop or step % flags["checkpoint_every"] == 0:
+            if (stop or step % flags["checkpoint_every"] == 0) and not self.is_original:
                 extra = {"results": results, "run": self._identity()}
                 self.folder.save(self.booster, self.boosted, self.engine, self.scheduler, step=step, extra=extra)
             if stop:
                 stop_request.received = True
-                self.say(f"stopped after step {step}; --resume goes on from {self.folder.path}")
+                then = "" if self.is_original else f"; --resume goes on from {self.folder.path}"
+                self.say(f"stopped after step {step}{then}")
                 break
         else:
             self.last(results)
         stop_request.training = False
-        self._write(results, seconds)
+        self._write(results)
 
     def share(self, indices: Sequence[int]) -> list[int]:
         """What of a batch this rank trains or evaluates."""
         return list(indices[self.rank // self.tp :: self.shares])
 
     def block(self) -> str:
-        """What trains now."""
+        """What trains now; an original does not tell."""
         if isinstance(self.optimizer, BlockOptimizer):
             return "+".join(block.name for block in self.optimizer.active_blocks())
-        return "all"
+        return "original" if self.is_original else "all"
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks."""
@@ -246,13 +261,14 @@ class Run:
         if self.rank == 0:
             tokenizer.save_pretrained(folder)
 
-    def _step(self, step: int) -> tuple[float, float, bool]:
+    def _step(self, step: int, block: str) -> tuple[float, float, bool]:
         """The mean loss of the ranks, the tokens of all of them, and whether one was asked to stop."""
-        loss, tokens = self.backward(step)
-        self.engine.step()
-        self.engine.zero_grad()
-        self.scheduler.step()
-        total, tokens_of_all, stops = self.total([loss, tokens, stop_request.received])
+        with self.figures.step(block):
+            value, tokens = self.backward(step)
+            self.engine.step()
+            self.engine.zero_grad()
+            self.scheduler.step()
+        total, tokens_of_all, stops = self.total([value, tokens, stop_request.received])
         # A request that comes with the last step finds nothing to stop.
         return total / self.size, tokens_of_all / self.tp, stops > 0 and step < self.steps
 
@@ -284,17 +300,13 @@ class Run:
             )
         return saved
 
-    def _write(self, results: dict[str, Any], seconds: list[float]) -> None:
+    def _write(self, results: dict[str, Any]) -> None:
         """What is the same for every run of these flags goes to results.json, what is the machine's to figures.json."""
+        figures = self.figures.found(None if self.is_original else formula_of(self.boosted, self.engine))
         if self.rank:
             return
         output: Path = self.flags["output"]
         output.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "ranks": self.size,
-            "seconds_per_step": median(seconds) if seconds else None,
-            "peak_bytes": peak_bytes(),
-        }
         results = {"run": self._identity(), **results}
         for name, values in (("results", results), ("figures", figures)):
             (output / f"{name}.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -312,13 +324,6 @@ def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
 @lru_cache(maxsize=1)
 def _order_of(epoch: int, count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def peak_bytes() -> int:
-    """Largest memory so far: of the device, or on CPUs of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _written(figures: Mapping[str, float]) -> str:

@@ -22,8 +22,9 @@ from torch.nn import functional
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
 from methods import GOLORE, PROJECTED, WITH_MOMENTUM, Options, optimizer_of, refuse_flags
+from predecessors import refuse_without_original
 from pretrained import causal
-from records import DataError, objects_of, text_of
+from records import DataError, objects_of, text_of, without_every_tenth
 from transformers import PreTrainedTokenizerBase
 from tuning import CONTEXT, Run, batch_of, entry, launch, shared_options, tensor_parallel
 
@@ -173,7 +174,10 @@ class WinoGrande(Run):
     def __init__(self, **flags: Any) -> None:
         refuse_flags(flags["method"], flags, ONLY, DEFAULT_LR)
         train, held_out = read(flags["data"] / f"train_{flags['size']}.jsonl"), read(flags["data"] / "dev.jsonl")
+        if flags["validation"]:
+            train, held_out = without_every_tenth(train)
         launch()  # not before, so that wrong data are told at once
+        refuse_without_original(flags)
         tensor_parallel(flags)
         if flags["num_train"] is not None:
             drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(flags["seed"]))
@@ -253,6 +257,7 @@ def options_of(flags: dict[str, Any], steps: int) -> Options:
         dampening=given("dampening", 0.0),
         weight_decay=flags["weight_decay"],
         seed=flags["seed"],
+        implementation=flags["implementation"],
     )
 
 

@@ -16,7 +16,6 @@ import make_data
 import pytest
 import torch
 import torch.distributed as dist
-from comparison import table
 from glue import Glue, Texts, blocks_of, linear, main, method_of, options_of
 from interrupt import stop_request
 from pretrained import classifier, toy_bert, word_tokenizer
@@ -567,21 +566,13 @@ def test_an_unknown_task_is_refused_with_the_table() -> None:
     assert "'wnli' is not one of 'cola', 'sst2'" in done.stderr
 
 
-def test_runs_become_a_table(tmp_path: Path) -> None:
-    for name, accuracy in (("adamw", 0.9), ("badam", 0.875)):
-        run = {"held_out": {"0": {"accuracy": 0.5}, "9": {"accuracy": 0.6}, "10": {"accuracy": accuracy}}}
-        figures = {"ranks": 2, "seconds_per_step": 0.25, "peak_bytes": 3 * 2**20}
-        for file, values in (("results", {**run, "constant": {"accuracy": 0.6}}), ("figures", figures)):
-            write(tmp_path / name, f"{file}.json", [json.dumps(values)])
-    lines = table([tmp_path / "adamw", tmp_path / "badam"])
-    assert lines[2:] == [
-        "| one answer for all | 0 | 0.600 | - | - | - |",
-        "| adamw | 10 | 0.900 | 2 | 0.25 | 3 |",
-        "| badam | 10 | 0.875 | 2 | 0.25 | 3 |",
-    ]
-    write(tmp_path / "other", "results.json", [json.dumps({"held_out": {"0": {"loss": 1.0}}})])
-    write(tmp_path / "other", "figures.json", [json.dumps(figures)])
-    with pytest.raises(ValueError, match=r"other: got figures loss, expected accuracy"):
-        table([tmp_path / "adamw", tmp_path / "other"])
-    with pytest.raises(ValueError, match=r"got no folder with results\.json"):
-        table([])
+def test_rates_are_searched_for_on_records_that_are_not_held_out(tmp_path: Path) -> None:
+    """Every tenth record of the training file is evaluated on, and not trained on."""
+    write(tmp_path, "train.tsv", ["sentence\tlabel", *(f"word{n}\t{int(n % 10 == 0)}" for n in range(40))])
+    write(tmp_path, "dev.tsv", ["sentence\tlabel", "word\t0"])
+    flags = [*TOY, "--task", "sst2", "--data", str(tmp_path), "--steps", "40", "--validation"]
+    found = run_ranks(1, results_of, {"run": [*flags, "--lr", "1e-2"]}, str(tmp_path))[0]["run"]
+    assert found["constant"] == {"accuracy": 1}
+    # What trains is all 0, what is evaluated on is all 1.
+    assert found["losses"]["40"] < 0.1
+    assert found["held_out"]["40"]["accuracy"] == 0

@@ -133,6 +133,17 @@ def test_tensor_parallel_ranks_generate_what_the_model_does(tmp_path: Path) -> N
     assert found["before"][0] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_rates_are_searched_for_on_records_that_are_not_held_out(tmp_path: Path) -> None:
+    """The first answer is to the first of every ten records to train on."""
+    path = records(tmp_path)
+    flags = ["--precision", "fp32", "--steps", "1", "--validation", "--answers", "1"]
+    found = run_ranks(1, trained_by, ["adamw"], str(path), str(tmp_path / "runs"), *flags)[0]["adamw"]
+    model, tokenizer = causal(None, True, "fp32")
+    prompts = torch.tensor(encode(read_records(path)[0], tokenizer, 96).prompts[:1])
+    ids = model.generate(prompts, do_sample=False, max_new_tokens=WORDS)[0, prompts.shape[1] :]
+    assert found["before"] == [tokenizer.decode(ids, skip_special_tokens=True)]
+
+
 @pytest.mark.parametrize(("ranks", "plugin"), [(1, "zero"), (2, "zero"), (2, "fsdp")])
 def test_a_run_that_was_cut_short_goes_on_to_the_same_losses(ranks: int, plugin: str, tmp_path: Path) -> None:
     path = str(records(tmp_path))
