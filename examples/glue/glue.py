@@ -34,7 +34,7 @@ from tuning import CONTEXT, Run, batch_of, entry, launch, shared_options, tensor
 from colossal_bcd.names import role_of
 
 DEFAULT_LR = {
-    "adamw": 5e-5, "badam": 1e-5, "galore": 5e-5, "golore": 5e-5, "came": 2e-5, "adafactor": 1e-3, "lamb": 5e-3,
+    "adamw": 5e-5, "badam": 1e-5, "galore": 5e-5, "golore": 5e-5, "came": 2e-5, "adafactor": 1e-3, "lamb": 2.5e-3,
     "sgd": 1e-2,
 }  # fmt: skip
 """Those of the papers' programs, for large encoders, as far as these have the method."""

@@ -13,6 +13,7 @@ import predecessors
 import pytest
 import torch
 from instruct import Instruct, main
+from interrupt import stop_request
 from predecessors import ORIGINALS, refuse_without_original
 from records import DataError
 from support.errors import largest_error
@@ -84,6 +85,20 @@ def test_original_trains_the_blocks_of_another_program(tmp_path: Path) -> None:
     ours, original = run_ranks(1, of_glue, str(tmp_path), str(sentiment(tmp_path / "data")))[0]
     assert len(ours) == 22
     assert largest_error(torch.tensor(ours), torch.tensor(original)) < 1e-5
+
+
+def stopped(folder: str, data: str) -> list[str]:
+    """What a run of an original leaves that was asked to stop before its first step."""
+    stop_request.received = True
+    results = run(folder, "--data", data, "--steps", "4", "--precision", "fp32", "--implementation", "original")
+    assert results["results"]["losses"].keys() == {"1"}
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_an_original_that_is_stopped_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """BAdam's would go on with another block."""
+    found = run_ranks(1, stopped, str(tmp_path / "run"), str(records(tmp_path)))[0]
+    assert found == ["figures.json", "results.json"]
 
 
 def refused(*flags: str) -> str:
