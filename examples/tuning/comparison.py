@@ -138,7 +138,7 @@ def table_of_originals(runs: list[Results]) -> list[str]:
             cells.append(f"{max(abs(a - b) for a, b in zip(ours.losses, original.losses, strict=True)):.1e}")
             for name, unit in (("processor_seconds_per_step", 1), ("step_bytes", 2**20), ("peak_bytes", 2**20)):
                 got, other = ours.machine[name] / unit, original.machine[name] / unit
-                digits = 3 if unit == 1 else 0
+                digits = 3 if unit == 1 else 1
                 cells += [f"{got:.{digits}f} / {other:.{digits}f}", f"{got / other:.2f}"]
             rows.append(cells)
     if len(rows) == 2:

@@ -51,7 +51,7 @@ def test_an_original_stands_beside_ours_of_the_same_flags(tmp_path: Path) -> Non
     ours, theirs, other = runs_of(tmp_path)
     (row,) = table_of_originals([other, theirs, ours])[2:]
     assert row == (
-        "| badam | 10 | 0.9000 / 0.8750 | 2.5e-02 | 0.200 / 0.400 | 0.50 | 10 / 20 | 0.50 | 30 / 30 | 1.00 |"
+        "| badam | 10 | 0.9000 / 0.8750 | 2.5e-02 | 0.200 / 0.400 | 0.50 | 10.0 / 20.0 | 0.50 | 30.0 / 30.0 | 1.00 |"
     )
     with pytest.raises(ValueError, match=r"theirs: got 0 runs of ours with its flags, expected 1\. Run the program"):
         table_of_originals([other, theirs])
