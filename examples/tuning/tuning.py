@@ -148,7 +148,7 @@ class Run:
             )
         self.optimizer: Any = optimizer
         self.device = get_current_device()
-        self.is_original = flags["implementation"] == "original"
+        self.is_original = flags.get("implementation") == "original"
         self.booster: Any = Unboosted()
         if not self.is_original:
             self.booster = Booster(plugin=plugin_of(flags["plugin"], flags["precision"], self.tp))
