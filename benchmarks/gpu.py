@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import colossal_bcd
 from colossal_bcd import BlockOptimizer, estimate, fsdp
-from colossal_bcd.optim.math import adam_direction, direction_numbers, moment_numbers
+from colossal_bcd.optim.math import adam_direction_, direction_numbers, moment_numbers
 
 GB = 1e9
 """Bytes are decimal, as in the paper of BAdam."""
@@ -260,7 +260,7 @@ def compiled_formula(params: Sequence[Any]) -> Callable[[], Any]:
 
     def update(weights: Any, grads: Any, moments: Any) -> None:
         for weight, grad, (first, second) in zip(weights, grads, moments, strict=True):
-            direction = adam_direction(first, second, grad, **numbers)
+            direction = adam_direction_(first, second, grad, **numbers)
             weight.mul_(1 - 1e-5).sub_(direction, alpha=1e-3)
 
     compiled: Any = torch.compile(update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,10 @@ from torch import Tensor
 from colossal_bcd.low_rank.projection import is_projected, low_rank_layout
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.optim import ShardedOptimizer, State
+from colossal_bcd.optim.state.stack import Member
 from colossal_bcd.optim.state.storage import as_seen
 from colossal_bcd.sharding import Collect, Layout, Mesh, Rounds, ShardView, resolve
-from colossal_bcd.sharding.rounds import Request
+from colossal_bcd.sharding.rounds import Request, waves
 
 Communicates = Callable[[tuple[str, ...]], bool]
 """Whether a sum over these axes needs another rank."""
@@ -60,7 +61,7 @@ def rounds_of_all(
     *,
     reduced: bool = False,
 ) -> list[Counter[str]]:
-    """As `rounds_of`, of all parameters together: they travel in one collective for each round and axis.
+    """As `rounds_of`, of all parameters: those of a wave travel in one collective for each round and axis.
 
     Args:
         base: whose rule it is.
@@ -68,14 +69,26 @@ def rounds_of_all(
         communicates: as of the mesh.
         members: parameters of each of its groups, training or not.
         reduced: as of `rounds_of`.
+    Returns:
+        The rounds of each wave, one wave after the other.
     """
-    alike = Counter(
-        (index, layouts[param]) for index, params in enumerate(members) for param in params if param in layouts
-    )
     hypers = [base.hyper_of(group) for group in base.param_groups]
-    return _rounds(
-        base, [(layout, hypers[index], count) for (index, layout), count in alike.items()], communicates, reduced
-    )
+    trained = [
+        Member(param, layouts[param], hypers[index], -1, 2, index, 0)
+        for index, params in enumerate(members)
+        for param in params
+        if param in layouts and communicates(layouts[param].axes)
+    ]
+    found: list[Counter[str]] = []
+    known: dict[Hashable, list[Counter[str]]] = {}
+    for wave in waves(base.stacked(trained), base.bytes_of, base.wave_bytes):
+        alike = Counter((member.group, member.layout) for stack in wave for member in stack)
+        kind = frozenset(alike.items())
+        if kind not in known:
+            kinds = [(layout, hypers[index], count) for (index, layout), count in alike.items()]
+            known[kind] = _rounds(base, kinds, communicates, reduced)
+        found += known[kind]
+    return found
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.math import adam_direction, debiased_rate, direction_numbers, moment_numbers
+from colossal_bcd.optim.math import adam_direction_, debiased_rate, direction_numbers, moment_numbers
 from colossal_bcd.optim.options import OPTIONAL, RoundingOptions, Storage, require, require_adam
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec, require_no_capture
@@ -56,7 +56,7 @@ def adamw(view: View, state: State, hyper: AdamWRule) -> Rounds:
     if debias is not None and hyper.order == "galore":
         lr, debias = debiased_rate(lr, debias, hyper.betas), None
     numbers = {**moment_numbers(hyper.betas), **direction_numbers(hyper.betas, hyper.eps, debias)}
-    direction = Lazy(adam_direction, state["exp_avg"], state["exp_avg_sq"], view.stored_grad, **numbers)
+    direction = Lazy(adam_direction_, state["exp_avg"], state["exp_avg_sq"], view.stored_grad, **numbers)
     decay = hyper.lr * hyper.weight_decay
     yield from view.subtract(direction, lr=lr, decay=decay, decay_first=hyper.order == "torch")
 

@@ -57,7 +57,8 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
         params: parameters, or param groups as plain dicts.
         values: hyper-parameters of every group in the order of `hyper_type`.
         storage: how weights and the first moment are stored, in place of the keys `rounding`, `seed`, `moment_bits`.
-        wave_bytes: budget for temporaries of rules that communicate, in bytes; the same on every rank.
+        wave_bytes: budget for temporaries of rules that communicate, in bytes; the same on every rank.  Rules that do not
+            fit into it together make several waves, each with collectives of its own.
         compile: whether torch.compile makes one kernel of what the rule computes between two rounds, which takes its
             time in the first steps; None: on accelerators only.
         flat: hyper-parameters of every group by their keys in a param group.
@@ -249,7 +250,7 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
         self._warned = self._warned or warn_not_rounded(type(self).__name__, active)
         on_accelerator = any(member.param.device.type != "cpu" for member in active[:1])
         with compiled(on_accelerator if self.compile is None else self.compile):
-            run_rounds(map(self._task, self._stacked(self._unfused(active))), self._mesh, self.wave_bytes)
+            run_rounds(map(self._task, self.stacked(self._unfused(active))), self._mesh, self.wave_bytes)
 
     def step_on(self, gradients: Mapping[Tensor, Tensor]) -> None:
         """One step of some parameters on gradients that are handed over; `param.grad` is neither read nor written.
@@ -467,16 +468,19 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
         """What tells stacks apart beside what `stacks` compares; None: the parameter is updated alone."""
         return self.stacks
 
-    def _stacked(self, active: list[Member]) -> list[list[Member]]:
+    def stacked(self, active: list[Member]) -> list[list[Member]]:
         """What is updated together."""
         if not self.stacks:
             return [[member] for member in active]
         return stacks(active, min(self.stack_bytes, self.wave_bytes), self.stack_kind, self._spec)
 
     def _task(self, members: list[Member]) -> Task:
+        return Task(self._rule(members), members[0].layout.axes, self.bytes_of(members))
+
+    def bytes_of(self, members: list[Member]) -> int:
+        """`task_bytes` of a stack."""
         first = members[0]
-        num_bytes = self.task_bytes(first.layout, first.hyper, first.param.dtype, len(members))
-        return Task(self._rule(members), first.layout.axes, num_bytes)
+        return self.task_bytes(first.layout, first.hyper, first.param.dtype, len(members))
 
     def _rule(self, members: list[Member]) -> Rounds:
         """The update of a stack, from what is stored to what is stored."""

@@ -65,7 +65,7 @@ def lamb(view: ShardView, state: State, hyper: LambHyper) -> Rounds:
         lr = debiased_rate(lr, state.step, hyper.betas)
     moments = state["exp_avg"], state["exp_avg_sq"]
     numbers = {"weight_decay": hyper.weight_decay, **direction_numbers(hyper.betas, hyper.eps, debias)}
-    first = Lazy(first_direction, *moments, view.param, view.stored_grad, **moment_numbers(hyper.betas), **numbers)
+    first = Lazy(first_direction_, *moments, view.param, view.stored_grad, **moment_numbers(hyper.betas), **numbers)
     if hyper.adam:
         yield from view.subtract(first, lr=lr)
         return
@@ -95,7 +95,7 @@ def lamb_direction(
     return direction if factor is None else direction.mul_(factor)
 
 
-def first_direction(
+def first_direction_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     weight: Tensor,
@@ -113,7 +113,7 @@ def first_direction(
 
 @register("Lamb")
 class Lamb(ShardedOptimizer[LambHyper]):
-    """LAMB on any mesh: one collective per axis and step, whatever the number of parameters.
+    """LAMB on any mesh: one collective per axis, step and wave (see `wave_bytes`), whatever the number of parameters.
 
     Its hyper-parameters are those of `LambHyper`.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from colossal_bcd.optim.base import ShardedOptimizer
-from colossal_bcd.optim.math import lion_direction
+from colossal_bcd.optim.math import lion_direction_
 from colossal_bcd.optim.options import Storage, require, require_betas
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
@@ -36,14 +36,14 @@ class LionHyper(Storage):
 def lion(view: View, state: State, hyper: LionHyper) -> Rounds:
     """One Lion update; asks for nothing."""
     share, decay_share = (1 - beta for beta in hyper.betas)
-    sign = Lazy(finite_sign, state["exp_avg"], view.stored_grad, share=share, decay_share=decay_share)
+    sign = Lazy(finite_sign_, state["exp_avg"], view.stored_grad, share=share, decay_share=decay_share)
     yield from view.subtract(sign, lr=hyper.lr, decay=hyper.lr * hyper.weight_decay)
 
 
-def finite_sign(exp_avg: Tensor, grad: Tensor, *, share: Number, decay_share: Number) -> Tensor:
-    """`lion_direction`, which is no number where the average is none."""
+def finite_sign_(exp_avg: Tensor, grad: Tensor, *, share: Number, decay_share: Number) -> Tensor:
+    """`lion_direction_`, which is no number where the average is none."""
     # torch's sign of NaN is 0, which would hide it; nothing times NaN or infinity is NaN.
-    return lion_direction(exp_avg, grad, share=share, decay_share=decay_share).add_(exp_avg, alpha=0.0)
+    return lion_direction_(exp_avg, grad, share=share, decay_share=decay_share).add_(exp_avg, alpha=0.0)
 
 
 @register("Lion", replaces={"lion_pytorch.Lion": {"decoupled_wd": False}}, low_rank=True)

@@ -77,7 +77,7 @@ def moment_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, eps: Number, root_s
     return torch.div(exp_avg, root.add_(eps), out=root)
 
 
-def adam_direction(
+def adam_direction_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
@@ -120,7 +120,7 @@ def nesterov_(buffer: Tensor, grad: Tensor, *, momentum: Number) -> Tensor:
     return nesterov(heavy_ball_(buffer, grad, momentum=momentum), grad, momentum=momentum)
 
 
-def lion_direction(exp_avg: Tensor, grad: Tensor, *, share: Number, decay_share: Number) -> Tensor:
+def lion_direction_(exp_avg: Tensor, grad: Tensor, *, share: Number, decay_share: Number) -> Tensor:
     """Lion's sign (arXiv 2302.06675, algorithm 2), in a new tensor; the average is updated in place.
 
     Args:

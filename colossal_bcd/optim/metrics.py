@@ -197,23 +197,23 @@ class _Recorder:
             if hasattr(optimizer, "has_low_rank") and optimizer.has_low_rank(optimizer.key_of(each.tensor)):
                 self._given.add(each.tensor)
         self._sent, self._counted = 0, _mesh(optimizer)
-        reduce, exchange = self._counted.all_reduce, self._counted.all_to_all
+        reduce, exchange = self._counted.begin_all_reduce, self._counted.all_to_all
 
-        def all_reduce(tensor: Tensor, *how: Any) -> None:
+        def begin_all_reduce(tensor: Tensor, *how: Any) -> Any:
             self._sent += tensor.nbytes
-            reduce(tensor, *how)
+            return reduce(tensor, *how)
 
         def all_to_all(tensor: Tensor, *how: Any) -> Any:
             self._sent += tensor.nbytes
             return exchange(tensor, *how)
 
-        self._counted.all_reduce, self._counted.all_to_all = all_reduce, all_to_all
+        self._counted.begin_all_reduce, self._counted.all_to_all = begin_all_reduce, all_to_all
 
     def stop_counting(self) -> None:
         """Leave the mesh as it was, and forget what a step that raised has left."""
         self._weights, self._given = {}, set()
         if self._counted is not None:
-            del self._counted.all_reduce, self._counted.all_to_all
+            del self._counted.begin_all_reduce, self._counted.all_to_all
             self._counted = None
 
     @torch.no_grad()

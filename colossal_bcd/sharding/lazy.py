@@ -399,6 +399,7 @@ def square_sums(values: Tensor | Lazy, beside: Tensor) -> tuple[Tensor, Tensor]:
     return _total(list(first)), _total(list(second))
 
 
+# The second sum reads nothing that a function before it writes, whichever loop of a kernel it is in.
 def _squares_of_both(values: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
     return _squares(values), _squares(beside)
 
@@ -423,7 +424,8 @@ def _squares(values: Tensor) -> Tensor:
 
 
 def _wide_squares(values: Tensor) -> Tensor:
-    if values.dim() == 1:
+    if values.dim() == 1 and values.dtype != torch.float64:
+        # Of a fresh copy: of float64 values themselves the last bit would depend on where they lie in memory.
         widened = values.double()
         return widened.dot(widened).view(1)
     return torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float64).square_()

@@ -13,7 +13,7 @@ total is the sum of the slots, scaled back.  n: values.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -147,6 +147,12 @@ def _add_up(sums: list[Sum], mesh: Mesh) -> Travelling[list[Tensor]]:
     return values
 
 
+def waves(tasks: Sequence[T], num_bytes: Callable[[T], int], wave_bytes: int) -> Iterator[list[T]]:
+    """What advances together: all, or as much as has temporaries of half the budget; see `run_rounds`."""
+    fit = sum(map(num_bytes, tasks)) <= wave_bytes
+    return pack(tasks, num_bytes, wave_bytes if fit else wave_bytes // 2)
+
+
 def run_rounds(tasks: Iterable[Task], mesh: Mesh, wave_bytes: int = WAVE_BYTES) -> None:
     """Run rules to their end.
 
@@ -166,9 +172,8 @@ def run_rounds(tasks: Iterable[Task], mesh: Mesh, wave_bytes: int = WAVE_BYTES) 
             waiting.append(task)
         else:
             _run(_advance([task.rule], mesh))
-    num_bytes = sum(task.num_bytes for task in waiting)
     under_way: deque[tuple[Travelling[None], int]] = deque()
-    for wave in pack(waiting, _bytes_of, wave_bytes if num_bytes <= wave_bytes else wave_bytes // 2):
+    for wave in waves(waiting, _bytes_of, wave_bytes):
         size = sum(map(_bytes_of, wave))
         while under_way and size + sum(other for _, other in under_way) > wave_bytes:
             _turn(under_way)

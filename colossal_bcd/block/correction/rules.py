@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from colossal_bcd.optim.math import heavy_ball_, lion_direction
+from colossal_bcd.optim.math import heavy_ball_, lion_direction_
 from colossal_bcd.optim.options import require, require_betas
 
 
@@ -93,4 +93,4 @@ class LionCorrection:
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         share, decay_share = (1 - beta for beta in self.betas)
-        return lion_direction(state["exp_avg"], grad, share=share, decay_share=decay_share)
+        return lion_direction_(state["exp_avg"], grad, share=share, decay_share=decay_share)

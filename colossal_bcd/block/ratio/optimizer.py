@@ -22,7 +22,7 @@ from colossal_bcd.block.untrained import Reach, warn_of_heads
 from colossal_bcd.low_rank.reduced_gradients import ReducedGradientOptimizer
 from colossal_bcd.names import Pattern, role_of
 from colossal_bcd.optim import State
-from colossal_bcd.optim.math import adam_direction, debiased_rate, direction_numbers, moment_numbers
+from colossal_bcd.optim.math import adam_direction_, debiased_rate, direction_numbers, moment_numbers
 from colossal_bcd.optim.metrics import Watched
 from colossal_bcd.optim.options import require, require_adam
 from colossal_bcd.optim.state.spec import StateSpec
@@ -279,7 +279,7 @@ class BlockOptimizerRatio(ReducedGradientOptimizer):
         grad = selected.take(view.grad) if grad is None else grad
         numbers = {**moment_numbers(hyper.betas), **direction_numbers(hyper.betas, hyper.eps, None)}
         grad = grad.neg() if hyper.maximize else grad
-        direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], grad, **numbers)
+        direction = adam_direction_(state["exp_avg"], state["exp_avg_sq"], grad, **numbers)
         lr = debiased_rate(hyper.lr, state.step, hyper.betas)
         values = selected.take(view.param).mul_(1 - hyper.lr * hyper.weight_decay)
         selected.put(view.param, values.add_(direction, alpha=-lr))
