@@ -81,7 +81,12 @@ def rounds_of_all(
     ]
     found: list[Counter[str]] = []
     known: dict[Hashable, list[Counter[str]]] = {}
-    for wave in waves(base.stacked(trained), base.bytes_of, base.wave_bytes):
+
+    def num_bytes(stack: list[Member]) -> int:
+        first = stack[0]
+        return base.task_bytes(first.layout, first.hyper, first.param.dtype, len(stack))
+
+    for wave in waves(base.stacked(trained), num_bytes, base.wave_bytes):
         alike = Counter((member.group, member.layout) for stack in wave for member in stack)
         kind = frozenset(alike.items())
         if kind not in known:

@@ -112,7 +112,7 @@ def adafactor(view: View, state: State, hyper: AdafactorHyper) -> Rounds:
 
 @register("Adafactor")
 class Adafactor(ShardedOptimizer[AdafactorHyper]):
-    """Adafactor on any mesh: two collectives per axis, step and wave (see `wave_bytes`), whatever the number of parameters.
+    """Adafactor on any mesh: two collectives per axis, step and wave (see `wave_bytes`).
 
     Tensors of two or more dims are batches of matrices over their last two.  Their second moment is kept as averages of
     the rows that the rank's slice touches and of the columns of the matrices that it touches, plus one number per

@@ -57,8 +57,7 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
         params: parameters, or param groups as plain dicts.
         values: hyper-parameters of every group in the order of `hyper_type`.
         storage: how weights and the first moment are stored, in place of the keys `rounding`, `seed`, `moment_bits`.
-        wave_bytes: budget for temporaries of rules that communicate, in bytes; the same on every rank.  Rules that do not
-            fit into it together make several waves, each with collectives of its own.
+        wave_bytes: budget for temporaries of the waves of rules that communicate, in bytes; the same on every rank.
         compile: whether torch.compile makes one kernel of what the rule computes between two rounds, which takes its
             time in the first steps; None: on accelerators only.
         flat: hyper-parameters of every group by their keys in a param group.
@@ -475,12 +474,9 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
         return stacks(active, min(self.stack_bytes, self.wave_bytes), self.stack_kind, self._spec)
 
     def _task(self, members: list[Member]) -> Task:
-        return Task(self._rule(members), members[0].layout.axes, self.bytes_of(members))
-
-    def bytes_of(self, members: list[Member]) -> int:
-        """`task_bytes` of a stack."""
         first = members[0]
-        return self.task_bytes(first.layout, first.hyper, first.param.dtype, len(members))
+        num_bytes = self.task_bytes(first.layout, first.hyper, first.param.dtype, len(members))
+        return Task(self._rule(members), first.layout.axes, num_bytes)
 
     def _rule(self, members: list[Member]) -> Rounds:
         """The update of a stack, from what is stored to what is stored."""

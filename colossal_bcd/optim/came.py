@@ -92,7 +92,7 @@ def instability_(exp_avg: Tensor, grad: Tensor, row: Tensor, col: Tensor, *, sha
 
 @register("CAME")
 class CAME(ShardedOptimizer[CAMEHyper]):
-    """CAME on any mesh: three collectives per axis, step and wave (see `wave_bytes`), whatever the number of parameters.
+    """CAME on any mesh: three collectives per axis, step and wave (see `wave_bytes`).
 
     Tensors of two or more dims are batches of matrices over their last two.  Their second moment and instability are
     kept as averages of the rows that the rank's slice touches and of the columns of the matrices that it touches, plus

@@ -113,7 +113,7 @@ def first_direction_(
 
 @register("Lamb")
 class Lamb(ShardedOptimizer[LambHyper]):
-    """LAMB on any mesh: one collective per axis, step and wave (see `wave_bytes`), whatever the number of parameters.
+    """LAMB on any mesh: one collective per axis, step and wave (see `wave_bytes`).
 
     Its hyper-parameters are those of `LambHyper`.
     """

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from colossal_bcd.cli.budget import budget
 from colossal_bcd.cli.models import read_model
 from colossal_bcd.memory.activations import passes
+from colossal_bcd.sharding.lazy import SQUARED
 from colossal_bcd.testing import PeakBytes, run_ranks
 
+WIDENED = 8 * SQUARED
+"""Of the values that a sum of squares has in float64 at once, on CPUs."""
 SLACK = 40_000
 """Bytes: the loss and its parts, norms, flags of buckets, random states of dropout."""
 
@@ -72,7 +75,7 @@ def test_bytes_and_traffic_are_what_ranks_measure(case: str) -> None:
             # ColossalAI's tensor-parallel layers keep more than the model's own.
             most = 1.35 if job.mesh.tp > 1 else 1.0
             assert 0.7 * said.passes.total <= found["passes"] <= most * said.passes.total + SLACK
-            assert 0.4 * said.step.total <= found["step"] <= said.step.total + working + SLACK
+            assert 0.4 * said.step.total <= found["step"] <= said.step.total + working + WIDENED + SLACK
         if job.mesh.gpus == 1:
             assert not stepped
         if job.mesh.gpus == 1 or job.mesh.tp > 1:
