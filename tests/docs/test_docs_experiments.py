@@ -114,6 +114,15 @@ def test_runs_are_those_of_the_examples(title: str) -> None:
     assert {key: cells for key, cells in table.items() if key in theirs} == theirs
 
 
+def test_losses_of_methods_are_those_of_the_example() -> None:
+    theirs = rows(section("Methods at the same data", (ROOT / "examples/instruct/README.md").read_text()))
+    mine = rows(section("Instruction tuning").split("Nine methods")[1])
+    assert {name: [cells[1], cells[3]] for name, cells in theirs.items()} | {"---": ["---"] * 2} == {
+        **mine,
+        "---": ["---"] * 2,
+    }
+
+
 def test_losses_of_pretraining_are_those_of_the_example() -> None:
     theirs = rows(
         (ROOT / "examples/pretrain/README.md").read_text().split("## What a small run reaches")[1].split("!")[0]
