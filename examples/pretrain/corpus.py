@@ -41,7 +41,7 @@ def sources_of(paths: Sequence[Path]) -> list[Source]:
     """The files of a corpus, in the order of their names.
 
     Args:
-        paths: files, and directories, of which all files with a name of `LINES` or `WHOLE` are taken.
+        paths: files, and directories, of which all files with a name of `LINES` or `WHOLE` are taken; each once.
     Raises:
         DataError: a path is missing or of another kind, or there is no file.
     """
@@ -61,7 +61,8 @@ def sources_of(paths: Sequence[Path]) -> list[Source]:
             found.append(Source(path.name, path, path.stat().st_size))
     if not found:
         raise DataError(f"{paths[0]}: got no file there that ends with {', '.join((*LINES, *WHOLE))}. Give another.")
-    return sorted(found)
+    once = {source.path.resolve(): source for source in sorted(found, reverse=True)}
+    return sorted(once.values())
 
 
 def installed(roots: Sequence[Path] | None = None) -> list[Source]:

@@ -6,11 +6,11 @@ python examples/pretrain/pretokenize.py --corpus c4/en --tokenizer t5-base --sav
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -20,9 +20,9 @@ sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 from corpus import LINES, Split, installed, sources_of
 from interrupt import stop_request
 from records import DataError
-from shards import MANIFEST, Corpus, Maker, Position
+from shards import DEFAULTS, MANIFEST, Corpus, Maker, Position, tokenizer_at, tokenizer_digest
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tuning import CONTEXT, entry
 
 END_OF_TEXT = "</s>"
@@ -56,7 +56,8 @@ def pretokenize(flags: dict[str, Any]) -> dict[str, Any]:
     Returns:
         Their manifest.
     Raises:
-        DataError: flags go not together, something cannot be read, or the folder has shards of something else.
+        DataError: flags go not together, something cannot be read, there is too little text, or the folder has shards
+            or a tokenizer of something else.
         KeyboardInterrupt: a signal came.
     """
     folder, corpus = flags["save_dir"], corpus_of(flags)
@@ -75,8 +76,11 @@ def pretokenize(flags: dict[str, Any]) -> dict[str, Any]:
         most: dict[Split, int | None] = {"train": flags["tokens"], "held_out": flags["held_out_tokens"]}
         shard_tokens = flags["shard_tokens"]
         maker = Maker(folder, corpus, tokenizer, identity, shard_tokens=shard_tokens, most=most, progress=progress)
+        if not (folder / MANIFEST).is_file():
+            require_texts(corpus)
         stop_request.training = True
         try:
+            keep(tokenizer, folder / "tokenizer")
             maker.make()
         finally:
             stop_request.training = False
@@ -102,15 +106,38 @@ def corpus_of(flags: dict[str, Any]) -> Corpus:
     alone = names == ("installed",)
     sources = installed() if alone else sources_of([Path(name) for name in names])
     evaluated = sources_of(held_out) if held_out else sources
+    if held_out:
+        apart = {source.path.resolve() for source in evaluated}
+        sources = [source for source in sources if source.path.resolve() not in apart]
+        if not sources:
+            raise DataError("--held_out has every file of --corpus, and none is left to train on. Give other ones.")
     if flags["text_field"] and not any(source.name.endswith(LINES) for source in (*sources, *evaluated)):
         raise DataError(f"--text_field is about {', '.join(LINES)}, and no file is one. Leave it out.")
     return Corpus(
         sources={"train": sources, "held_out": evaluated},
-        field=flags["text_field"] or "text",
+        field=flags["text_field"] or DEFAULTS["text_field"],
         share=None if held_out else share or 0.01,
         # Packages have files that are meant to be wrong.
         skip_damaged=flags["skip_damaged"] or alone,
     )
+
+
+def require_texts(corpus: Corpus) -> None:
+    """Require text in both splits; reads to the first one of each.
+
+    Raises:
+        DataError: one has none.
+    """
+    purposes: dict[Split, str] = {"train": "to train on", "held_out": "to hold out"}
+    empty = [
+        purpose for split, purpose in purposes.items() if not any(text for text, _ in corpus.texts(split, Position()))
+    ]
+    if empty:
+        share = "" if corpus.share is None else f"another --held_out_share than {corpus.share}, "
+        raise DataError(
+            f"--corpus: got no text {' and none '.join(empty)}, it is empty or too small. Give a larger one, {share}or "
+            "other files to --held_out."
+        )
 
 
 def tokenizer_of(flags: dict[str, Any], corpus: Corpus) -> PreTrainedTokenizerBase:
@@ -119,24 +146,43 @@ def tokenizer_of(flags: dict[str, Any], corpus: Corpus) -> PreTrainedTokenizerBa
     Raises:
         DataError: the directory has none that is fast and knows an end of text.
     """
-    there = flags["save_dir"] / "tokenizer"
-    begun = (flags["save_dir"] / MANIFEST).is_file()
-    given = flags["tokenizer"] or (there if begun else None)
-    found = _loaded(given) if given else trained(corpus, flags["vocabulary"] or 4096, flags["tokenizer_characters"])
-    if not begun:
-        # Of a run that was killed before its first shard; this one may have other flags.
-        shutil.rmtree(there, ignore_errors=True)
-        found.save_pretrained(there)
+    folder: Path = flags["save_dir"]
+    begun = (folder / MANIFEST).is_file() and (folder / "tokenizer" / "tokenizer.json").is_file()
+    given = flags["tokenizer"] or (folder / "tokenizer" if begun else None)
+    if given is None:
+        return trained(corpus, flags["vocabulary"], flags["tokenizer_characters"])
+    found = tokenizer_at(given, "Nothing is downloaded here: give the directory of one that is on this machine.")
+    if not found.is_fast or found.eos_token_id is None:
+        raise DataError(f"{given}: expected a fast tokenizer (tokenizer.json) that has an end of text. Give another.")
     return found
 
 
-def trained(corpus: Corpus, vocabulary: int, characters: int | None) -> PreTrainedTokenizerBase:
+def keep(tokenizer: PreTrainedTokenizerBase, there: Path) -> None:
+    """Write a tokenizer, whole or not at all, unless it is there.
+
+    Raises:
+        DataError: something else is there.
+    """
+    with TemporaryDirectory(dir=there.parent, prefix="tokenizer-") as aside:
+        made = Path(aside) / "tokenizer"
+        tokenizer.save_pretrained(made)
+        try:
+            made.rename(there)  # which is refused where anything is, but for an empty folder
+        except OSError:
+            if not _is_same(there, made):
+                raise DataError(
+                    f"{there} is there, and is not the tokenizer that these flags ask for. Move it away, or give "
+                    "another --save_dir."
+                ) from None
+
+
+def trained(corpus: Corpus, vocabulary: int | None, characters: int | None) -> PreTrainedTokenizerBase:
     """A byte-level BPE of the first documents to train on.
 
     Args:
         corpus: whose.
-        vocabulary: tokens at most.
-        characters: of the documents at least, if there are as many; None: 20 million.
+        vocabulary: tokens at most; None: as of `DEFAULTS`.
+        characters: of the documents at least, if there are as many; None: as of `DEFAULTS`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -144,12 +190,12 @@ def trained(corpus: Corpus, vocabulary: int, characters: int | None) -> PreTrain
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary or DEFAULTS["vocabulary"],
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(_first(corpus, characters or 20_000_000), trainer)
+    made.train_from_iterator(_first(corpus, characters or DEFAULTS["tokenizer_characters"]), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
@@ -169,17 +215,12 @@ def _first(corpus: Corpus, characters: int) -> Iterator[str]:
         yield batch[0]
 
 
-def _loaded(path: Path) -> PreTrainedTokenizerBase:
+def _is_same(there: Path, made: Path) -> bool:
     try:
-        found = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: got no tokenizer there ({str(error).splitlines()[0]}), expected a directory of Hugging Face's "
-            "format. Nothing is downloaded here: give the directory of one that is on this machine."
-        ) from None
-    if not found.is_fast or found.eos_token_id is None:
-        raise DataError(f"{path}: expected a fast tokenizer (tokenizer.json) that has an end of text. Give another.")
-    return found
+        found = tokenizer_at(there, "")
+    except DataError:
+        return False
+    return bool(found.is_fast) and tokenizer_digest(found) == tokenizer_digest(tokenizer_at(made, ""))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ from torch.nn import functional
 
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
+from figures import perplexity
 from methods import PROJECTED, Options, optimizer_of, refuse_flags
 from presets import PRESETS, config_of
 from pretrained import DTYPES
 from records import DataError
-from shards import Tokens, digest_of, read_manifest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from shards import Tokens, digest_of, read_manifest, tokenizer_at
+from transformers import AutoModelForCausalLM
 from tuning import CONTEXT, Run, batch_of, entry, launch, tensor_parallel
 
 METHODS = {
@@ -100,6 +101,9 @@ class Pretrain(Run):
         factor, manifest = factor_of(flags), read_manifest(folder)
         config = config_of(flags["model_config"], manifest["made_of"]["tokenizer_size"], length)
         self.train_rows, self.held_out = Tokens(folder, "train", length), Tokens(folder, "held_out", length)
+        if flags["save"]:
+            remedy = "--save goes with it: give the command of pretokenize.py again, which makes it anew."
+            self.tokenizer = tokenizer_at(folder / "tokenizer", remedy)
         launch()  # not before, so that wrong data are told at once
         if flags["single_gpu"] and dist.get_world_size() > 1:
             raise DataError(f"--single_gpu: got {dist.get_world_size()} ranks. Start one, or leave it out.")
@@ -123,7 +127,7 @@ class Pretrain(Run):
             eval_every=flags["eval_every"],
             factor=factor,
         )
-        self.dataset_path, self.counts = folder, counts_of(model)
+        self.counts = counts_of(model)
 
     def first(self) -> dict[str, Any]:
         """And the number of weights."""
@@ -132,7 +136,7 @@ class Pretrain(Run):
 
     def last(self, results: dict[str, Any]) -> None:
         if self.flags["save"]:
-            self.save(AutoTokenizer.from_pretrained(self.dataset_path / "tokenizer"))
+            self.save(self.tokenizer)
 
     def backward(self, step: int) -> tuple[float, int]:
         """As many backward passes as the rows of a step take."""
@@ -162,7 +166,7 @@ class Pretrain(Run):
             counted = torch.tensor([index < self.eval_rows for index in indices], device=self.device)
             total += losses.double()[counted].sum().item()
         loss = self.total([total])[0] / self.tp / self.eval_rows
-        return {"loss": loss, "perplexity": math.exp(loss)}
+        return {"loss": loss, "perplexity": perplexity(loss)}
 
 
 def refuse_base_dir(value: str | None) -> None:

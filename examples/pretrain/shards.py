@@ -27,11 +27,13 @@ from corpus import Source, Split, is_held_out, raw_documents, text_in
 from numpy.typing import NDArray
 from records import DataError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
 BATCH = 2**20
 """Characters that are encoded at once."""
+DEFAULTS: dict[str, Any] = {"text_field": "text", "vocabulary": 4096, "tokenizer_characters": 20_000_000}
+"""What flags of pretokenize.py mean that are left out, and None in a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +169,8 @@ class Maker:
         self.manifest: dict[str, Any] = {"made_of": wanted, "train": _empty(), "held_out": _empty()}
         if (folder / MANIFEST).is_file():
             self.manifest = read_manifest(folder)
-            there = self.manifest["made_of"]
-            different = [f"{key} {there.get(key)} there, {value} here" for key, value in wanted.items()
+            there, here = _filled(self.manifest["made_of"]), _filled(wanted)
+            different = [f"{key} {there.get(key)} there, {value} here" for key, value in here.items()
                          if there.get(key) != value]  # fmt: skip
             if different:
                 raise DataError(
@@ -294,7 +296,10 @@ class Tokens:
         self._length = length
         self._ends = list(accumulate(len(ids) // length for ids in self._shards))
         if not len(self):
-            raise DataError(f"{folder}: got no {split} shard of {length} tokens. Give a larger corpus.")
+            raise DataError(
+                f"{folder}: got no {split} shard of {length} tokens. Give a smaller --max_length, or pretokenize.py a "
+                "larger corpus or another --held_out_share."
+            )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -318,7 +323,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        _ = [[shard["tokens"] for shard in found[split]["shards"]] for split in ("train", "held_out")]
+        for split in ("train", "held_out"):
+            _ = found[split]["complete"], found[split]["left_out_at_end"]
+            for shard in found[split]["shards"]:
+                _ = shard["name"], shard["tokens"], shard["digest"], shard["left_out"], Position(**shard["ends"])
         _ = found["made_of"]["tokenizer_size"]
     except OSError:
         raise DataError(f"{path}: got no such file, expected one of pretokenize.py. Run that first.") from None
@@ -331,6 +339,21 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     """What is the same for shards of the same tokens."""
     digests = [shard["digest"] for split in ("train", "held_out") for shard in manifest[split]["shards"]]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+
+
+def tokenizer_at(path: Path, remedy: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory.
+
+    Raises:
+        DataError: it has none; the remedy is told.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # of damaged files transformers raises whatever it meets there
+        told = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path}: got no tokenizer there ({told}), expected a directory of Hugging Face's format. {remedy}"
+        ) from None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -361,6 +384,10 @@ def _mapped(path: Path, tokens: int) -> NDArray[Any] | None:
 def _names_of(sources: Sequence[Source]) -> str:
     names = hashlib.sha256("".join(source.name for source in sources).encode()).hexdigest()[:12]
     return f"{len(sources)} ({names})"
+
+
+def _filled(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    return {**made_of, **{flag: value for flag, value in DEFAULTS.items() if made_of.get(flag) is None}}
 
 
 def _digest(ids: NDArray[Any]) -> str:

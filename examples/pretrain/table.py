@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
 
 import click
 from matplotlib.axes import Axes
@@ -20,11 +19,15 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
+from figures import perplexity
 from records import DataError
 from tuning import entry
 
 SAME = ("dataset_path", "eval_rows", "max_length", "model_config", "num_training_steps", "total_batch_size")
 """Flags without which runs are not to be compared."""
+USED = (*SAME, "lr", "optimizer", "rand_ratio", "seed", "tags")
+"""Flags that the results of pretrain.py have, and that are looked at here."""
+PICTURES = (".png", ".pdf", ".svg")
 COLORS = ("tab:red", "tab:blue", "tab:grey", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
 
 
@@ -52,13 +55,31 @@ class Series:
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A picture of the losses, as PNG.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=lambda _, __, path: path and picture(path),
+    help=f"A picture of the losses: {', '.join(PICTURES)}.",
+)
 def main(folders: tuple[Path, ...], plot: Path | None) -> None:
     """Compare what pretrain.py left in FOLDERS; the first of them is what the others are subtracted from."""
     found = read(folders)
     click.echo("\n".join(table(found)))
     if plot is not None:
         draw(found, plot)
+
+
+def picture(path: Path) -> Path:
+    """A name that a picture can have.
+
+    Raises:
+        DataError: its folder is missing, or its end says no format.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise DataError(f"--plot {path}: expected a name that ends with {', '.join(PICTURES)}. Give one.")
+    if not path.parent.is_dir():
+        raise DataError(f"--plot {path}: got no folder {path.parent}. Make it, or give another.")
+    return path
 
 
 def read(folders: Sequence[Path]) -> list[Series]:
@@ -70,8 +91,7 @@ def read(folders: Sequence[Path]) -> list[Series]:
     found: dict[str, Series] = {}
     first: Mapping[str, str] = {}
     for folder in folders:
-        results, figures = _json(folder / "results.json"), _json(folder / "figures.json")
-        run: dict[str, str] = results["run"]
+        run, losses, seconds = _left_in(folder)
         first = first or run
         different = [name for name in SAME if run[name] != first[name]]
         if different:
@@ -79,7 +99,6 @@ def read(folders: Sequence[Path]) -> list[Series]:
                 f"{folder}: got {', '.join(f'{name} {run[name]}' for name in different)}, expected "
                 f"{', '.join(f'{name} {first[name]}' for name in different)} of {folders[0]}. Leave it out."
             )
-        losses = {int(step): each["loss"] for step, each in results["held_out"].items()}
         if max(losses) != int(run["num_training_steps"]):
             raise DataError(f"{folder}: the run ended after step {max(losses)}. Let it go on with --resume.")
         flags = {name: value for name, value in run.items() if name != "seed"}
@@ -87,7 +106,7 @@ def read(folders: Sequence[Path]) -> list[Series]:
         series = found.setdefault(json.dumps(flags), Series(title, flags, {}, {}))
         if run["seed"] in series.losses:
             raise DataError(f"{folder}: seed {run['seed']} of {title} is there twice. Leave it out.")
-        series.losses[run["seed"]], series.seconds[run["seed"]] = losses, figures["seconds_per_step"]
+        series.losses[run["seed"]], series.seconds[run["seed"]] = losses, seconds
     return list(found.values())
 
 
@@ -102,7 +121,7 @@ def table(found: Sequence[Series]) -> list[str]:
         rows.append(
             [
                 series.title, series.flags["lr"], str(len(series.last)), spread(list(series.last.values()), 3),
-                spread([math.exp(loss) for loss in series.last.values()], 1),
+                spread([perplexity(loss) for loss in series.last.values()], 1),
                 f"{median(seconds):.2f}" if seconds else "-",
                 spread(differences, 3) if series is not found[0] and common else "-",
             ]
@@ -113,7 +132,14 @@ def table(found: Sequence[Series]) -> list[str]:
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and standard deviation; one value has none."""
     mean = f"{fmean(values):.{digits}f}"
-    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
+    return f"{mean} ± {deviation(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation; 0 of one value, and no number where a run has diverged, which `stdev` does not take."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def draw(found: Sequence[Series], path: Path) -> None:
@@ -125,7 +151,7 @@ def draw(found: Sequence[Series], path: Path) -> None:
         _curve(curves, series, title, color)
         mean = fmean(last)
         ends.plot([number] * len(last), last, "o", color=color, alpha=0.5)
-        ends.errorbar(number, mean, stdev(last) if len(last) > 1 else 0, color=color, fmt="_", capsize=8, markersize=24)
+        ends.errorbar(number, mean, deviation(last), color=color, fmt="_", capsize=8, markersize=24)
         ends.annotate(f"{mean:.3f}", (number, mean), (14, 0), textcoords="offset points", va="center", fontsize=9)
     for step in {_random_from(series) for series in found} - {None}:
         assert step is not None
@@ -155,7 +181,7 @@ def _curve(axes: Axes, series: Series, title: str, color: str) -> None:
     steps = sorted({step for losses in series.losses.values() for step in losses if step})
     columns = [[losses[step] for losses in series.losses.values() if step in losses] for step in steps]
     means = [fmean(column) for column in columns]
-    deviations = [stdev(column) if len(column) > 1 else 0 for column in columns]
+    deviations = [deviation(column) for column in columns]
     axes.errorbar(steps, means, deviations, label=title.replace("\n", ", "), color=color, capsize=2, linewidth=1.5)
 
 
@@ -167,12 +193,18 @@ def _random_from(series: Series) -> float | None:
     return int(series.flags["num_training_steps"]) * (0.8 if ratio == "None" else float(ratio))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _left_in(folder: Path) -> tuple[dict[str, str], dict[int, float], float | None]:
+    """Flags of a run, held-out losses by step, and seconds of a step."""
+    path = folder / "results.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        run: dict[str, str] = results["run"]
+        _ = [run[name] for name in USED]
+        losses = {int(step): float(each["loss"]) for step, each in results["held_out"].items()}
+        _, path = max(losses), folder / "figures.json"
+        return run, losses, json.loads(path.read_text(encoding="utf-8"))["seconds_per_step"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: got no results there, expected those of pretrain.py. Leave the folder out.") from None
-    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -95,6 +96,14 @@ def formula_of(model: nn.Module, engine: Any) -> int:
     if weights is None:
         weights = sum(storages([*model.parameters(), *model.buffers()]).values())
     return int(weights) + found.between_steps + found.step_gradients
+
+
+def perplexity(loss: float) -> float:
+    """Its exponential; infinite where that is more than a float has, as of a run that diverges."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def peak_bytes() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from pretokenize import main
 from records import DataError
 from shards import Tokens
 from transformers import AutoTokenizer
+from tuning import entry
 
 END = "</s>"
 SMALL = ["--vocabulary", "300", "--tokenizer_characters", "500"]
@@ -98,6 +100,98 @@ def test_files_may_be_held_out_and_a_split_may_end_early(tmp_path: Path) -> None
     before = bytes_of(tmp_path / "made")
     made(folder, tmp_path / "made", *flags)
     assert bytes_of(tmp_path / "made") == before
+
+
+def test_a_held_out_file_within_the_corpus_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with C4, whose validation files lie beside the others; also by another path to the same file."""
+    folder = corpus(tmp_path / "c4")
+    monkeypatch.chdir(tmp_path)
+    made(folder, tmp_path / "made", "--held_out", "c4/../c4/c4-train.1.json.gz")
+    whole = [text for number in (0, 2) for text in texts(40, number)] + ["\n\n".join(texts(20, 9))]
+    assert documents_of(tmp_path / "made", "train") == whole
+    assert documents_of(tmp_path / "made", "held_out") == texts(40, 1)
+    with pytest.raises(DataError, match=r"--held_out has every file of --corpus, and none is left to train on"):
+        made(folder, tmp_path / "other", "--held_out", str(folder))
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = corpus(tmp_path / "c4")
+    monkeypatch.chdir(tmp_path)
+    assert sources_of([folder, Path("c4/notes.txt"), folder / "c4-train.0.json.gz"]) == sources_of([folder])
+    assert sources_of([Path("c4/notes.txt"), folder / "notes.txt"])[0].name == "notes.txt"
+
+
+def test_a_folder_of_somebody_else_stays(tmp_path: Path) -> None:
+    """It was deleted where the folder had no manifest."""
+    folder, there = corpus(tmp_path / "c4"), tmp_path / "made" / "tokenizer"
+    there.mkdir(parents=True)
+    (there / "source.py").write_text("mine", encoding="utf-8")
+    with pytest.raises(DataError, match=r"tokenizer is there, and is not the tokenizer .* another --save_dir\."):
+        made(folder, tmp_path / "made")
+    assert bytes_of(tmp_path / "made") == {"tokenizer/source.py": b"mine"}
+    (there / "source.py").unlink()
+    made(folder, tmp_path / "made")
+    made(folder, tmp_path / "straight")
+    assert bytes_of(tmp_path / "made") == bytes_of(tmp_path / "straight")
+
+
+def test_a_tokenizer_without_shards_stays_and_is_taken_if_it_is_the_same(tmp_path: Path) -> None:
+    """As of a run that was killed before its first shard; one of other flags is refused."""
+    folder = corpus(tmp_path / "c4")
+    made(folder, tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight" / "tokenizer", tmp_path / "made" / "tokenizer")
+    with pytest.raises(DataError, match=r"is not the tokenizer that these flags ask for\. Move it away"):
+        made(folder, tmp_path / "made", "--tokenizer_characters", "5000")
+    made(folder, tmp_path / "made")
+    assert bytes_of(tmp_path / "made") == bytes_of(tmp_path / "straight")
+    shutil.rmtree(tmp_path / "made" / "tokenizer")
+    made(folder, tmp_path / "made")
+    assert bytes_of(tmp_path / "made") == bytes_of(tmp_path / "straight")
+
+
+def test_a_default_that_is_written_out_is_the_default(tmp_path: Path) -> None:
+    common = ["--corpus", str(corpus(tmp_path / "c4")), "--save_dir", str(tmp_path / "made"), "--held_out_share", "0.2"]
+    written = ["--text_field", "text", "--vocabulary", "4096", "--tokenizer_characters", "20000000"]
+    pretokenize.pretokenize(main.make_context("", [*common]).params)
+    before = bytes_of(tmp_path / "made")
+    pretokenize.pretokenize(main.make_context("", [*common, *written]).params)
+    assert bytes_of(tmp_path / "made") == before
+    with pytest.raises(DataError, match=r"else: vocabulary 4096 there, 400 here\. Give"):
+        pretokenize.pretokenize(main.make_context("", [*common, "--vocabulary", "400"]).params)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (
+            b"",
+            "",
+            r"got no text to train on and none to hold out, .*Give a larger one, another --held_out_share than 0\.01",
+        ),
+        (b"\n \n", "", r"got no text to train on and none to hold out"),
+        (b'{"text": "one"}\n', "", r"got no text to hold out, it is empty or too small"),
+        (b'{"text": "one"}\n', "--held_out_share 0.999999", r"got no text to train on, .* than 0\.999999, or"),
+        (
+            b'{"text": "one"}\n',
+            "--held_out none.txt",
+            r"got no text to hold out, .*larger one, or other files to --held_out",
+        ),
+    ],
+)
+def test_a_corpus_that_is_empty_or_too_small_is_told(
+    content: bytes, flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "none.txt").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["pretokenize.py", "--corpus", "a.jsonl", "--vocabulary", "300", *flags.split()])
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)
+        assert entry(main) == 2
+    told = capfd.readouterr().err
+    assert re.search(f"^Error: --corpus: {message}", told)
+    assert len(told.splitlines()) == 1
+    assert list((tmp_path / "tokens").iterdir()) == []
 
 
 def test_a_directory_has_the_tokenizer(tmp_path: Path) -> None:
@@ -271,12 +365,18 @@ def test_a_damaged_manifest_is_told(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match=r"manifest\.json is damaged\. Delete it"):
             Tokens(tmp_path, "train", 8)
+    whole = json.dumps(made(corpus(tmp_path / "c4"), tmp_path / "made"))
+    for name in ("complete", "left_out_at_end", "name", "digest", "ends", "before"):
+        assert f'"{name}"' in whole
+        (tmp_path / "manifest.json").write_text(whole.replace(f'"{name}"', '"nothing"'), encoding="utf-8")
+        with pytest.raises(DataError, match=r"manifest\.json is damaged\. Delete it"):
+            Tokens(tmp_path, "train", 8)
 
 
 def test_other_flags_and_another_corpus_are_refused(tmp_path: Path) -> None:
     folder = corpus(tmp_path / "c4")
     made(folder, tmp_path / "made")
-    with pytest.raises(DataError, match=r"shards of something else: text_field None there, content here"):
+    with pytest.raises(DataError, match=r"shards of something else: text_field text there, content here"):
         made(folder, tmp_path / "made", "--text_field", "content")
     with pytest.raises(DataError, match=r"vocabulary 300 there, 400 here"):
         made(folder, tmp_path / "made", "--vocabulary", "400")
@@ -378,5 +478,7 @@ def test_rows_are_of_whole_shards(tmp_path: Path) -> None:
     first = sizes[0] // 64
     wanted = torch.stack([ids[0][:64], ids[0][(first - 1) * 64 : first * 64], ids[1][:64]])
     assert tokens.rows([0, first - 1, first]).equal(wanted)
-    with pytest.raises(DataError, match=r"got no held_out shard of 9999 tokens"):
+    with pytest.raises(
+        DataError, match=r"no held_out shard of 9999 tokens\. Give a smaller --max_length, .*--held_out_share"
+    ):
         Tokens(tmp_path / "made", "held_out", 9999)

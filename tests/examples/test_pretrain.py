@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pretokenize
@@ -18,6 +20,7 @@ import pytest
 import table
 import torch
 import torch.distributed as dist
+from figures import perplexity
 from interrupt import stop_request
 from presets import PRESETS, config_of
 from pretrain import METHODS, Pretrain, cosine, factor_of, main, name_of, options_of, require_divisible
@@ -292,6 +295,44 @@ def test_the_model_that_is_left_has_the_loss_that_was_said(tmp_path: Path) -> No
     assert tokenizer.decode(tokenizer("one two").input_ids) == "one two"
 
 
+@pytest.mark.parametrize("damage", ["empty", "damaged"])
+def test_a_missing_tokenizer_is_told_before_training_to_save(damage: str, tmp_path: Path) -> None:
+    """All of the run was lost at its end; the remedy that is told mends it."""
+    common = tokens(tmp_path)
+    for path in (tmp_path / "tokens" / "tokenizer").iterdir():
+        path.unlink()
+    if damage == "damaged":
+        (tmp_path / "tokens" / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    flags = flags_of(*common, "--lr", "1", "--batch_size", "2", "--num_training_steps", "2", "--save")
+    with pytest.raises(
+        DataError, match=r"tokenizer: got no tokenizer there .*--save goes with it: give the command of"
+    ):
+        Pretrain(**flags)
+    assert not dist.is_initialized()
+
+
+def test_a_tokenizer_that_is_missing_is_made_anew(tmp_path: Path) -> None:
+    """As what is told without it says."""
+    tokens(tmp_path)
+    files = {path: path.read_bytes() for path in (tmp_path / "tokens").rglob("*") if path.is_file()}
+    for path in (tmp_path / "tokens" / "tokenizer").iterdir():
+        path.unlink()
+    tokens(tmp_path)
+    assert {path: path.read_bytes() for path in (tmp_path / "tokens").rglob("*") if path.is_file()} == files
+
+
+def test_a_perplexity_beyond_floats_is_infinite(tmp_path: Path) -> None:
+    """Of a run that diverges; it ended with an OverflowError."""
+    assert [perplexity(loss) for loss in (0.0, 709.0, 710.0)] == [1.0, math.exp(709.0), math.inf]
+    diverged = SimpleNamespace(micro=1, shares=1, tp=1, eval_rows=2, share=list, total=list, device="cpu")
+    diverged.held_out, diverged.losses = SimpleNamespace(rows=torch.tensor), lambda rows: torch.tensor([800.0])
+    assert Pretrain.evaluate(diverged) == {"loss": 800.0, "perplexity": math.inf}  # type: ignore[arg-type]
+    found = table.read([written(tmp_path / str(seed), seed, loss) for seed, loss in enumerate((800.0, math.inf, 1.0))])
+    assert "| inf ± nan | inf ± nan |" in table.table(found)[-1]
+    found = table.read([written(tmp_path / f"b{seed}", seed, loss) for seed, loss in enumerate((800.0, 1.0))])
+    assert "| 400.500 ± 564.978 | inf ± nan |" in table.table(found)[-1]
+
+
 def written(folder: Path, seed: int, last: float, **more: str) -> Path:
     """What a run leaves, with held-out losses of 2, 1.5 and `last`."""
     folder.mkdir()
@@ -329,3 +370,43 @@ def test_runs_that_do_not_compare_are_refused(tmp_path: Path) -> None:
         table.read([written(tmp_path / "c", 0, 1.1, num_training_steps="30")])
     with pytest.raises(DataError, match=r"d/results\.json: got no results there"):
         table.read([tmp_path / "d"])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {},
+        [],
+        {"run": {"method": "badam", "seed": "0"}, "held_out": {}},
+        {"run": dict.fromkeys(table.USED, "1"), "held_out": {}},
+        {"run": dict.fromkeys(table.USED, "1"), "held_out": []},
+        {"run": dict.fromkeys(table.USED, "1"), "held_out": {"1": {"accuracy": 0.5}}},
+    ],
+)
+def test_results_of_another_program_are_told(results: Any, tmp_path: Path) -> None:
+    folder = written(tmp_path / "a", 0, 1.0)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a/results\.json: got no results there, expected those of pretrain\.py"):
+        table.read([folder])
+    folder = written(tmp_path / "b", 0, 1.0)
+    (folder / "figures.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"b/figures\.json: got no results there"):
+        table.read([folder])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.txt", r"^--plot x\.txt: expected a name that ends with \.png, \.pdf, \.svg\. Give one\.$"),
+        ("nosuch/x.png", r"^--plot nosuch/x\.png: got no folder nosuch\. Make it, or give another\.$"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_told_before_the_table(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        table.main.main([str(written(tmp_path / "a", 0, 1.0)), "--plot", name], standalone_mode=False)
+    assert capsys.readouterr().out == ""
+    table.main.main([str(tmp_path / "a"), "--plot", "x.SVG"], standalone_mode=False)
+    assert b"<svg" in (tmp_path / "x.SVG").read_bytes()
