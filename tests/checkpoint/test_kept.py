@@ -11,6 +11,10 @@ BOUND = 0.03
 """Of losses of 5 that bfloat16 activations, 2^-8 apart, have on another mesh or another machine."""
 
 
+ROUNDED = 1e-5
+"""Of losses of 5 of weights that are the same bit for bit: their float32 sums may round otherwise on another machine."""
+
+
 def names_of(source: str) -> list[str]:
     return [name for name, meshes in WRITTEN.items() if source in meshes]
 
@@ -22,7 +26,8 @@ def test_kept_state_dict_goes_on_as_before(name: str) -> None:
     run.load(DATA / f"{name}-alone")
     after = go_on(run)
     if written_by_such_kernels():
-        assert after == before
+        assert after["weights"] == before["weights"]
+        assert after["losses"] == pytest.approx(before["losses"], abs=ROUNDED)
     assert after["losses"] == pytest.approx(before["losses"], abs=BOUND)
 
 
@@ -40,6 +45,7 @@ def test_kept_checkpoint_goes_on_as_before(source: str, mesh: str, num_ranks: in
             # At the last step GaLore's momentum meets new bases, which have the signs of a convention now.
             count = 2 if name == "by_galore" else 3
             assert [rank["weights"][:count] for rank in after] == [rank["weights"][:count] for rank in before], name
-            assert [rank["losses"] for rank in after] == [rank["losses"] for rank in before], name
+            for now, then in zip(after, before, strict=True):
+                assert now["losses"] == pytest.approx(then["losses"], abs=ROUNDED), name
         for rank in after:
             assert rank["losses"] == pytest.approx(before[0]["losses"], abs=BOUND), name
