@@ -12,7 +12,7 @@ BOUND = 0.03
 
 
 ROUNDED = 1e-5
-"""Of losses of 5 of weights that are the same bit for bit: their float32 sums may round otherwise on another machine."""
+"""Of losses of 5 of weights that are the same bit for bit: float32 sums may round otherwise on another machine."""
 
 
 def names_of(source: str) -> list[str]:
@@ -41,10 +41,10 @@ def test_kept_checkpoint_goes_on_as_before(source: str, mesh: str, num_ranks: in
     alike = (mesh, num_ranks) == (source, 2) and written_by_such_kernels()
     for name in names_of(source):
         after, before = [rank[name] for rank in ranks], expected(name, source)
-        if alike:
-            # At the last step GaLore's momentum meets new bases, which have the signs of a convention now.
-            count = 2 if name == "by_galore" else 3
-            assert [rank["weights"][:count] for rank in after] == [rank["weights"][:count] for rank in before], name
+        # GaLore's matrix products are not among the kernels that were compared, and at its last step its momentum meets
+        # new bases, which have the signs of a convention now.
+        if alike and name != "by_galore":
+            assert [rank["weights"] for rank in after] == [rank["weights"] for rank in before], name
             for now, then in zip(after, before, strict=True):
                 assert now["losses"] == pytest.approx(then["losses"], abs=ROUNDED), name
         for rank in after:
