@@ -1,7 +1,7 @@
 """Run the benchmarks and make docs/benchmarks.md of their tables, with pictures.
 
     python benchmarks/page.py                          # all of them: 10 to 25 minutes
-    python benchmarks/page.py --only switch            # one anew; the others as their tables are
+    python benchmarks/page.py --only switch            # one anew; the others as their tables, or the page, are
     python benchmarks/page.py --keep                   # none: the page again from the tables
 
 Every program writes its table to a folder.  What the page says of targets is computed from the tables.
@@ -204,6 +204,19 @@ def assembled(tables: Mapping[str, Written], pictures: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tables_of(page: str) -> dict[str, Written]:
+    """Tables of a page that was assembled before, by section."""
+    found = {}
+    for name, section in SECTIONS.items():
+        _, title, rest = page.partition(f"\n## {section.title}\n")
+        lines = [line for line in rest.split("\n## ")[0].splitlines() if line]
+        table = [line for line in lines if line.startswith("| ")]
+        if title:
+            about = lines[lines.index(table[0]) - 1]
+            found[name] = Written.read("\n".join([about, "", *table]))
+    return found
+
+
 def _wrapped(text: str) -> list[str]:
     lines, line = [], ""
     for word in text.split():
@@ -229,7 +242,9 @@ def main(only: Sequence[str], keep: bool, tables: Path, output: Path) -> None:
     if only and keep:
         raise click.UsageError(f"--keep: got --only {only[0]}, expected one of the two. Leave one out.")
     failed = [name for name in (() if keep else only or SECTIONS) if not run(name, tables)]
-    written = {name: Written.read(path.read_text()) for name in SECTIONS if (path := tables / f"{name}.md").is_file()}
+    written = tables_of(output.read_text()) if only and output.is_file() else {}
+    paths = {name: tables / f"{name}.md" for name in SECTIONS}
+    written |= {name: Written.read(path.read_text()) for name, path in paths.items() if path.is_file()}
     written = {name: table for name, table in written.items() if table.rows}
     if not written:
         raise click.UsageError(f"--tables: got {tables}, which has no table. Run without --keep.")

@@ -117,6 +117,19 @@ def test_page_goes_on_after_a_program_that_fails(tmp_path: Path, monkeypatch: py
     assert "## One rank of a large job" in (tmp_path / "page.md").read_text()
 
 
+def test_one_section_anew_keeps_the_others_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a new clone, which has the page and no tables."""
+    before = {name: Written.read(text) for name, text in TABLES.items()}
+    output = tmp_path / "page.md"
+    output.write_text(page.assembled(before, tmp_path / "pictures"))
+    assert page.tables_of(output.read_text()) == before
+    changed = TABLES["scale"].replace("x86_64", "another machine")
+    monkeypatch.setattr(page, "run", lambda name, folder: (folder / f"{name}.md").write_text(changed))
+    arguments = ["--only", "scale", "--tables", str(tmp_path), "--output", str(output)]
+    CliRunner().invoke(page.main, arguments, catch_exceptions=False)
+    assert page.tables_of(output.read_text()) == before | {"scale": Written.read(changed)}
+
+
 def test_page_without_tables_says_what_to_do(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(
         page.main, ["--keep", "--tables", str(tmp_path), "--output", str(tmp_path / "page.md")]
