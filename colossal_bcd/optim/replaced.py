@@ -61,15 +61,10 @@ def require_in_model(owner: str, groups: Iterable[dict[str, Any]]) -> None:
     plain = [(name, p) for name, p in named if p.grad is None and p.requires_grad and not is_dtensor(p)]
     if not plain:
         return
-    modules = [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]
-    present = {id(param) for module in modules for param in module.parameters(recurse=False)}
-    children = {id(child) for module in modules for child in module.children()}
-    sharded: dict[tuple[int, ...], list[str]] = {}
-    for module in modules:
-        for name, param in module.named_parameters() if id(module) not in children else ():
-            if is_dtensor(param):
-                sharded.setdefault(tuple(param.shape), []).append(name)
-    gone = [(name, param) for name, param in plain if id(param) not in present and tuple(param.shape) in sharded]
+    gone, sharded = _gone(plain)
+    if gone:
+        gc.collect()  # a model that nobody has any more says nothing
+        gone, sharded = _gone(plain)
     if gone:
         shapes = {tuple(param.shape) for _, param in gone}
         names = [name for shape, found in sharded.items() if shape in shapes for name in found]
@@ -79,6 +74,20 @@ def require_in_model(owner: str, groups: Iterable[dict[str, Any]]) -> None:
             "shapes are DTensors: the model was sharded after the optimizer was made, or an evaluation unsharded it "
             "then. Call fully_shard first, reshard() after an evaluation, and then make the optimizer."
         )
+
+
+def _gone(named: list[tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], dict[tuple[int, ...], list[str]]]:
+    """Those in no module while a DTensor of their shape is in one, and names of all DTensors in modules by shape."""
+    modules = [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]
+    present = {id(param) for module in modules for param in module.parameters(recurse=False)}
+    children = {id(child) for module in modules for child in module.children()}
+    sharded: dict[tuple[int, ...], list[str]] = {}
+    for module in modules:
+        for name, param in module.named_parameters() if id(module) not in children else ():
+            if is_dtensor(param):
+                sharded.setdefault(tuple(param.shape), []).append(name)
+    gone = [(name, param) for name, param in named if id(param) not in present and tuple(param.shape) in sharded]
+    return gone, sharded
 
 
 def require_fits(owner: str, index: int, param: Tensor, layout: Layout) -> None:

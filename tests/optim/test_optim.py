@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colossal_bcd import SGD, AdamW, Lamb
-from colossal_bcd.optim import math
+from colossal_bcd.optim import math, replaced
 from colossal_bcd.optim.state import stack
 from colossal_bcd.testing import PeakBytes
 
@@ -331,6 +331,17 @@ def test_step_on_the_gpu_equals_the_cpus(optimizer_type):
         param.grad = torch.full_like(param, 0.3)
         optimizer_type([param], lr=0.1).step()
     assert (many[0].detach().cpu() - many[1].detach()).abs().max().item() <= 64 * 2**-24
+
+
+def test_a_sharded_model_that_nobody_has_any_more_refuses_nothing(monkeypatch):
+    """Until its garbage is collected, its modules are among the process's objects."""
+    monkeypatch.setattr(replaced, "is_dtensor", lambda param: hasattr(param, "is_sharded"))
+    model = nn.Linear(4, 4, bias=False)
+    model.weight.is_sharded, model.cycle = True, [model]
+    with pytest.raises(ValueError, match="in no module any more"):
+        AdamW([nn.Parameter(torch.ones(4, 4))]).step()
+    del model
+    AdamW([nn.Parameter(torch.ones(4, 4))]).step()
 
 
 @pytest.mark.parametrize("optimizer_type", [AdamW, Lamb])
