@@ -31,7 +31,8 @@ def make(name, params, /, **group):
     if name.startswith("GoLore"):
         options["total_steps"] = 10
     if "Lore" in name:
-        return cls([group, {"params": [nn.Parameter(torch.ones(4, 4))], "rank": 2}], **options)
+        # Of no shape that a sharded model of another test has, whose parameter this one would be taken for.
+        return cls([group, {"params": [nn.Parameter(torch.ones(11, 13))], "rank": 2}], **options)
     return cls([group], **options)
 
 
