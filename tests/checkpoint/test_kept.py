@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from kept_cases import DATA, WRITTEN, Alone, expected, go_on, resume_each, written_by_such_kernels
+from kept_cases import WRITTEN, alone, expected, resume_each, written_by_such_kernels
 
 from colossal_bcd.testing import run_ranks
 
 BOUND = 0.03
 """Of losses of 5 that bfloat16 activations, 2^-8 apart, have on another mesh or another machine."""
-
-
-ROUNDED = 1e-5
-"""Of losses of 5 of weights that are the same bit for bit: float32 sums may round otherwise on another machine."""
 
 
 def names_of(source: str) -> list[str]:
@@ -21,13 +17,9 @@ def names_of(source: str) -> list[str]:
 
 @pytest.mark.parametrize("name", names_of("alone"))
 def test_kept_state_dict_goes_on_as_before(name: str) -> None:
-    run = Alone(name)
-    (before,) = expected(name, "alone")
-    run.load(DATA / f"{name}-alone")
-    after = go_on(run)
+    (before,), after = expected(name, "alone"), alone(name)
     if written_by_such_kernels():
-        assert after["weights"] == before["weights"]
-        assert after["losses"] == pytest.approx(before["losses"], abs=ROUNDED)
+        assert after == before
     assert after["losses"] == pytest.approx(before["losses"], abs=BOUND)
 
 
@@ -41,11 +33,10 @@ def test_kept_checkpoint_goes_on_as_before(source: str, mesh: str, num_ranks: in
     alike = (mesh, num_ranks) == (source, 2) and written_by_such_kernels()
     for name in names_of(source):
         after, before = [rank[name] for rank in ranks], expected(name, source)
-        # GaLore's matrix products are not among the kernels that were compared, and at its last step its momentum meets
-        # new bases, which have the signs of a convention now.
-        if alike and name != "by_galore":
-            assert [rank["weights"] for rank in after] == [rank["weights"] for rank in before], name
-            for now, then in zip(after, before, strict=True):
-                assert now["losses"] == pytest.approx(then["losses"], abs=ROUNDED), name
+        if alike:
+            # At the last step GaLore's momentum meets new bases, which have the signs of a convention now.
+            count = 2 if name == "by_galore" else 3
+            assert [rank["weights"][:count] for rank in after] == [rank["weights"][:count] for rank in before], name
+            assert [rank["losses"] for rank in after] == [rank["losses"] for rank in before], name
         for rank in after:
             assert rank["losses"] == pytest.approx(before[0]["losses"], abs=BOUND), name

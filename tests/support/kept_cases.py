@@ -5,6 +5,7 @@ A file under tests/data holds what the version that wrote it did next, so these 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -138,6 +139,22 @@ def kernels() -> str:
     return digest([loss, *(param.grad for param in model.parameters())])
 
 
+@functools.cache
+def rounding() -> str:
+    """A digest of more than `kernels`: of the batches that the runs go on with, whole and halved, and of products.
+
+    Machines of which `kernels` says the same may differ here in a last bit.
+    """
+    model, found = llama(), list[Tensor]()
+    for step in range(BEFORE, BEFORE + AFTER):
+        for batch in (tokens(step), *tokens(step).chunk(2)):
+            loss = loss_of(model, batch)
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            left, *_ = torch.linalg.svd(grads[1].float())
+            found += [loss, *grads, left, left[:, :4].T @ grads[1].float()]
+    return digest(found)[:12]
+
+
 class Alone:
     """A run of one process without a booster."""
 
@@ -212,6 +229,13 @@ def write(name: str, mesh: str, folder: str) -> dict[str, Any]:
     return go_on(run)
 
 
+def alone(name: str) -> dict[str, Any]:
+    """What one process does when it goes on from its own state."""
+    run = Alone(name)
+    run.load(DATA / f"{name}-alone")
+    return go_on(run)
+
+
 def resume_each(names: list[str], mesh: str, source: str) -> dict[str, dict[str, Any]]:
     """By optimizer what this rank does when it goes on from the checkpoints that another mesh's ranks wrote."""
     found = {}
@@ -223,8 +247,9 @@ def resume_each(names: list[str], mesh: str, source: str) -> dict[str, dict[str,
 
 
 def expected(name: str, source: str) -> list[dict[str, Any]]:
-    """What each of the ranks that wrote a checkpoint did next."""
-    ranks: list[dict[str, Any]] = json.loads((DATA / f"{name}-{source}" / "next.json").read_text())
+    """What each of the ranks that wrote a checkpoint did next; on a machine that rounds otherwise, if it is known."""
+    paths = [DATA / f"{name}-{source}" / f"next{end}.json" for end in (f"-{rounding()}", "")]
+    ranks: list[dict[str, Any]] = json.loads(next(path for path in paths if path.is_file()).read_text())
     return ranks
 
 
