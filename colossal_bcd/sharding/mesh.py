@@ -25,6 +25,7 @@ class Mesh:
 
     def __init__(self, groups: Mapping[str, Group] | None = None, device: torch.device | None = None) -> None:
         self._device = device
+        self._under_way: list[tuple[dist.ProcessGroup, dist.Work]] = []
         self._groups: dict[str, tuple[dist.ProcessGroup, ...]] = {}
         for axis, group in (groups or {}).items():
             members = group if isinstance(group, tuple) else (group,)
@@ -46,19 +47,27 @@ class Mesh:
     def begin_all_reduce(self, tensor: Tensor, axis: str) -> Callable[[], None]:
         """Begin `all_reduce` and return what ends it, before which nobody may read or write the tensor."""
         sent = tensor if self._device is None else tensor.to(self._device)
-        works: list[dist.Work] = []
+        begun: list[tuple[dist.ProcessGroup, dist.Work]] = []
         for group in self._members(axis):
-            for work in works:
-                work.wait()
-            works = [dist.all_reduce(sent, group=group, async_op=True)]
+            self._end_others(group)
+            begun = [(group, dist.all_reduce(sent, group=group, async_op=True))]
+            self._under_way += begun
 
         def end() -> None:
-            for work in works:
-                work.wait()
+            for each in begun:
+                each[1].wait()
+                self._under_way = [other for other in self._under_way if other is not each]
             if sent is not tensor:
                 tensor.copy_(sent)
 
         return end
+
+    def _end_others(self, group: dist.ProcessGroup) -> None:
+        """Wait for what travels over other groups: NCCL may wait for ever where two of them communicate at once."""
+        for other, work in self._under_way:
+            if other is not group:
+                work.wait()
+        self._under_way = [each for each in self._under_way if each[0] is group]
 
     def size(self, axis: str) -> int:
         """Number of ranks on `axis`."""
@@ -98,6 +107,7 @@ class Mesh:
             raise ValueError(f"mesh axis {axis!r} is a product of {len(members)} groups, expected one to exchange over")
         outgoing = tensor if self._device is None else tensor.to(self._device)
         incoming = outgoing.new_empty(sum(received))
+        self._end_others(members[0])
         dist.all_to_all_single(incoming, outgoing, received, sent, group=members[0])
         return incoming.to(tensor.device)
 

@@ -216,3 +216,45 @@ def test_mesh_axis_of_two_groups_sums_over_their_product():
     assert first == [1, 1111, 11]
     assert last == [1000, 1111, 1100]
     assert calls == 3
+
+
+class Travelling:
+    """What is under way of torch's all-reduces, by group, whenever another one begins."""
+
+    def __init__(self):
+        self.seen, self._begin, self._now = [], dist.all_reduce, []
+
+    def __call__(self, tensor, group=None, async_op=False):
+        self._now = [each for each in self._now if not each.ended]
+        self.seen.append([each.group is group for each in self._now])
+        self._now.append(Ended(self._begin(tensor, group=group, async_op=async_op), group))
+        return self._now[-1]
+
+
+class Ended:
+    """A collective, and whether it was waited for."""
+
+    def __init__(self, work, group):
+        self.group, self.ended, self._work = group, False, work
+
+    def wait(self):
+        self.ended = True
+        return self._work.wait()
+
+
+def waves_over(*axes):
+    rank = dist.get_rank()
+    rows, columns = [dist.new_group([0, 1]), dist.new_group([2, 3])], [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mesh, logs, dist.all_reduce = Mesh({"tp": rows[rank // 2], "zero": columns[rank % 2]}), [[], [], []], Travelling()
+    run_rounds([task(asking([i + rank, 1.0], axes, log), axes) for i, log in enumerate(logs)], mesh, wave_bytes=2)
+    return [[answer.item() for answer in log] for log in logs], dist.all_reduce.seen
+
+
+@pytest.mark.parametrize("axes", [("tp",), ("tp", "zero")], ids=str)
+def test_two_groups_never_communicate_at_once(axes):
+    """NCCL may wait for ever for two communicators; sums over one group travel while others of it begin."""
+    for rank, (answers, seen) in enumerate(run_ranks(4, waves_over, *axes)):
+        of_ranks = [rank // 2 * 2, rank // 2 * 2 + 1] if axes == ("tp",) else range(4)
+        assert answers == [[sum(i + other for other in of_ranks), len(of_ranks)] for i in range(3)]
+        assert all(map(all, seen))
+        assert [True] in seen
