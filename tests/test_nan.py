@@ -164,7 +164,8 @@ def test_table_on_ranks_fails_for_nan(
 
 
 def stacks() -> None:
-    test_stacks.test_stacks_give_the_numbers_of_one_at_a_time(test_optim.AdamW, False)
+    with pytest.MonkeyPatch.context() as patch:
+        test_stacks.test_stacks_give_the_numbers_of_one_at_a_time(patch, test_optim.AdamW, False)
 
 
 def adamw_of_torch(devices: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from colossal_bcd.block.plan import Plan
 from colossal_bcd.block.trained import Trained, trained_of
 from colossal_bcd.optim import ShardedOptimizer
+from colossal_bcd.optim.state.stack import STACK_BYTES
 from colossal_bcd.sharding import Layout, wide
 from colossal_bcd.sharding.dtensor import MeshAxes, layout_of
 
@@ -217,7 +218,7 @@ class _Counter:
         if not isinstance(self._base, ShardedOptimizer):
             return 0
         alone, together, stacked = [0], [0], 0
-        limit = min(self._base.stack_bytes, self._base.wave_bytes)
+        limit = min(STACK_BYTES, self._base.wave_bytes)
         for member in active:
             layout = self._layout(member)
             hyper, dtype = self._base.hyper_of(member.group), self._dtype(member)

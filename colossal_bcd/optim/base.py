@@ -74,8 +74,6 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
     float32."""
     stacks: ClassVar[bool] = False
     """Whether the rule can update b parameters of equal layout at once: everything it sees then has a leading dim."""
-    stack_bytes: ClassVar[int] = STACK_BYTES
-    """Most bytes of such parameters with all that the rule touches."""
     momentum_entry: ClassVar[str] = "exp_avg"
     """State entry that is the first moment, an average of gradients."""
 
@@ -471,7 +469,7 @@ class ShardedOptimizer(Metered, Optimizer, Generic[HyperT]):
         """What is updated together."""
         if not self.stacks:
             return [[member] for member in active]
-        return stacks(active, min(self.stack_bytes, self.wave_bytes), self.stack_kind, self._spec)
+        return stacks(active, min(STACK_BYTES, self.wave_bytes), self.stack_kind, self._spec)
 
     def _task(self, members: list[Member]) -> Task:
         first = members[0]

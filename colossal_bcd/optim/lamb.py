@@ -19,7 +19,6 @@ from colossal_bcd.optim.math import (
 from colossal_bcd.optim.options import Storage, require, require_adam
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.optim.state.stack import FEW_CALLS
 from colossal_bcd.sharding import Lazy, Number, Rounds, ShardView
 from colossal_bcd.sharding.lazy import add_
 
@@ -121,7 +120,6 @@ class Lamb(ShardedOptimizer[LambHyper]):
     hyper_type = LambHyper
     temporary_bytes = 4
     stacks = True
-    stack_bytes = FEW_CALLS
 
     def state_spec(self, layout: Shaped, hyper: LambHyper) -> dict[str, StateSpec]:
         moment = StateSpec.like(layout)

@@ -11,7 +11,6 @@ from colossal_bcd.optim.math import lion_direction_
 from colossal_bcd.optim.options import Storage, require, require_betas
 from colossal_bcd.optim.register import register
 from colossal_bcd.optim.state.spec import Shaped, State, StateSpec
-from colossal_bcd.optim.state.stack import FEW_CALLS
 from colossal_bcd.sharding import Lazy, Number, Rounds, View
 
 
@@ -53,7 +52,6 @@ class Lion(ShardedOptimizer[LionHyper]):
     hyper_type = LionHyper
     temporary_bytes = 4
     stacks = True
-    stack_bytes = FEW_CALLS
 
     def state_spec(self, layout: Shaped, hyper: LionHyper) -> dict[str, StateSpec]:
         return {"exp_avg": replace(StateSpec.like(layout), bits=hyper.moment_bits)}

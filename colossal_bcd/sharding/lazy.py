@@ -392,14 +392,20 @@ def square_sum(values: Tensor | Lazy, runs: Runs | None = None) -> Tensor:
 
 
 def square_sums(values: Tensor | Lazy, beside: Tensor) -> tuple[Tensor, Tensor]:
-    """`square_sum` of values without rows and columns and of a tensor of their shape, which is read along with them."""
+    """`square_sum` of values and of a tensor that they are computed with, which is read once for both.
+
+    Args:
+        values: [n] or [b, n], without rows and columns.
+        beside: of the same shape, of any dtype; nothing that a function of the values writes.
+    Returns:
+        [1] or [b, 1] each, in float64.
+    """
     if isinstance(values, Tensor) or not beside.numel():
         return square_sum(values), square_sum(beside)
     first, second = zip(*values.each_flat(_squares_of_both, (beside,)), strict=True)
     return _total(list(first)), _total(list(second))
 
 
-# The second sum reads nothing that a function before it writes, whichever loop of a kernel it is in.
 def _squares_of_both(values: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
     return _squares(values), _squares(beside)
 

@@ -148,7 +148,13 @@ def _add_up(sums: list[Sum], mesh: Mesh) -> Travelling[list[Tensor]]:
 
 
 def waves(tasks: Sequence[T], num_bytes: Callable[[T], int], wave_bytes: int) -> Iterator[list[T]]:
-    """What advances together: all, or as much as has temporaries of half the budget; see `run_rounds`."""
+    """What advances together: all, or as much as has temporaries of half the budget; see `run_rounds`.
+
+    Args:
+        tasks: in the order of the step.
+        num_bytes: temporaries of a task.
+        wave_bytes: budget.
+    """
     fit = sum(map(num_bytes, tasks)) <= wave_bytes
     return pack(tasks, num_bytes, wave_bytes if fit else wave_bytes // 2)
 
@@ -187,11 +193,11 @@ def _bytes_of(task: Task) -> int:
     return task.num_bytes
 
 
-def _turn(waves: deque[tuple[Travelling[None], int]]) -> None:
+def _turn(under_way: deque[tuple[Travelling[None], int]]) -> None:
     """Let the first wave go on to its next collective; it is the last one then, or gone where it has ended."""
-    first, size = waves.popleft()
+    first, size = under_way.popleft()
     for _ in first:
-        waves.append((first, size))
+        under_way.append((first, size))
         return
 
 

@@ -183,7 +183,13 @@ class ShardView:
         return sum_of_squares(x, self.layout.axes, self._runs)
 
     def norms_of_update(self, direction: Tensor | Lazy) -> tuple[Sum, Sum]:
-        """Squared Euclidean norms of the whole parameter and of its update's direction, as of `square_sum`."""
+        """Squared Euclidean norms of the whole parameter and of the direction of its update, as of `square_sum`.
+
+        Args:
+            direction: [n] or [b, n] values on this rank.
+        Returns:
+            Requests that resolve to [1] or [b, 1], float64: the parameter's, and the direction's.
+        """
         exact = as_lazy(direction).first.dtype == torch.float64
         of_direction, of_weight = square_sums(direction, self.param)
         return Sum(of_weight, self.layout.axes, exact=exact), Sum(of_direction, self.layout.axes, exact=exact)

@@ -138,15 +138,15 @@ class Pretrain(Run):
         if self.flags["save"]:
             self.save(self.tokenizer)
 
-    def backward(self, step: int) -> tuple[float, int]:
+    def backward(self, step: int) -> tuple[Tensor, int]:
         """As many backward passes as the rows of a step take."""
         rows = self.share(batch_of(step, self.batch, len(self.train_rows), self.flags["seed"]))
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(rows), self.micro):
             ids = self.train_rows.rows(rows[start : start + self.micro])
             loss = self.losses(ids).sum() / len(rows)
             self.booster.backward(loss, self.engine)
-            total += loss.item()
+            total += loss.detach()
         return total, len(rows) * self.flags["max_length"]
 
     def losses(self, ids: Tensor) -> Tensor:
@@ -158,14 +158,13 @@ class Pretrain(Run):
 
     def evaluate(self) -> dict[str, float]:
         """Mean loss of a held-out token."""
-        total, width = 0.0, self.micro * self.shares
+        total, width = torch.zeros((), dtype=torch.float64, device=self.device), self.micro * self.shares
         # Every rank makes as many passes; the last ones may repeat rows, which then do not count.
         for start in range(0, self.eval_rows, width):
             indices = self.share(range(start, start + width))
             losses = self.losses(self.held_out.rows([index % self.eval_rows for index in indices]))
-            counted = torch.tensor([index < self.eval_rows for index in indices], device=self.device)
-            total += losses.double()[counted].sum().item()
-        loss = self.total([total])[0] / self.tp / self.eval_rows
+            total += losses[: sum(index < self.eval_rows for index in indices)].double().sum()
+        loss = self.total([total.item()])[0] / self.tp / self.eval_rows
         return {"loss": loss, "perplexity": perplexity(loss)}
 
 

@@ -46,8 +46,6 @@ class StepFigures:
         began = time.monotonic(), time.process_time()
         with CollectiveCounter() as counter:
             yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         self.seconds.append(time.monotonic() - began[0] - self._walk[0])
         self._processor_seconds.append(time.process_time() - began[1] - self._walk[1])
         self._sent += sum(counter.bytes.values())

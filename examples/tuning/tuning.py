@@ -164,11 +164,11 @@ class Run:
         """The mean loss of this rank's share of a step's records, and the number of its tokens."""
         raise NotImplementedError
 
-    def backward(self, step: int) -> tuple[float, int]:
+    def backward(self, step: int) -> tuple[Tensor, int]:
         """Make the gradients of a step; return what `loss` does."""
         loss, tokens = self.loss(step)
         self.booster.backward(loss, self.engine)
-        return loss.item(), tokens
+        return loss, tokens
 
     def evaluate(self) -> dict[str, float]:
         """Figures of what is held out, the same on every rank; the model is in eval mode, without gradients."""
@@ -264,10 +264,11 @@ class Run:
     def _step(self, step: int, block: str) -> tuple[float, float, bool]:
         """The mean loss of the ranks, the tokens of all of them, and whether one was asked to stop."""
         with self.figures.step(block):
-            value, tokens = self.backward(step)
+            loss, tokens = self.backward(step)
             self.engine.step()
             self.engine.zero_grad()
             self.scheduler.step()
+            value = loss.item()  # waits for all of the step on a device
         total, tokens_of_all, stops = self.total([value, tokens, stop_request.received])
         # A request that comes with the last step finds nothing to stop.
         return total / self.size, tokens_of_all / self.tp, stops > 0 and step < self.steps

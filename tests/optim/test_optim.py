@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colossal_bcd import SGD, AdamW, Lamb
-from colossal_bcd.optim import math, replaced
+from colossal_bcd.optim import base, math, replaced
 from colossal_bcd.optim.state import stack
 from colossal_bcd.testing import PeakBytes
 
@@ -347,7 +347,7 @@ def test_a_sharded_model_that_nobody_has_any_more_refuses_nothing(monkeypatch):
 @pytest.mark.parametrize("optimizer_type", [AdamW, Lamb])
 @pytest.mark.parametrize("num_tensors", [1, 2, 5])
 def test_step_needs_the_temporaries_of_one_stack_at_a_time(monkeypatch, optimizer_type, num_tensors):
-    monkeypatch.setattr(optimizer_type, "stack_bytes", num_tensors * stack.COPIES * 40_000)
+    monkeypatch.setattr(base, "STACK_BYTES", num_tensors * stack.COPIES * 40_000)
     params = make_params(torch.float32, [(100, 100)] * 10)
     optimizer = optimizer_type(params, lr=0.1, weight_decay=0.1)
     train(optimizer, params, 1)

@@ -18,11 +18,9 @@ from colossal_bcd.optim.state.spec import StateSpec
 from colossal_bcd.sharding import Layout, wide
 from colossal_bcd.sharding.dtensor import is_dtensor
 
-STACK_BYTES = 8 * 2**20
+STACK_BYTES = 4 * 2**20
 """Bytes that a rule touches at once for a stack: they stay in a core's cache, and tensors that are larger gain nothing
 from company."""
-FEW_CALLS = 2 * 2**20
-"""The same of rules with few operations on small tensors: copies into a stack cost more than such calls sooner."""
 COPIES = 4
 """Tensors of a stack's size, in the dtype of its arithmetic, that are alive at once while its rule runs: the weights,
 the gradient, the update and an intermediate result."""
