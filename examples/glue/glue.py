@@ -23,7 +23,7 @@ from torch.nn import functional
 
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
-from methods import GOLORE, PROJECTED, WITH_MOMENTUM, Options, optimizer_of, refuse_flags
+from methods import GOLORE, PROJECTED, WITH_MOMENTUM, Options, optimizer_of, or_else, refuse_flags
 from predecessors import refuse_without_original
 from pretrained import classifier
 from records import DataError, without_every_tenth
@@ -239,10 +239,7 @@ def method_of(flags: dict[str, Any]) -> str:
 
 def options_of(method: str, model: Any, flags: dict[str, Any], steps: int) -> Options:
     """Hyper-parameters, with the values of the papers' programs where a flag is left out."""
-
-    def given(flag: str, otherwise: Any) -> Any:
-        return otherwise if flags[flag] is None else flags[flag]
-
+    given = partial(or_else, flags)
     blocks, head = blocks_of(model)
     always = flags["train_last_layer"]
     return Options(

@@ -25,7 +25,7 @@ from torch.nn import functional
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
 from figures import perplexity
-from methods import PROJECTED, Options, optimizer_of, refuse_flags
+from methods import PROJECTED, Options, optimizer_of, or_else, refuse_flags
 from presets import PRESETS, config_of
 from pretrained import DTYPES
 from records import DataError
@@ -197,10 +197,7 @@ def name_of(flags: dict[str, Any]) -> str:
 
 def options_of(flags: dict[str, Any]) -> Options:
     """Hyper-parameters, with the values of the papers' programs where a flag is left out."""
-
-    def given(flag: str, otherwise: Any) -> Any:
-        return otherwise if flags[flag] is None else flags[flag]
-
+    given = partial(or_else, flags)
     return Options(
         lr=flags["lr"],
         steps=flags["num_training_steps"],

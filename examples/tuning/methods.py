@@ -68,6 +68,11 @@ class Options:
     """Or "original": the package that ours replaces, as of `predecessors.py`."""
 
 
+def or_else(flags: Mapping[str, Any], flag: str, otherwise: Any) -> Any:
+    """A flag, or what a program takes for it where it is left out."""
+    return otherwise if flags[flag] is None else flags[flag]
+
+
 def refuse_flags(
     method: str, flags: Mapping[str, Any], only: Mapping[str, tuple[str, ...]], offered: Iterable[str]
 ) -> None:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 sys.path.append(str(Path(__file__).parents[1] / "tuning"))
 
-from methods import GOLORE, PROJECTED, WITH_MOMENTUM, Options, optimizer_of, refuse_flags
+from methods import GOLORE, PROJECTED, WITH_MOMENTUM, Options, optimizer_of, or_else, refuse_flags
 from predecessors import refuse_without_original
 from pretrained import causal
 from records import DataError, objects_of, text_of, without_every_tenth
@@ -242,10 +243,7 @@ def constant(step: int) -> float:
 
 def options_of(flags: dict[str, Any], steps: int) -> Options:
     """Hyper-parameters, with the values of the paper's program where a flag is left out."""
-
-    def given(flag: str, otherwise: Any) -> Any:
-        return otherwise if flags[flag] is None else flags[flag]
-
+    given = partial(or_else, flags)
     return Options(
         lr=flags["lr"] or DEFAULT_LR[flags["method"]],
         steps=steps,
